@@ -1,0 +1,2920 @@
+"""emseg: what the training scripts of five electron-microscopy segmentation papers share.
+
+Copy this file and one train_*.py into any folder and they run.
+
+Conventions
+    arrays (Z, Y, X); tensors (B, C, Y, X) or (B, C, Z, Y, X); labels int64 without C
+    voxel size (z, y, x) in nanometres, converted where files are read and written
+    IGNORE = 255 marks voxels that nobody annotated: no loss and no metric sees them
+    two classes: one output channel and a sigmoid; more: one channel each and a softmax
+    bad input raises InputError, whose message is one line
+
+Contents, in the order data flows
+    Volumes       files as lazy arrays: TIFF, MRC, NPY, folders of slices; labels; writing
+    Phantom       a synthetic EM volume with exact labels, for --demo and tests
+    Patches       random crops, as uint8, and their normalisation
+    Augmentation  one composed sampling grid per batch, on the device; CutMix boxes
+    Layers        building blocks of networks
+    Networks      networks from the literature, by name: NETWORKS
+    Losses        soft Dice and cross entropy, blind to IGNORE
+    Inference     whole slices or blended tiles, eight views, slab by slab into a file
+    Metrics       confusion counts and the scores that follow from them
+    Figures       slices with their errors, training curves
+    Runs          command line, data, run folder, checkpoints, progress
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import functools
+import hashlib
+import io
+import json
+import logging
+import math
+import operator
+import os
+import platform
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import scipy
+import tifffile
+import torch
+import torch.nn.functional as F
+from matplotlib.image import imread
+from scipy import ndimage
+from torch import nn
+
+try:
+    import resource
+except ImportError:         # Windows
+    resource = None
+
+IGNORE = 255
+
+
+class InputError(ValueError):
+    """Input that the user can mend: one line that says what, got, wanted, how."""
+
+
+# ==================================================================================================
+# Volumes: files as lazy arrays (Z, Y, X); labels; writing
+# ==================================================================================================
+#
+# open_volume -> as_uint8, downsample, open_labels -> ... -> create_volume. All of them are lazy:
+# a LazyArray knows its shape and reads a box of voxels when it is indexed.
+
+TIFF_EXTENSIONS = (".tif", ".tiff")
+MRC_EXTENSIONS = (".mrc", ".rec", ".map", ".st", ".ali")
+READABLE = ".tif .tiff .mrc .rec .map .st .ali .npy .png, or a folder of .tif or .png slices"
+CACHE_BYTES = 256 * 2**20  # decoded slices that one compressed volume keeps
+PLAUSIBLE_NM = (0.005, 10_000.0)  # sides outside this are header defaults, such as 72 dpi
+UNIT_NM = {"pm": 1e-3, "å": 0.1, "a": 0.1, "angstrom": 0.1, "nm": 1.0, "nanometer": 1.0,
+           "um": 1e3, "µm": 1e3, "μm": 1e3, "micron": 1e3, "microns": 1e3, "micrometer": 1e3,
+           "mm": 1e6, "millimeter": 1e6, "cm": 1e7, "centimeter": 1e7, "inch": 2.54e7,
+           "in": 2.54e7, "m": 1e9}
+# Bytes that one stored byte can become, by TIFF compression: none, LZW, Deflate twice, PackBits.
+MAX_EXPANSION = {1: 1, 5: 2000, 8: 2000, 32946: 2000, 32773: 64}
+
+
+class LazyArray:
+    """A 3D array (Z, Y, X) that reads from its file only the box it is asked for.
+
+    array[z], array[z0:z1, y0:y1, x0:x1]: integers and slices of step 1, trailing axes optional;
+    the answer is a fresh NumPy array. shape, dtype (native byte order), voxel_size ((z, y, x) in nm
+    or None) and path are attributes. Copies in other processes (fork or pickle) are independent.
+    """
+
+    ndim = 3
+
+    def __init__(self, path, shape, dtype, voxel_size):
+        self.path, self.shape, self.dtype = path, tuple(shape), np.dtype(dtype)
+        self.voxel_size = voxel_size
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        index = index if isinstance(index, tuple) else (index,)
+        if len(index) > 3:
+            raise IndexError(f"a volume has 3 axes (Z, Y, X), got {len(index)} indices")
+        box, keep = [], []
+        for i, size in zip(index + (slice(None),) * (3 - len(index)), self.shape):
+            if isinstance(i, slice):
+                start, stop, step = i.indices(size)
+                if step != 1:
+                    raise IndexError(f"a volume is read with slices of step 1, got step {step}")
+                box.append(slice(start, max(start, stop)))
+                keep.append(slice(None))
+            else:
+                i = operator.index(i)
+                if not -size <= i < size:
+                    raise IndexError(f"index {i} is outside an axis of {size}")
+                box.append(slice(i % size, i % size + 1))
+                keep.append(0)
+        return self.read(*box)[tuple(keep)]
+
+    def read(self, z, y, x):
+        """The box of three slices, each with 0 <= start <= stop <= size, as a 3D NumPy array."""
+        raise NotImplementedError
+
+
+class Volume(LazyArray):
+    """An opened file or folder; see open_volume.
+
+    format: "tiff", "mrc", "npy" or "slices". crop: three slices into `file`, whose own shape is
+    file_shape. numbers: for a folder, the last integer in each file's name, in file order and not
+    cropped; None when a name has none or two are the same.
+    """
+
+    def __init__(self, path, format, source, voxel_size, crop, numbers=None):
+        super().__init__(path, [c.stop - c.start for c in crop], source.dtype, voxel_size)
+        self.format, self.source, self.crop, self.numbers = format, source, crop, numbers
+        self.file, self.file_shape = _split_crop(path)[0], source.shape
+
+    def read(self, z, y, x):
+        return self.source.read(*(slice(c.start + s.start, c.start + s.stop)
+                                  for c, s in zip(self.crop, (z, y, x))))
+
+
+def open_volume(path):
+    """Open a TIFF, MRC, NPY or PNG file, or a folder of TIFF or PNG slices, as a lazy Volume.
+
+    `path@z0:z1,y0:y1,x0:x1` opens a crop (trailing axes optional; each axis a:b, a:, :b, : or one
+    integer). A file whose own name holds an @ opens as it stands. A 2D image is one slice. Where
+    a file gives only the pixel size, z is taken equal to x. Raises InputError, in one line, for
+    whatever cannot be read; a header that declares more than the file holds is refused before
+    anything is allocated.
+    """
+    path = os.fspath(path)
+    file, crop_text = _split_crop(path)
+    extension = os.path.splitext(file)[1].lower()
+    numbers = None
+    if not os.path.exists(file):
+        raise InputError(f"{path}: no such file or folder")
+    try:
+        if os.path.isdir(file):
+            format, (source, voxel_size, numbers) = "slices", _open_slices(file)
+        elif os.path.getsize(file) == 0:
+            raise InputError(f"{path}: the file is empty")
+        elif extension in TIFF_EXTENSIONS:
+            format, (source, voxel_size) = "tiff", _open_tiff(file)
+        elif extension in MRC_EXTENSIONS:
+            format, (source, voxel_size) = "mrc", _open_mrc(file)
+        elif extension == ".npy":
+            format, (source, voxel_size) = "npy", _open_npy(file)
+        elif extension == ".png":
+            format, (source, voxel_size, numbers) = "slices", _slice_stack(file, [file])
+        elif extension in (".gz", ".bz2"):
+            raise InputError(f"{path}: compressed with {extension[1:]}; decompress it first")
+        else:
+            raise InputError(f"{path}: cannot read files of type '{extension}'; wanted {READABLE}")
+        if isinstance(source, _PagedSource):
+            source.page(0)  # a codec that is missing shows here rather than in mid-training
+    except InputError:
+        raise
+    except Exception as error:  # the file libraries raise almost anything on damaged headers
+        raise InputError(f"{path}: not readable ({_one_line(error)}); "
+                         "is the file whole, and what its extension says?") from error
+    return Volume(path, format, source, voxel_size, _parse_crop(path, crop_text, source.shape),
+                  numbers)
+
+
+def _one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _split_crop(path):
+    """'em.tif@3:9' -> ('em.tif', '3:9'); a path that exists as it stands has no crop."""
+    file, at, crop_text = path.rpartition("@")
+    if os.path.exists(path) or not at or not os.path.exists(file):
+        return path, ""
+    return file, crop_text
+
+
+def _parse_crop(path, text, shape):
+    """'z0:z1,y0:y1,x0:x1' -> three slices with start and stop, inside shape (Z, Y, X)."""
+    parts = [p.strip() for p in text.split(",")] if text else []
+    if len(parts) > 3:
+        raise InputError(f"{path}: a crop has at most three axes z,y,x, got '{text}'")
+    crop = []
+    for axis, size, part in zip("zyx", shape, parts + [":"] * (3 - len(parts))):
+        match = re.fullmatch(r"(\d*)(:?)(\d*)", part, re.ASCII)
+        if not match or not part:
+            raise InputError(f"{path}: crop '{part}' along {axis} is not understood; "
+                             "wanted a:b, a:, :b, : or one integer, none negative")
+        start = int(match[1] or 0)
+        stop = start + 1 if not match[2] else int(match[3] or size)
+        if not start < stop <= size:
+            raise InputError(f"{path}: crop {part} along {axis} is empty or outside the file, "
+                             f"whose {axis} runs over 0:{size}")
+        crop.append(slice(start, stop))
+    return tuple(crop)
+
+
+def _native(path, dtype):
+    """The dtype in which voxels are handed out: native byte order, bool as uint8."""
+    if dtype is None or dtype.kind not in "buif" or dtype.itemsize > 8:
+        raise InputError(f"{path}: voxels of type {dtype} cannot be read; "
+                         "wanted integers or real numbers of 8 to 64 bits")
+    return np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
+
+
+def _plausible(voxel_size):
+    """(z, y, x) in nm as floats, or None where a side cannot be that of an EM voxel."""
+    low, high = PLAUSIBLE_NM
+    ok = all(math.isfinite(side) and low <= side <= high for side in voxel_size)
+    return tuple(float(side) for side in voxel_size) if ok else None
+
+
+# Sources: how boxes come out of files. A source has shape, dtype and read(z, y, x).
+
+class _MappedSource:
+    """Uncompressed voxels in one contiguous block, read through a memory map.
+
+    shape and dtype are as stored, from byte offset; order transposes the stored axes to (Z, Y, X).
+    """
+
+    def __init__(self, file, dtype, shape, offset, order=(0, 1, 2)):
+        self.dtype = _native(file, dtype)
+        need, held = offset + math.prod(shape) * dtype.itemsize, os.path.getsize(file)
+        if min(shape) < 1 or offset < 0:
+            raise InputError(f"{file}: damaged header, it declares a volume of shape {shape}")
+        if need > held:
+            raise InputError(f"{file}: truncated, its header declares {shape} voxels of {dtype} "
+                             f"({need} bytes) but the file holds {held} bytes")
+        self.stored = (file, dtype, "r", offset, shape)
+        self.order = order
+        self.shape = tuple(shape[axis] for axis in order)
+        self.map = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "map": None}  # pickling a map would copy all its voxels
+
+    def read(self, z, y, x):
+        if self.map is None:
+            self.map = np.memmap(*self.stored).transpose(self.order)
+        return np.array(self.map[z, y, x], dtype=self.dtype, order="C", subok=False)
+
+
+class _PagedSource:
+    """Slices that must be decoded whole: decode(z) -> (Y, X). The latest are kept, CACHE_BYTES."""
+
+    def __init__(self, name, shape, dtype, decode):
+        self.name, self.shape, self.dtype, self.decode = name, shape, _native(name, dtype), decode
+        self.cache = OrderedDict()
+        self.cache_size = max(1, CACHE_BYTES // (shape[1] * shape[2] * self.dtype.itemsize))
+
+    def __getstate__(self):
+        return {**self.__dict__, "cache": OrderedDict()}
+
+    def page(self, z):
+        page = self.cache.pop(z, None)
+        if page is None:
+            try:
+                page = np.asarray(self.decode(z), self.dtype).reshape(self.shape[1:])
+            except InputError:
+                raise
+            except Exception as error:
+                raise InputError(f"{self.name}: slice {z} is damaged "
+                                 f"({_one_line(error)})") from error
+        self.cache[z] = page
+        while len(self.cache) > self.cache_size:
+            self.cache.popitem(last=False)
+        return page
+
+    def read(self, z, y, x):
+        out = np.empty((z.stop - z.start, y.stop - y.start, x.stop - x.start), self.dtype)
+        for i in range(len(out)):
+            out[i] = self.page(z.start + i)[y, x]
+        return out
+
+
+class _TiffPages:
+    """decode(z) of a compressed TIFF. Each process opens the file itself: a file position that is
+    shared across a fork would let two workers read each other's bytes."""
+
+    def __init__(self, file):
+        self.file, self.process, self.pages = file, None, None
+
+    def __getstate__(self):
+        return {"file": self.file, "process": None, "pages": None}
+
+    def __call__(self, z):
+        if self.process != os.getpid():
+            self.pages = list(tifffile.TiffFile(self.file).series[0].pages)
+            self.process = os.getpid()
+        try:
+            return self.pages[z].asarray()
+        except Exception as error:
+            if isinstance(error, ImportError) or re.search("imagecodecs|not supported", str(error)):
+                key = self.pages[z].keyframe
+                raise InputError(
+                    f"{self.file}: compression {key.compression.name} of {key.bitspersample} bits "
+                    "needs a codec that is not installed; save it uncompressed or with Deflate, "
+                    "8 or 16 bits") from error
+            raise
+
+
+def _open_tiff(file):
+    """(source, voxel_size) of a TIFF file: memory-mapped where contiguous, else page by page."""
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # it reports what we report
+    with tifffile.TiffFile(file) as tif:
+        tif.filehandle.seek(tif.pages.next_page_offset)
+        n = tif.tiff.offsetsize
+        if tif.filehandle.read(n) != bytes(n) or not tif.series:
+            raise InputError(f"{file}: truncated or damaged, its list of pages breaks off after "
+                             f"{len(tif.pages)}")
+        if len(tif.series) != 1:
+            raise InputError(f"{file}: holds {len(tif.series)} images of different sizes or types; "
+                             "save the one stack that is meant")
+        series = tif.series[0]
+        shape = _tiff_shape(file, series)
+        dtype = series.dtype
+        _native(file, dtype)
+        voxel_size = _tiff_voxel_size(tif, shape)
+        if series.dataoffset is not None and series.keyframe.is_final:
+            source = _MappedSource(file, dtype.newbyteorder(tif.byteorder), shape,
+                                   series.dataoffset)
+        else:
+            _check_pages(file, series, shape)
+            source = _PagedSource(file, shape, dtype, _TiffPages(file))
+    return source, voxel_size
+
+
+def _tiff_shape(file, series):
+    """(Z, Y, X) of a TIFF series, whatever its third axis is called."""
+    sizes = {axis: n for axis, n in zip(series.axes, series.shape) if n != 1 or axis in "YX"}
+    axes = f"axes {series.axes} {tuple(series.shape)}"
+    if "S" in sizes or series.keyframe.samplesperpixel > 1:
+        raise InputError(f"{file}: colour image, {axes}; wanted grey values (Fiji: Image > Type)")
+    if "C" in sizes:
+        raise InputError(f"{file}: {sizes['C']} channels, {axes}; wanted one "
+                         "(Fiji: Image > Color > Split Channels, or Re-order Hyperstack)")
+    if len(sizes) > 3 or len(sizes) < len(series.axes) - series.shape.count(1):
+        raise InputError(f"{file}: {axes}; wanted one stack (Z, Y, X), not several in one file")
+    if "".join(sizes)[-2:] != "YX" or min(sizes.values()) < 1 or series.is_multifile:
+        raise InputError(f"{file}: {axes}; wanted one stack (Z, Y, X) in one file")
+    return tuple(sizes.values()) if len(sizes) == 3 else (1, *sizes.values())
+
+
+def _check_pages(file, series, shape):
+    """Refuse pages that are missing, lie past the end of the file, or declare absurd sizes."""
+    held, key = os.path.getsize(file), series.keyframe
+    pages = list(series.pages)
+    if len(pages) != shape[0] or None in pages:
+        raise InputError(f"{file}: truncated or damaged, {shape[0]} slices declared, "
+                         f"{len(pages) - pages.count(None)} found")
+    declared = key.imagewidth * key.imagelength * key.bitspersample / 8
+    chunks = math.prod(key.chunked)
+    expansion = MAX_EXPANSION.get(int(key.compression), 100_000)
+    for z, page in enumerate(pages):
+        offsets, counts = page.dataoffsets, page.databytecounts
+        end = max(map(operator.add, offsets, counts))
+        if min(len(offsets), len(counts)) < chunks or end > held:
+            raise InputError(f"{file}: truncated, slice {z} lies past the end of the file "
+                             f"({held} bytes)")
+        if declared > expansion * sum(counts):
+            raise InputError(f"{file}: damaged or hostile, slice {z} declares {shape[1:]} voxels "
+                             f"but stores {sum(counts)} bytes")
+
+
+def _tiff_voxel_size(tif, shape):
+    """(z, y, x) in nm from OME, ImageJ or plain resolution tags; None where they do not say."""
+    try:
+        if tif.is_ome:
+            found = dict(re.findall(r'PhysicalSize([XYZ](?:Unit)?)="([^"]+)"', tif.ome_metadata))
+            if "Z" not in found:
+                found["Z"], found["ZUnit"] = found["X"], found.get("XUnit", "um")
+            return _plausible([float(found[axis]) * UNIT_NM[found.get(axis + "Unit", "um").lower()]
+                               for axis in "ZYX"])
+        tags = tif.series[0].keyframe.tags
+        y, x = (down / up for up, down in (tags["YResolution"].value, tags["XResolution"].value))
+        metadata = tif.imagej_metadata or {}
+        unit = str(metadata.get("unit", "")).replace("\\u00B5", "µ").lower()
+        if unit in UNIT_NM:  # ImageJ leaves the spacing out when it is 1
+            spacing = abs(metadata.get("spacing", 1.0)) if shape[0] > 1 else x
+            return _plausible([side * UNIT_NM[unit] for side in (spacing, y, x)])
+        scale = {2: UNIT_NM["inch"], 3: UNIT_NM["cm"]}[int(tags["ResolutionUnit"].value)]
+        return _plausible((x * scale, y * scale, x * scale))
+    except (KeyError, ValueError, TypeError, ZeroDivisionError, OverflowError):
+        return None
+
+
+def _open_mrc(file):
+    """(source, voxel_size) of an MRC file; IMOD's unsigned bytes; any order of the stored axes."""
+    with open(file, "rb") as stream:
+        magic = stream.read(3)
+    if magic[:2] == b"\x1f\x8b" or magic == b"BZh":
+        raise InputError(f"{file}: compressed with gzip or bzip2; decompress it first")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # wrong stamps and missing MAP ids are common and harmless
+        with mrcfile.open(file, permissive=True, header_only=True) as mrc:
+            header = mrc.header
+    if header is None:
+        raise InputError(f"{file}: not an MRC file")
+    integer = header.dtype["mode"]  # int32 in the byte order of the file
+    mode = int(header.mode)
+    types = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
+    if mode not in types:
+        raise InputError(f"{file}: MRC mode {mode} cannot be read; wanted 0, 1, 2, 6 or 12 "
+                         "(IMOD: newstack -mode)")
+    dtype = np.dtype(types[mode]).newbyteorder(integer.byteorder)
+    stamp, flags = np.frombuffer(header.tobytes(), integer, count=2, offset=152)
+    if mode == 0 and stamp == 1146047817 and not flags & 1:
+        dtype = np.dtype(np.uint8)  # imodStamp present, "bytes are signed" not set
+    stored_axes = [int(header.maps), int(header.mapr), int(header.mapc)]  # 1, 2, 3 = x, y, z
+    order = (0, 1, 2)
+    if sorted(stored_axes) == [1, 2, 3]:
+        order = tuple(stored_axes.index(axis) for axis in (3, 2, 1))
+    shape = (int(header.nz), int(header.ny), int(header.nx))
+    if int(header.nsymbt) < 0:
+        raise InputError(f"{file}: damaged header, extended header of {int(header.nsymbt)} bytes")
+    source = _MappedSource(file, dtype, shape, 1024 + int(header.nsymbt), order)
+    cell = [(float(header.cella[axis]), int(header["m" + axis])) for axis in "zyx"]
+    return source, _plausible([length / n / 10 if n > 0 else 0 for length, n in cell])  # Å to nm
+
+
+def _open_npy(file):
+    """(source, None) of an NPY file of 2 or 3 axes."""
+    stored = np.load(file, mmap_mode="r", allow_pickle=False)
+    if not isinstance(stored, np.memmap) or stored.ndim not in (2, 3):
+        raise InputError(f"{file}: array of shape {np.shape(stored)}; wanted (Z, Y, X) or (Y, X)")
+    shape = (1,) * (3 - stored.ndim) + stored.shape
+    if stored.flags.c_contiguous:
+        return _MappedSource(file, stored.dtype, shape, stored.offset), None
+    return _MappedSource(file, stored.dtype, shape[::-1], stored.offset, order=(2, 1, 0)), None
+
+
+def _open_slices(folder):
+    """(source, voxel_size, numbers) of a folder of slices in natural order (2 before 10)."""
+    names = [name for name in os.listdir(folder) if not name.startswith(".")
+             and name.lower().endswith((*TIFF_EXTENSIONS, ".png"))]
+    if not names:
+        raise InputError(f"{folder}: no .tif, .tiff or .png slices in this folder")
+    names.sort(key=lambda name: [int(part) if part.isdecimal() else part.lower()
+                                 for part in re.split(r"(\d+)", name)])
+    return _slice_stack(folder, [os.path.join(folder, name) for name in names])
+
+
+def _slice_stack(name, files):
+    """(source, voxel_size, numbers) of slice files; only their headers are read here."""
+    is_png = files[0].lower().endswith(".png")
+    depth, voxel_size, first = 1, None, None
+    for file in files:
+        if file.lower().endswith(".png") != is_png:
+            raise InputError(f"{name}: mixes TIFF and PNG slices ({os.path.basename(files[0])}, "
+                             f"{os.path.basename(file)}); wanted one type in a folder")
+        if is_png:
+            shape, bits = _png_header(file)
+            depth, dtype = max(depth, bits), np.dtype(np.uint16 if bits == 16 else np.uint8)
+        else:
+            source, size = _open_tiff(file)
+            shape, dtype = source.shape[1:], source.dtype
+            voxel_size = size if first is None else voxel_size
+            if source.shape[0] != 1:
+                raise InputError(f"{file}: {source.shape[0]} pages; wanted one slice in each file "
+                                 "of a folder")
+        first = first or (shape, dtype)
+        if first != (shape, dtype):
+            raise InputError(f"{name}: {os.path.basename(file)} is {shape} {dtype} but "
+                             f"{os.path.basename(files[0])} is {first[0]} {first[1]}; "
+                             "wanted the same size and type in all slices")
+    decode = functools.partial(_decode_slice, files, depth)
+    found = [re.findall(r"\d+", os.path.splitext(os.path.basename(file))[0]) for file in files]
+    numbers = tuple(int(digits[-1]) for digits in found if digits)
+    if len(set(numbers)) < len(files):
+        numbers = None
+    return _PagedSource(name, (len(files), *shape), dtype, decode), voxel_size, numbers
+
+
+def _decode_slice(files, depth, z):
+    if files[z].lower().endswith(".png"):
+        return _read_png(files[z], depth)
+    source, _ = _open_tiff(files[z])
+    return source.read(*(slice(0, size) for size in source.shape))[0]
+
+
+def _png_header(file):
+    """((Y, X), bits) from a PNG's IHDR chunk; the samples of a palette have 8 bits."""
+    with open(file, "rb") as stream:
+        head = stream.read(33)
+    if len(head) < 33 or head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR":
+        raise InputError(f"{file}: not a PNG file, or truncated")
+    X, Y, bits, colour, *_, crc = struct.unpack(">IIBBBBBI", head[16:])
+    if zlib.crc32(head[12:29]) != crc or min(X, Y) < 1 or colour not in (0, 2, 3, 4, 6):
+        raise InputError(f"{file}: damaged PNG header")
+    if colour != 0 and bits == 16:
+        raise InputError(f"{file}: colour image of 16 bits; save it as 16-bit grey")
+    if Y * X * bits / 8 > 2000 * os.path.getsize(file):
+        raise InputError(f"{file}: damaged or hostile, declares {Y} x {X} pixels in "
+                         f"{os.path.getsize(file)} bytes")
+    return (Y, X), bits if colour == 0 else 8
+
+
+def _read_png(file, depth):
+    """(Y, X) grey values of a PNG, on the scale of `depth` bits, the largest in its folder.
+
+    PNG defines the brightest sample as white whatever the depth, so that in a folder of masks of
+    which some were saved with 1 bit and others with 8, foreground is 255 in all.
+    """
+    with open(file, "rb") as stream:
+        data = stream.read()
+    position, kind = 8, None
+    while kind != b"IEND":  # the decoder below skips the checksums of image data
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 8 + length
+        if zlib.crc32(data[position + 4:end]) != struct.unpack_from(">I", data, end)[0]:
+            raise InputError(f"{file}: damaged PNG, wrong checksum at byte {position}")
+        position = end + 4
+    image = imread(io.BytesIO(data), format="png")  # floats 0..1; (Y, X), or (Y, X, 3 or 4)
+    if image.ndim == 3:
+        if (image[..., 1:3] != image[..., :1]).any():
+            raise InputError(f"{file}: colour image; wanted grey values (Fiji: Image > Type)")
+        image = image[..., 0]
+    return np.rint(image * (2**depth - 1))
+
+
+def as_uint8(volume, equalize=False):
+    """A lazy uint8 version of a LazyArray.
+
+    uint8 stays, int8 is shifted by 128, anything else is stretched linearly so that the 0.1 and
+    99.9 percentiles of a sample (at most 16 slices, about 4 million voxels) become 0 and 255.
+    equalize=True equalises the histogram of every slice (seed paper 004, section 2.1.2); the
+    table of a slice comes from the whole slice, so a crop equals the crop of the equalised slice.
+    Raises InputError that names path and slice where voxels are NaN or infinite.
+    """
+    volume = volume if volume.dtype == np.uint8 else _Stretched(volume)
+    return _Equalized(volume) if equalize else volume
+
+
+class _Stretched(LazyArray):
+    def __init__(self, volume):
+        super().__init__(volume.path, volume.shape, np.uint8, volume.voxel_size)
+        self.volume = volume
+        self.compute = np.float32 if volume.dtype.itemsize <= 2 else np.float64
+        if volume.dtype == np.int8:
+            self.low, self.high = -128.0, 127.0
+        else:
+            self.low, self.high = self._percentiles()
+
+    def _percentiles(self):
+        Z, Y, X = self.shape
+        n = min(Z, 16)
+        step = math.ceil(math.sqrt(n * Y * X / 4e6))
+        sample = []
+        for z in (np.arange(n) * Z + Z // 2) // n:
+            sample.append(self._checked(self.volume[z][None], z)[:, ::step, ::step].ravel())
+        sample = np.concatenate(sample)
+        low, high = np.percentile(sample, (0.1, 99.9))
+        if low == high:  # a few bright voxels on a constant ground
+            low, high = sample.min(), sample.max()
+        return float(low), float(high)
+
+    def _checked(self, box, z):
+        if self.volume.dtype.kind == "f":
+            for i, page in enumerate(box):
+                if not np.isfinite(page).all():
+                    raise InputError(f"{self.path}: slice {z + i} holds NaN or infinite values; "
+                                     "replace them before use")
+        return box.astype(self.compute)
+
+    def read(self, z, y, x):
+        box = self._checked(self.volume.read(z, y, x), z.start)
+        box -= self.low
+        box *= 255 / (self.high - self.low) if self.high > self.low else 1.0
+        return np.rint(box.clip(0, 255, out=box), out=box).astype(np.uint8)
+
+
+class _Equalized(LazyArray):
+    def __init__(self, volume):
+        super().__init__(volume.path, volume.shape, np.uint8, volume.voxel_size)
+        self.volume, self.tables = volume, {}
+
+    def _table(self, z):
+        if z not in self.tables:
+            below = np.cumsum(_count_values(self.volume[z])).astype(np.float64)
+            lowest = below[np.flatnonzero(below)[0]]  # voxels of the darkest grey value
+            scale = 255 / (below[-1] - lowest) if below[-1] > lowest else 0.0
+            table = np.clip(np.rint((below - lowest) * scale), 0, 255).astype(np.uint8)
+            self.tables[z] = table
+        return self.tables[z]
+
+    def read(self, z, y, x):
+        box = self.volume.read(z, y, x)
+        for i, page in enumerate(box):
+            box[i] = self._table(z.start + i)[page]
+        return box
+
+
+def _count_values(array):
+    """Voxels of each value of a uint8 or uint16 array, (256,) or (65536,) int64."""
+    flat = array.ravel()
+    parts = np.array_split(flat, 1 + flat.size // 2**22)  # bincount makes an int64 copy
+    return sum(np.bincount(part, minlength=2 ** (8 * array.itemsize)) for part in parts)
+
+
+def downsample(array, factor, reduce):
+    """A LazyArray `factor` times smaller in Y and X: (Z, ceil(Y / factor), ceil(X / factor)).
+
+    reduce="mean" for images (integers are rounded), "majority" for class ids: the most frequent
+    value of each block, the lower one at a tie, IGNORE like any other. Blocks that stick out are
+    filled by repeating the edge. The slices and counts of Labels are kept, at full resolution.
+    """
+    if reduce not in ("mean", "majority"):
+        raise ValueError(f"reduce is 'mean' or 'majority', got {reduce!r}")
+    return array if factor == 1 else _Downsampled(array, factor, reduce)
+
+
+class _Downsampled(LazyArray):
+    def __init__(self, array, factor, reduce):
+        Z, Y, X = array.shape
+        size = array.voxel_size and (array.voxel_size[0], array.voxel_size[1] * factor,
+                                     array.voxel_size[2] * factor)
+        super().__init__(array.path, (Z, -(-Y // factor), -(-X // factor)), array.dtype, size)
+        self.array, self.factor, self.reduce = array, factor, reduce
+        if isinstance(array, Labels):
+            self.slices, self.counts = array.slices, array.counts
+
+    def read(self, z, y, x):
+        n = self.factor
+        _, Y, X = self.array.shape
+        shape = (z.stop - z.start, y.stop - y.start, x.stop - x.start)
+        box = self.array.read(z, slice(min(y.start * n, Y), min(y.stop * n, Y)),
+                              slice(min(x.start * n, X), min(x.stop * n, X)))
+        if box.size == 0:
+            return np.empty(shape, self.dtype)
+        pad = ((0, 0), (0, shape[1] * n - box.shape[1]), (0, shape[2] * n - box.shape[2]))
+        blocks = np.pad(box, pad, mode="edge").reshape(shape[0], shape[1], n, shape[2], n)
+        if self.reduce == "mean":
+            mean = blocks.mean(axis=(2, 4), dtype=np.float64)
+            return (np.floor(mean + 0.5) if self.dtype.kind in "iu" else mean).astype(self.dtype)
+        most, winner = np.zeros(shape, np.int32), np.zeros(shape, self.dtype)
+        for value in np.unique(box):  # ascending, so that a tie stays with the lower id
+            votes = (blocks == value).sum(axis=(2, 4), dtype=np.int32)
+            winner[votes > most] = value
+            np.maximum(most, votes, out=most)
+        return winner
+
+
+def parse_slices(text, depth):
+    """Slice numbers from text, as a sorted int array within 0..depth - 1.
+
+    "0:165:5" (start:stop:step, stop left out of the set), "0,40,80", mixtures "0:10,40", or "n=7":
+    seven evenly spaced slices, each in the middle of its seventh of the volume, that is
+    round((i + 0.5) * depth / 7 - 0.5) for i = 0..6; n=1 is the middle slice. Raises InputError for
+    text that is malformed, empty, repeats a slice or leaves the volume.
+    """
+    text = text.strip()
+    even = re.fullmatch(r"n\s*=\s*(\d+)", text)
+    if even:
+        n = int(even[1])
+        if not 1 <= n <= depth:
+            raise InputError(f"slices '{text}': wanted 1 to {depth}, the slices of the volume")
+        return np.array([round((i + 0.5) * depth / n - 0.5) for i in range(n)])
+    chosen = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*|\s*(\d*)\s*:\s*(\d*)\s*(?::\s*(\d*)\s*)?", part)
+        if not match:
+            raise InputError(f"slices '{text}': '{part.strip()}' is not understood; wanted "
+                             "start:stop:step, numbers with commas between, or n=7")
+        single, start, stop, step = match.groups()
+        first = int(single or start or 0)
+        last = first + 1 if single else int(stop or depth)
+        found = range(first, last, int(step or 1)) if step != "0" else range(0)
+        if last > depth or not found:
+            raise InputError(f"slices '{text}': '{part.strip()}' is empty or outside the volume, "
+                             f"whose slices are 0:{depth}")
+        chosen += found
+    repeated = [z for z, times in Counter(chosen).items() if times > 1]
+    if repeated:
+        raise InputError(f"slices '{text}': slice {repeated[0]} is named twice")
+    return np.array(sorted(chosen))
+
+
+def parse_label_map(text):
+    """'191=1,223=2,*=0' -> {191: 1, 223: 2, "*": 0}; * stands for all values not named.
+
+    Class ids are 0 to 254; 255 (IGNORE) marks values that no loss and no metric shall see.
+    """
+    mapping = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+|\*)\s*=\s*(\d+)\s*", part)
+        if not match or int(match[2]) > IGNORE:
+            raise InputError(f"label map '{text}': '{part.strip()}' is not understood; wanted "
+                             "value=class with classes 0 to 254, or 255 to ignore: '191=1,*=0'")
+        value = "*" if match[1] == "*" else int(match[1])
+        if value in mapping:
+            raise InputError(f"label map '{text}': {value} is mapped twice")
+        mapping[value] = int(match[2])
+    return mapping
+
+
+class Labels(LazyArray):
+    """Class ids of a volume, lazy uint8 (Z, Y, X), IGNORE where nobody annotated; see open_labels.
+
+    slices: sorted int array of the annotated z. counts: (Z, n_classes) int64, annotated voxels of
+    each class in each slice.
+    """
+
+    def __init__(self, source, rows, voxel_size, values, ids, counts):
+        super().__init__(source.path, (len(rows), *source.shape[1:]), np.uint8, voxel_size)
+        self.source = source  # raw values of the annotated slices
+        self.rows = rows  # (Z,) slice of source for each z, -1 where not annotated
+        self.values, self.ids, self.counts = values, ids, counts  # values sorted; ids of values
+        self.slices = np.flatnonzero(rows >= 0)
+        self.table = None
+        if source.dtype.kind in "iu" and source.dtype.itemsize <= 2:
+            self.table = np.full(2 ** (8 * source.dtype.itemsize), IGNORE, np.uint8)
+            self.table[values % len(self.table)] = ids  # a negative value is its unsigned bits
+
+    def read(self, z, y, x):
+        out = np.full((z.stop - z.start, y.stop - y.start, x.stop - x.start), IGNORE, np.uint8)
+        for i, row in enumerate(self.rows[z]):
+            if row >= 0:
+                raw = self.source.read(slice(row, row + 1), y, x)[0]
+                out[i] = (self.table[_unsigned(raw)] if self.table is not None
+                          else self.ids[np.searchsorted(self.values, raw.astype(np.int64))])
+        return out
+
+
+def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label=None,
+                label_slices=None, require_foreground=True):
+    """Labels of opened Volumes: (list of Labels, number of classes).
+
+    classes: how many, where that is known (from the training labels or a checkpoint). label_map:
+    from parse_label_map. ignore_label: raw value that becomes IGNORE. label_slices: text for
+    parse_slices, the annotated slices to use. Without a map, values 0..K stand as they are and
+    {0, v} is background and foreground; other values are an InputError that lists them.
+
+    A label folder with fewer files than the volume's has slices is paired by the number in each
+    file's name: with the numbers of the image files, or as z where the volume is one file. Raises
+    InputError for what does not fit, and for labels without foreground if require_foreground.
+    """
+    if len(label_paths) != len(volumes):
+        raise InputError(f"{len(volumes)} volumes but {len(label_paths)} labels; wanted one label "
+                         "for each volume, in the same order")
+    raw = []
+    for path, volume in zip(label_paths, volumes):
+        source, rows = _pair_labels(os.fspath(path), volume)
+        if label_slices is not None:
+            rows = _choose_slices(source.path, rows, label_slices)
+        raw.append((source, rows, *_scan_labels(source, rows)))
+    union = sorted({int(v) for _, _, values, _ in raw for v in values if v != ignore_label})
+    if label_map is not None:
+        mapped = [target for target in label_map.values() if target != IGNORE]
+        n_classes = classes or max([1, *mapped]) + 1
+    else:
+        n_classes = classes or _decide_classes(union, [source.path for source, *_ in raw])
+    labels = []
+    for (source, rows, values, tallies), volume in zip(raw, volumes):
+        ids = _class_ids(source.path, values, n_classes, label_map, ignore_label)
+        counts = np.zeros((len(rows), n_classes), np.int64)
+        for z, (found, voxels) in tallies.items():
+            id_of = ids[np.searchsorted(values, found)]
+            np.add.at(counts[z], id_of[id_of != IGNORE], voxels[id_of != IGNORE])
+        labels.append(Labels(source, rows, volume.voxel_size, values, ids, counts))
+    if require_foreground and not sum(label.counts[:, 1:].sum() for label in labels):
+        raise InputError(f"{', '.join(label.path for label in labels)}: no foreground, all voxels "
+                         f"are background or ignored (values {_listed(union)}); "
+                         "see --label-map and --label-slices")
+    return labels, n_classes
+
+
+def _pair_labels(path, volume):
+    """(label Volume, rows): rows[z] is the label slice of the volume's slice z, -1 for none."""
+    file, crop_text = _split_crop(path)
+    label = open_volume(file)
+    depth = volume.file_shape[0]
+    if label.format != "slices" or label.file_shape[0] >= depth:
+        label = open_volume(path)
+        if label.shape != volume.shape:
+            raise InputError(f"{path}: labels of shape {label.shape} do not fit {volume.path} of "
+                             f"shape {volume.shape}; crop both alike with @z0:z1,y0:y1,x0:x1")
+        return label, np.arange(len(label))
+    if label.numbers is None:
+        raise InputError(f"{path}: {label.file_shape[0]} label slices for {depth} image slices "
+                         "are paired by the numbers in their names; give each its own number")
+    names = volume.numbers or range(depth)
+    z_of_number = {number: z for z, number in enumerate(names)}
+    for number in label.numbers:
+        if number not in z_of_number:
+            raise InputError(f"{path}: the label slice with number {number} matches no slice of "
+                             f"{volume.path}, numbered {min(names)} to {max(names)}")
+    crop = volume.crop
+    if crop_text:
+        crop = _parse_crop(path, crop_text, (depth, *label.file_shape[1:]))
+    elif label.file_shape[1:] != volume.file_shape[1:]:
+        crop = (crop[0], *label.crop[1:])  # the label slices were drawn on the crop
+    label = Volume(path, "slices", label.source, label.voxel_size, (label.crop[0], *crop[1:]),
+                   label.numbers)
+    shape = (crop[0].stop - crop[0].start, *label.shape[1:])
+    if shape != volume.shape:
+        raise InputError(f"{path}: labels of shape {shape} do not fit {volume.path} of shape "
+                         f"{volume.shape}; crop both alike with @z0:z1,y0:y1,x0:x1")
+    rows = np.full(depth, -1)
+    rows[[z_of_number[number] for number in label.numbers]] = np.arange(len(label))
+    rows = rows[crop[0]]
+    if rows.max() < 0:
+        raise InputError(f"{path}: none of its slices lies in {volume.path}")
+    return label, rows
+
+
+def _choose_slices(path, rows, text):
+    """rows with only the slices in text left; asking for a slice that has no label is an error."""
+    chosen = parse_slices(text, len(rows))
+    missing = chosen[rows[chosen] < 0]
+    if len(missing):
+        raise InputError(f"{path}: --label-slices {text} asks for slice {missing[0]}, which has no "
+                         f"label; labelled are {_listed(np.flatnonzero(rows >= 0))}")
+    kept = np.full_like(rows, -1)
+    kept[chosen] = rows[chosen]
+    return kept
+
+
+def _unsigned(array):
+    return array.view(f"u{array.itemsize}")
+
+
+def _scan_labels(source, rows):
+    """(values, tallies): all raw values, sorted, and {z: (values, voxels)} of annotated slices."""
+    tallies = {}
+    for z in np.flatnonzero(rows >= 0):
+        page = source[rows[z]]
+        if page.dtype.kind == "f" and not (np.isfinite(page) & (page == np.rint(page))).all():
+            raise InputError(f"{source.path}: slice {z} holds values that are not whole numbers; "
+                             "wanted class ids, not an image or a probability")
+        if page.dtype.kind in "iu" and page.itemsize <= 2:
+            counts = _count_values(_unsigned(page))
+            bits = np.flatnonzero(counts)
+            found = bits.astype(_unsigned(page).dtype).view(page.dtype).astype(np.int64)
+            tallies[z] = found, counts[bits]
+        else:
+            tallies[z] = np.unique(page.astype(np.int64), return_counts=True)
+    return np.unique(np.concatenate([found for found, _ in tallies.values()])), tallies
+
+
+def _listed(values, most=12):
+    shown = ", ".join(str(v) for v in list(values)[:most])
+    return shown + (f", … ({len(values)} in all)" if len(values) > most else "")
+
+
+def _values_error(path, values, problem):
+    """InputError that lists the label values and shows the flags that would settle them."""
+    if len(values) > 255:
+        return InputError(f"{path}: {len(values)} different label values; looks like instance ids, "
+                          'wanted class ids: --label-map "0=0,*=1" makes one foreground class')
+    pairs = ",".join(f"{v}={i}" for i, v in enumerate(values[:12]))
+    advice = f'map them, for example --label-map "{pairs}{",*=0" if len(values) > 12 else ""}"'
+    if IGNORE in values:
+        advice += ", or --ignore-label 255 if that marks voxels nobody annotated"
+    return InputError(f"{path}: label values {_listed(values)}: {problem}; {advice}")
+
+
+def _decide_classes(union, paths):
+    """Number of classes from the values in all training labels: {0, v} is 2, 0..K is K + 1."""
+    if len([v for v in union if v != 0]) <= 1 and min(union, default=0) >= 0:
+        return 2
+    if union != list(range(len(union))) or len(union) > 255:
+        raise _values_error(", ".join(paths), union, "neither 0..K without gaps nor a mask {0, v}")
+    return len(union)
+
+
+def _class_ids(path, values, n_classes, label_map, ignore_label):
+    """(len(values),) uint8: the class id of each raw value, IGNORE for those to leave out."""
+    used = [int(v) for v in values if v != ignore_label]
+    if label_map is not None:
+        too_high = [t for t in label_map.values() if n_classes <= t != IGNORE]
+        if too_high:
+            raise InputError(f"label map: class {too_high[0]} is outside the {n_classes} classes "
+                             f"0 to {n_classes - 1}")
+        unmapped = [v for v in used if v not in label_map and "*" not in label_map]
+        if unmapped:
+            raise InputError(f"{path}: label values {_listed(unmapped)} are not in the label map; "
+                             "map them too, or add *=0 for all the rest")
+        id_of = {v: label_map.get(v, label_map.get("*")) for v in used}
+    elif n_classes == 2 and len([v for v in used if v != 0]) <= 1 and min(used, default=0) >= 0:
+        id_of = {v: int(v != 0) for v in used}
+    elif n_classes == 2 or min(used, default=0) < 0 or max(used, default=0) >= n_classes:
+        raise _values_error(path, used, f"wanted class ids 0 to {n_classes - 1}")
+    else:
+        id_of = {v: v for v in used}
+    return np.array([id_of.get(int(v), IGNORE) for v in values], np.uint8)
+
+
+class VolumeWriter:
+    """A volume file being written: writer[z0:z1] = slab, in any order; see create_volume."""
+
+    def __init__(self, path, dtype, shape, offset, owner):
+        self.path, self.dtype, self.shape = path, dtype, shape
+        self.offset, self.owner = offset, owner  # byte of the first voxel; whether this one renames
+        self.temporary = _temporary(path)
+        self.stream = open(self.temporary, "r+b")
+
+    def __setitem__(self, index, slab):
+        start, stop, step = index.indices(self.shape[0])
+        slab = np.ascontiguousarray(slab, self.dtype)
+        if step != 1 or slab.shape != (stop - start, *self.shape[1:]):
+            raise ValueError(f"{self.path}: slab of shape {slab.shape} for slices {start}:{stop} "
+                             f"of a volume of shape {self.shape}")
+        with _disk_errors(self.path):
+            position = start * math.prod(self.shape[1:]) * self.dtype.itemsize
+            self.stream.seek(self.offset + position)
+            self.stream.write(slab.data.cast("B") if slab.size else b"")
+            self.stream.flush()
+
+    def close(self):
+        """Finish: the process that created the file renames it to its path, the others let go."""
+        with _disk_errors(self.path):
+            os.fsync(self.stream.fileno())
+            self.stream.close()
+            if self.owner:
+                os.replace(self.temporary, self.path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is None:
+            return self.close()
+        self.stream.close()
+        if self.owner:
+            os.remove(self.temporary)
+
+
+def create_volume(path, shape, dtype, voxel_size=None, max_value=255, attach=False):
+    """Create a .tif or .mrc file for a volume larger than memory: a VolumeWriter, to use in `with`.
+
+    shape (Z, Y, X), or (Z, C, Y, X) for a TIFF of several channels; dtype uint8, uint16 or float32;
+    voxel_size (z, y, x) in nm or None. The voxels go to a temporary file beside path, renamed when
+    the block ends and removed when it ends by an exception. Several processes can fill one file:
+    the first creates it, then the others call this with attach=True, and the first may leave the
+    block only after the others have. MRC has no unsigned bytes: uint8 is stored as int8 where
+    max_value <= 127, else as uint16. TIFF carries ImageJ metadata, or OME above 4 GB. Raises
+    InputError where the folder is missing or the disk too small, before anything is written.
+    """
+    path, shape, dtype = os.fspath(path), tuple(shape), np.dtype(dtype)
+    extension = os.path.splitext(path)[1].lower()
+    is_mrc = extension in MRC_EXTENSIONS
+    if is_mrc and dtype == np.uint8:
+        dtype = np.dtype(np.int8 if max_value <= 127 else np.uint16)
+    if not is_mrc and extension not in TIFF_EXTENSIONS:
+        raise InputError(f"{path}: cannot write files of type '{extension}'; wanted .tif or .mrc")
+    temporary = _temporary(path)
+    if not attach:
+        folder = os.path.dirname(temporary) or "."
+        if not os.path.isdir(folder):
+            raise InputError(f"{path}: the folder {folder} does not exist")
+        need, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(folder).free
+        if need > free:
+            raise InputError(f"{path}: needs {need / 2**30:.2f} GiB but the disk has "
+                             f"{free / 2**30:.2f} GiB free; make room or choose another folder")
+        with _disk_errors(path):
+            (_create_mrc if is_mrc else _create_tiff)(temporary, shape, dtype, voxel_size)
+    return VolumeWriter(path, dtype, shape, _data_offset(temporary, is_mrc), owner=not attach)
+
+
+def _temporary(path):
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.tmp")
+
+
+@contextlib.contextmanager
+def _disk_errors(path):
+    """An OSError inside, such as a full disk, becomes an InputError that names path."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); is there room "
+                         "on the disk and the right to write?") from error
+
+
+def _create_tiff(file, shape, dtype, voxel_size):
+    """Header and room for the voxels, which stay unwritten; little-endian, contiguous."""
+    z, y, x = voxel_size or (1.0, 1.0, 1.0)
+    options = {"axes": "ZYX" if len(shape) == 3 else "ZCYX"}
+    big = math.prod(shape) * dtype.itemsize > 2**32 - 2**26
+    if voxel_size and big:
+        options |= {f"PhysicalSize{axis}": side for axis, side in zip("ZYX", (z, y, x))}
+        options |= {f"PhysicalSize{axis}Unit": "nm" for axis in "ZYX"}
+    elif voxel_size:
+        options |= {"spacing": z, "unit": "nm"}
+    tifffile.imwrite(file, shape=shape, dtype=dtype, byteorder="<", imagej=not big, ome=big,
+                     bigtiff=big, photometric="minisblack", metadata=options,
+                     resolution=(1 / x, 1 / y) if voxel_size else None,
+                     resolutionunit=1)
+
+
+def _create_mrc(file, shape, dtype, voxel_size):
+    mode = {"int8": 0, "int16": 1, "float32": 2, "uint16": 6}[dtype.name]
+    with mrcfile.new_mmap(file, shape, mrc_mode=mode, overwrite=True) as mrc:
+        if voxel_size:
+            mrc.voxel_size = tuple(side * 10 for side in reversed(voxel_size))  # x, y, z in Å
+
+
+def _data_offset(file, is_mrc):
+    """Byte at which the voxels of a file made by create_volume begin."""
+    if is_mrc:
+        return 1024
+    with tifffile.TiffFile(file) as tif:
+        return tif.pages[0].dataoffsets[0]
+
+
+# ==================================================================================================
+# Phantom: a synthetic electron-microscopy volume with exact labels
+# ==================================================================================================
+
+PHANTOM_CLASSES = ["background", "membrane", "nucleus", "mitochondrion", "vesicle"]
+BACKGROUND, MEMBRANE, NUCLEUS, MITOCHONDRION, VESICLE = range(5)
+
+# Lengths in nm. Organelles have their real sizes; the soma is shrunk to fit the field of view.
+WARP_AMPLITUDE, WARP_SCALE = 50, 150    # deformation of the tissue
+NEURITE_RADIUS, NEURITE_HALF_LENGTH = (60, 380), (50, 700)
+NEURITES_PER_UM3 = 5
+LEAFLET = 9                             # a plasma membrane with its stain
+CLEFT = 14                              # widest half extracellular gap
+WALL, ENVELOPE = 11, 18                 # membranes of an organelle, of the nucleus
+CLEARANCE = 22                          # cytoplasm left between two structures
+ROUNDING = 14                           # radius to which moulded corners are rounded
+MITO_RADIUS, MITO_HALF_LENGTH, CRISTA_PERIOD = (75, 140), (80, 420), 42
+VESICLE_RADIUS, VESICLES_PER_CLUSTER, CLUSTER_SPREAD = (20, 30), 80, 75
+LYSOSOME_RADIUS = (40, 75)
+RIBOSOME = 11
+BEAM = 5                                # sigma of the in-plane point spread function
+
+# Fractions of the volume, and mean grey levels before blur and noise.
+MITO_FRACTION, VESICLE_FRACTION, LYSOSOME_FRACTION = (0.075, 0.115), 0.014, 0.004
+GREY_CYTOPLASM, GREY_CLEFT, GREY_MEMBRANE = 172, 185, 62
+GREY_NUCLEOPLASM, GREY_CHROMATIN = 160, 108
+GREY_MATRIX, GREY_CRISTA, GREY_LUMEN, GREY_LYSOSOME, GREY_ER = 128, 84, 188, 72, 95
+ELECTRONS_PER_GREY = 0.75               # dose: sets the shot noise
+
+
+@dataclass
+class Tissue:
+    """A volume while it is being drawn; every array is (Z, Y, X) unless noted.
+
+    position (3, Z, Y, X): where each voxel lies in the undeformed tissue, nm. Shapes are simple
+    there; sampling them at warped positions bends them together, so neighbours keep fitting.
+    free: distance in nm to the nearest structure drawn so far, negative inside it. A new organelle
+    only takes free voxels, so labels cannot overlap.
+    """
+    voxel_size: np.ndarray
+    position: np.ndarray
+    cell: np.ndarray
+    axes: np.ndarray                    # (cells, 3), unit vector along each cell
+    free: np.ndarray
+    grey: np.ndarray
+    label: np.ndarray
+
+    def around(self, voxel, reach):
+        """Slices of the box of half width `reach` nm around a voxel."""
+        half = np.ceil(reach / self.voxel_size).astype(int)
+        low, high = np.maximum(voxel - half, 0), np.minimum(voxel + half + 1, self.cell.shape)
+        return tuple(slice(a, b) for a, b in zip(low, high))
+
+    def mould(self, depth, box, cell, clearance):
+        """Shrink a shape to the free space of its cell: a smooth minimum, which rounds corners."""
+        room = np.where(self.cell[box] == cell, self.free[box] - clearance, -np.inf)
+        return -ROUNDING * np.logaddexp(-depth / ROUNDING, -room / ROUNDING)
+
+    def draw(self, box, depth, grey, class_id, wall=WALL):
+        """Fill depth > 0 (nm inside the surface) with `grey` behind a dark wall; mark it taken."""
+        inside = depth > 0
+        stain = np.exp(-((depth / wall - 0.5) ** 2) * 3)
+        self.grey[box][inside] = (grey + (GREY_MEMBRANE - grey) * stain)[inside]
+        self.label[box][inside] = class_id
+        np.minimum(self.free[box], -depth, out=self.free[box])
+
+
+def smooth_noise(shape, scale, voxel_size, rng):
+    """Gaussian random field (Z, Y, X) float32, mean 0, variance 1, correlated over `scale` nm.
+
+    Random knots times separable Gaussian bumps: three small matrix products, whatever the scale.
+    """
+    bumps = []
+    for size, step in zip(shape, voxel_size):
+        pitch = max(scale, step)
+        knots = np.arange(-3, size * step / pitch + 4)
+        bump = np.exp(-((np.arange(size)[:, None] * step / pitch - knots) ** 2))
+        bumps.append((bump / np.linalg.norm(bump, axis=1, keepdims=True)).astype(np.float32))
+    field = rng.standard_normal([bump.shape[1] for bump in bumps], dtype=np.float32)
+    return bumps[1] @ np.tensordot(bumps[0], field, 1) @ bumps[2].T
+
+
+def surface_distance(field, voxel_size, slope):
+    """Distance in nm from the zero surface of a field, to first order |f| / |grad f|.
+
+    slope: (low, high) bounds on |grad f| per nm, which keep jumps of f from posing as surfaces.
+    """
+    squared = np.zeros_like(field)
+    for axis, step in enumerate(voxel_size):
+        if field.shape[axis] > 1:
+            squared += np.gradient(field, step, axis=axis) ** 2
+    return np.abs(field) / np.clip(np.sqrt(squared), *slope)
+
+
+def partition(position, extent, voxel_size, rng):
+    """Fill space with cells: each voxel belongs to the nearest of many capsules (neurites).
+
+    Cell 0 is the soma, a large ball. Returns cell (Z, Y, X), border distance (Z, Y, X) in nm,
+    axes (cells, 3), the soma's centre and radius.
+    """
+    field = min(extent[1:])
+    soma, soma_radius = extent * rng.uniform([0.4, 0.2, 0.2], [0.6, 0.8, 0.8]), 0.3 * field
+    margin = NEURITE_RADIUS[1]
+    count = int(NEURITES_PER_UM3 * np.prod((extent + 2 * margin) / 1000)) + 1
+    axes = rng.normal(size=(count, 3))
+    axes /= np.linalg.norm(axes, axis=1, keepdims=True)
+    centres = rng.uniform(-margin, extent + margin, (count, 3))
+    radii, halves = rng.uniform(*NEURITE_RADIUS, count), rng.uniform(*NEURITE_HALF_LENGTH, count)
+
+    nearest = np.linalg.norm(position - soma[:, None, None, None], axis=0) - soma_radius
+    second, cell = np.full_like(nearest, 1e4), np.zeros(nearest.shape, np.int16)
+    rival = np.full_like(cell, -1)
+    for i in range(1, count):
+        reach = np.abs(axes[i]) * halves[i] + 2 * margin
+        low = np.maximum((centres[i] - reach) / voxel_size, 0).astype(int)
+        high = np.maximum((centres[i] + reach) / voxel_size, 0).astype(int)
+        box = tuple(slice(a, b) for a, b in zip(low, high))
+        axis = axes[i].astype(np.float32)
+        offset = position[(slice(None), *box)] - centres[i][:, None, None, None].astype(np.float32)
+        along = np.clip(np.tensordot(axis, offset, 1), -halves[i], halves[i])
+        offset -= along * axis[:, None, None, None]            # from the nearest point of the core
+        distance = np.sqrt((offset ** 2).sum(0)) - radii[i]
+        wins, places = distance < nearest[box], distance < second[box]
+        rival[box] = np.where(wins, cell[box], np.where(places, i, rival[box]))
+        second[box] = np.where(wins, nearest[box], np.minimum(second[box], distance))
+        nearest[box] = np.where(wins, distance, nearest[box])
+        cell[box] = np.where(wins, i, cell[box])
+    # signed by cell order, the difference passes smoothly through zero at the border
+    signed = np.where(cell < rival, second - nearest, nearest - second)
+    return cell, surface_distance(signed, voxel_size, (0.6, 1.8)), axes, soma, soma_radius
+
+
+def grow_cells(shape, voxel_size, rng):
+    """Cells, their cytoplasm and plasma membranes. Returns a Tissue, soma centre and radius."""
+    grid = np.indices(shape, dtype=np.float32) * voxel_size[:, None, None, None]
+    position = np.stack([axis + WARP_AMPLITUDE * smooth_noise(shape, WARP_SCALE, voxel_size, rng)
+                         for axis in grid])
+    cell, border, axes, soma, soma_radius = partition(
+        position, np.array(shape) * voxel_size, voxel_size, rng)
+
+    tone = rng.normal(0, 9, len(axes)) - 30 * (rng.random(len(axes)) < 0.12)   # some dark glia
+    tone[0] = 0
+    grain = smooth_noise(shape, RIBOSOME, voxel_size, rng)
+    clumps = smooth_noise(shape, 60, voxel_size, rng)
+    grey = (GREY_CYTOPLASM + tone[cell]).astype(np.float32)
+    grey -= 36 * np.maximum(grain + 0.4 * clumps - 0.8, 0) + 4 * clumps
+
+    # two leaflets; the cleft between them opens only here and there, else they look like one line
+    cleft = np.clip(CLEFT * (0.5 * smooth_noise(shape, 120, voxel_size, rng) - 0.1), 0, CLEFT)
+    stain = np.exp(-(((border - cleft - 0.4 * LEAFLET) / (0.7 * LEAFLET)) ** 2))
+    grey[border < cleft] = GREY_CLEFT
+    grey += (GREY_MEMBRANE - grey) * stain
+    free = border - cleft - LEAFLET
+    label = ((border >= cleft) & (free < 0)).astype(np.uint8) * MEMBRANE
+    return Tissue(voxel_size, position, cell, axes, free, grey, label), soma, soma_radius
+
+
+def add_nucleus(tissue, soma, soma_radius, rng):
+    """A nucleus in the soma: dark envelope, heterochromatin in patches that lean on it."""
+    shape, everywhere = tissue.cell.shape, np.s_[:, :, :]
+    radius = np.linalg.norm(tissue.position - soma[:, None, None, None], axis=0)
+    depth = tissue.mould(0.72 * soma_radius - radius, everywhere, 0, CLEARANCE)
+    patches = smooth_noise(shape, 55, tissue.voxel_size, rng) + 1.8 * np.exp(-depth / 45) - 0.9
+    mottle = smooth_noise(shape, 14, tissue.voxel_size, rng)
+    grey = GREY_NUCLEOPLASM + (GREY_CHROMATIN - GREY_NUCLEOPLASM) * np.clip(2 * patches, 0, 1)
+    tissue.draw(everywhere, depth, grey + 9 * mottle, NUCLEUS, ENVELOPE)
+
+
+def add_mitochondria(tissue, rng, tries=4000):
+    """Bent capsules moulded by their cell, filled with lamellae that follow the capsule's axis."""
+    filled, (low, high) = 0, np.array(MITO_FRACTION) * tissue.cell.size
+    for voxel in rng.integers(tissue.cell.shape, size=(tries, 3)):
+        radius, half_length = rng.uniform(*MITO_RADIUS), rng.uniform(*MITO_HALF_LENGTH)
+        bend, tilt = rng.uniform(0, 0.0007), rng.uniform(-0.6, 0.6)
+        frame = rng.normal(size=(3, 3))
+        own = tissue.cell[tuple(voxel)]
+        if filled >= low or tissue.free[tuple(voxel)] < 0.5 * radius + CLEARANCE:
+            continue
+        frame[:, 0] = 0.25 * frame[:, 0] + tissue.axes[own]        # it runs along the neurite
+        frame = np.linalg.qr(frame)[0].T.astype(np.float32)
+        reach = half_length + radius + bend * half_length ** 2 + 4 * WARP_AMPLITUDE
+        box = tissue.around(voxel, reach)
+        origin = tissue.position[(slice(None), *voxel)].reshape(3, 1, 1, 1)
+        offset = tissue.position[(slice(None), *box)] - origin
+        along, side, third = np.tensordot(frame, offset, 1)
+        side = side + bend * along ** 2
+        beyond = np.maximum(np.abs(along) - half_length, 0)
+        depth = radius - np.sqrt(beyond ** 2 + side ** 2 + third ** 2)
+        wanted = (depth > 0).sum()
+        depth = tissue.mould(depth, box, own, CLEARANCE)
+        taken = (depth > 0).sum()
+        if taken < 0.6 * wanted or filled + taken > high:
+            continue
+        filled += taken
+        phase = (along * np.cos(tilt) + side * np.sin(tilt)) / CRISTA_PERIOD
+        crista = (0.5 + 0.5 * np.sin(2 * np.pi * phase)) ** 2
+        grey = GREY_MATRIX + rng.normal(0, 6) + (GREY_CRISTA - GREY_MATRIX) * crista
+        tissue.draw(box, depth, grey, MITOCHONDRION)
+
+
+def add_balls(tissue, voxels, radius_range, grey, class_id, rng, most=np.inf):
+    """Draw a ball at each voxel whose surroundings are free; returns the voxels filled."""
+    filled = 0
+    for voxel in voxels[((voxels >= 0) & (voxels < tissue.cell.shape)).all(1)]:
+        radius = rng.uniform(*radius_range)
+        if filled >= most or tissue.free[tuple(voxel)] < radius + 3:
+            continue
+        box = tissue.around(voxel, radius + CLEARANCE)
+        # measured in the unwarped grid: surface tension keeps a vesicle round
+        squared = sum(((axis - centre) * step) ** 2
+                      for axis, centre, step in zip(np.ogrid[box], voxel, tissue.voxel_size))
+        depth = np.minimum(radius - np.sqrt(squared), tissue.free[box])
+        tissue.draw(box, depth, grey, class_id)
+        filled += (depth > 0).sum()
+    return filled
+
+
+def add_vesicles(tissue, rng, tries=2000):
+    """Clusters of small round vesicles: dark rim, bright lumen."""
+    wanted = VESICLE_FRACTION * tissue.cell.size
+    for centre in rng.integers(tissue.cell.shape, size=(tries, 3)):
+        scatter = rng.normal(0, CLUSTER_SPREAD, (VESICLES_PER_CLUSTER, 3)) / tissue.voxel_size
+        if wanted > 0 and tissue.free[tuple(centre)] > 60 and tissue.cell[tuple(centre)] > 0:
+            voxels = centre + np.round(scatter).astype(int)
+            wanted -= add_balls(tissue, voxels, VESICLE_RADIUS, GREY_LUMEN, VESICLE, rng, wanted)
+
+
+def add_distractors(tissue, rng):
+    """What is left unlabelled: dark lysosomes, endoplasmic reticulum in the free cytoplasm."""
+    shape, voxel_size = tissue.cell.shape, tissue.voxel_size
+    add_balls(tissue, rng.integers(shape, size=(40, 3)), LYSOSOME_RADIUS, GREY_LYSOSOME,
+              BACKGROUND, rng, most=LYSOSOME_FRACTION * tissue.cell.size)
+    sheet = surface_distance(smooth_noise(shape, 110, voxel_size, rng), voxel_size, (0.004, 1))
+    patch = smooth_noise(shape, 130, voxel_size, rng) > 0.7
+    double_line = np.exp(-(((sheet - WALL) / (0.5 * WALL)) ** 2))
+    fade = np.clip(tissue.free / CLEARANCE, 0, 1) * patch
+    tissue.grey += (GREY_ER - tissue.grey) * double_line * fade
+
+
+def expose(grey, voxel_size, rng):
+    """Image of a grey volume: shading, section and beam blur, shot and detector noise -> uint8."""
+    shape = grey.shape
+    field = max(shape[1:]) * voxel_size[1]
+    grey = ndimage.gaussian_filter(grey, (0.4, BEAM / voxel_size[1], BEAM / voxel_size[2]))
+    grey += 6 * smooth_noise(shape, field / 3, voxel_size, rng)
+    grey *= rng.normal(1, 0.025, (shape[0], 1, 1)).astype(np.float32)       # section thickness
+    image = rng.poisson(np.maximum(grey, 0) * ELECTRONS_PER_GREY) / ELECTRONS_PER_GREY
+    streaks = rng.standard_normal(shape, dtype=np.float32)
+    image += 8 * ndimage.gaussian_filter1d(streaks, 1, axis=2)              # along the scan line
+    return np.clip(np.round(image), 0, 255).astype(np.uint8)
+
+
+def phantom(shape, voxel_size=(20, 8, 8), seed=0):
+    """Synthetic EM volume of neural tissue with exact labels.
+
+    shape (Z, Y, X), Z from 1, Y and X from about 96; voxel_size (z, y, x) in nm. Returns image
+    (Z, Y, X) uint8 and label (Z, Y, X) uint8, ids in the order of PHANTOM_CLASSES. Structures are
+    solid shapes in 3D: slices are cuts through them. Same arguments, same bits.
+    """
+    rng = np.random.default_rng(seed)
+    voxel_size = np.array(voxel_size, np.float32)
+    tissue, soma, soma_radius = grow_cells(tuple(shape), voxel_size, rng)
+    add_nucleus(tissue, soma, soma_radius, rng)
+    add_mitochondria(tissue, rng)
+    add_vesicles(tissue, rng)
+    add_distractors(tissue, rng)
+    return expose(tissue.grey, voxel_size, rng), tissue.label
+
+
+# ==================================================================================================
+# Patches: random crops, as uint8, and what turns them into network input
+# ==================================================================================================
+
+POINTS_PER_SLICE = 1000     # foreground voxels remembered per class and annotated slice
+
+
+class Patches(torch.utils.data.Dataset):
+    """Random crops of volumes and of their labels, both uint8: an endless, reproducible stream.
+
+    images: lazy uint8 arrays (Z, Y, X). labels: lazy label arrays of the same shapes, or None.
+    patch_size: (Y, X) for 2D crops, (Z, Y, X) for 3D ones. slices: for each volume, the z that
+    crops are centred on (default: all). foreground: the share of crops that must hold at least one
+    foreground voxel, its class drawn uniformly, then the slice, then the voxel.
+
+    Item i is `image` or `(image, label)`, tensors of the patch's shape. It depends on (seed, i)
+    alone: the number of workers and a resumed run change nothing.
+    Raises InputError where a patch is larger than a volume or no slice is left to draw from.
+    """
+
+    def __init__(self, images, labels=None, patch_size=(512, 512), slices=None, foreground=0.0,
+                 seed=(0,)):
+        self.images, self.labels, self.seed = images, labels, seed
+        self.patch_size = (1,) * (3 - len(patch_size)) + tuple(patch_size)
+        self.flat = len(patch_size) == 2
+        for image in images:
+            if any(p > s for p, s in zip(self.patch_size, image.shape)):
+                raise InputError(
+                    f"{image.path}: patches of {format_shape(patch_size)} do not fit into "
+                    f"{format_shape(image.shape)} voxels (after --downsample); give a smaller "
+                    f"--patch-size")
+        slices = slices if slices is not None else [range(len(image)) for image in images]
+        self.slices = [(v, int(z)) for v, zs in enumerate(slices) for z in zs]
+        if not self.slices:
+            raise InputError("no slice is left to draw patches from; check --label-slices and "
+                             "--val-slices")
+        self.foreground = foreground
+        self.points = self._foreground_points() if foreground else []
+
+    def _foreground_points(self):
+        """For each foreground class: a list of (volume, z, voxels (N, 2) of y, x)."""
+        rng = np.random.default_rng(self.seed)
+        points = {}
+        for v, z in self.slices:
+            label = self.labels[v][z]
+            for value in np.setdiff1d(label, [0, IGNORE]):
+                found = np.flatnonzero(label == value)
+                chosen = rng.choice(found, min(len(found), POINTS_PER_SLICE), replace=False)
+                yx = np.stack(np.unravel_index(chosen, label.shape), axis=1).astype(np.int32)
+                points.setdefault(int(value), []).append((v, z, yx))
+        return [points[value] for value in sorted(points)]
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng((*self.seed, index))
+        if self.points and rng.random() < self.foreground:
+            of_class = self.points[rng.integers(len(self.points))]
+            v, z, voxels = of_class[rng.integers(len(of_class))]
+            centre = np.array([z, *voxels[rng.integers(len(voxels))]])
+        else:
+            v, z = self.slices[rng.integers(len(self.slices))]
+            centre = np.array([z, *rng.integers(self.images[v].shape[1:])])
+        shape, size = np.array(self.images[v].shape), np.array(self.patch_size)
+        start = np.clip(centre - rng.integers(size), 0, shape - size)
+        window = tuple(slice(a, a + p) for a, p in zip(start.tolist(), self.patch_size))
+        image = self._crop(self.images[v], window)
+        return (image, self._crop(self.labels[v], window)) if self.labels else image
+
+    def _crop(self, array, window):
+        crop = torch.from_numpy(array[window])
+        return crop[0] if self.flat else crop
+
+
+def batches(patches, batch_size, start, stop, workers=0, rank=0, world=1, pin_memory=False):
+    """Yield the batches of training steps start..stop-1: uint8 tensors (B, Y, X) or (B, Z, Y, X).
+
+    The batch of a step is the same wherever the run (re)starts; ranks draw different crops.
+    """
+    windows = [range((step * world + rank) * batch_size, (step * world + rank + 1) * batch_size)
+               for step in range(start, stop)]
+    return iter(torch.utils.data.DataLoader(
+        patches, batch_sampler=windows, num_workers=workers, pin_memory=pin_memory))
+
+
+def measure_normalization(images, slices, mode):
+    """Mean and standard deviation of the training slices: {"mode", "mean", "std"}, in grey levels.
+
+    `zscore` and `equalize` average each slice's mean and standard deviation over at most 32 slices
+    (Pagano 2023, authors' code); `unit` maps 0..255 to 0..1.
+    """
+    if mode == "unit":
+        return {"mode": mode, "mean": 0.0, "std": 255.0}
+    chosen = [(image, z) for image, zs in zip(images, slices) for z in zs]
+    chosen = chosen[:: math.ceil(len(chosen) / 32)]
+    stats = np.array([(s.mean(), s.std()) for s in (image[z] for image, z in chosen)])
+    mean, std = stats.mean(axis=0)
+    return {"mode": mode, "mean": float(mean), "std": float(max(std, 1e-3))}
+
+
+def normalize(image, normalization):
+    """Grey levels 0..255 (B, ...) of any dtype -> float32 (B, 1, ...), on the image's device."""
+    return (image[:, None].float() - normalization["mean"]) / normalization["std"]
+
+
+# ==================================================================================================
+# Augmentation: one composed sampling grid per batch, on the device
+# ==================================================================================================
+
+
+def piecewise_affine_displacement(batch, size, device, scale=(0.01, 0.05), cells=4):
+    """Displacement (B, H, W, 2) in pixels (x, y) of a jittered coarse grid of points.
+
+    Each of cells x cells points moves by N(0, s * side); s is drawn from `scale` for each image.
+    Between the points the displacement is interpolated linearly.
+    """
+    H, W = size
+    strength = torch.empty(batch, 1, 1, 1, device=device).uniform_(*scale)
+    side = torch.tensor([W, H], device=device).view(1, 2, 1, 1)
+    jitter = torch.randn(batch, 2, cells, cells, device=device) * strength * side
+    field = F.interpolate(jitter, size=size, mode="bilinear", align_corners=True)
+    return field.permute(0, 2, 3, 1)
+
+
+def elastic_displacement(batch, size, device, amplitude=20.0, sigma=0.6, pitch=40):
+    """Displacement (B, H, W, 2) in pixels (x, y): smoothed uniform noise on a coarse grid.
+
+    Noise in (-1, 1) every `pitch` pixels, smoothed by a Gaussian of `sigma` grid steps, times
+    `amplitude` pixels, enlarged with cubic interpolation (Guay 2021, authors' code).
+    """
+    coarse = [math.ceil(side / pitch) + 1 for side in size]
+    noise = torch.empty(batch * 2, 1, *coarse, device=device).uniform_(-1, 1)
+    radius = max(1, math.ceil(3 * sigma))
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=device) / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    noise = F.pad(noise, (radius,) * 4, mode="replicate")
+    noise = F.conv2d(F.conv2d(noise, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+    field = F.interpolate(noise, size=size, mode="bicubic", align_corners=True) * amplitude
+    return field.view(batch, 2, *size).permute(0, 2, 3, 1)
+
+
+def sampling_grid(batch, size, device, flip=False, rot90=False, rotation=0.0, scale=0.0, shear=0.0,
+                  displacement=None):
+    """Grid (B, H, W, 2) for grid_sample that composes all geometric augmentation of a batch.
+
+    flip: each axis with probability 1/2. rot90: quarter turns (half turns where H != W).
+    rotation: degrees, drawn from (-rotation, rotation]. scale: zoom drawn from 1 +- scale.
+    shear: degrees, drawn like the rotation. displacement (B, H, W, 2): pixels, added on top.
+    """
+    H, W = size
+
+    def uniform(limit):
+        return torch.empty(batch, device=device).uniform_(-limit, limit)
+
+    turns = torch.randint(0, 4 if H == W else 2, (batch,), device=device) * int(rot90)
+    angle = torch.deg2rad(uniform(rotation)) + turns * (math.pi / 2 if H == W else math.pi)
+    cos, sin, skew = angle.cos(), angle.sin(), torch.deg2rad(uniform(shear)).tan()
+    signs = torch.randint(0, 2, (batch, 2), device=device) * 2 - 1 if flip else 1
+    turn = torch.stack([cos, -sin, sin, cos], dim=1).view(batch, 2, 2)
+    turn = turn + skew.view(-1, 1, 1) * turn[:, :, :1] * turn.new_tensor([0.0, 1.0])
+    turn = turn / (1 + uniform(scale)).view(-1, 1, 1)
+    turn = turn * (signs[:, None] if flip else 1)
+    y = torch.arange(H, device=device) - (H - 1) / 2
+    x = torch.arange(W, device=device) - (W - 1) / 2
+    pixel = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+    pixel = torch.einsum("hwj,bij->bhwi", pixel, turn)
+    if displacement is not None:
+        pixel = pixel + displacement
+    return pixel * 2 / pixel.new_tensor([W, H])
+
+
+def warp(image, grid, mode):
+    """Sample image (B, H, W) at grid (B, H, W, 2), float32; mode bilinear, or nearest for labels.
+
+    What lies outside is mirrored, so that image and label stay a true pair up to the border.
+    """
+    return F.grid_sample(image[:, None].float(), grid, mode=mode, padding_mode="reflection",
+                         align_corners=False)[:, 0]
+
+
+def augment(image, label, normalization, brightness=0.0, contrast=0.0, **geometry):
+    """A batch of uint8 crops -> normalised, augmented network input, all on the crops' device.
+
+    image (B, H, W) uint8; label (B, H, W) uint8 or None; geometry: see sampling_grid.
+    brightness: shift drawn from +- this share of the grey range; contrast: factor from 1 +- this.
+    Returns image (B, 1, H, W) float32 and label (B, H, W) int64 or None.
+    """
+    B, H, W = image.shape
+    if geometry:
+        grid = sampling_grid(B, (H, W), image.device, **geometry)
+        image = warp(image, grid, "bilinear")
+        label = None if label is None else warp(label, grid, "nearest")
+    image = normalize(image, normalization)
+    if contrast:
+        image = image * (1 + image.new_empty(B, 1, 1, 1).uniform_(-contrast, contrast))
+    if brightness:
+        shift = image.new_empty(B, 1, 1, 1).uniform_(-brightness, brightness)
+        image = image + shift * (255 / normalization["std"])
+    return image, None if label is None else label.long()
+
+
+def cutmix_boxes(batch, size, device, area=(0.25, 0.5)):
+    """One random box per image: bool (B, 1, H, W), True inside (Pagano 2023, section 2.4.2).
+
+    The box covers a share p of the image, p uniform in `area`; its height is p^u of the image's,
+    u uniform in (0, 1), so its width is p^(1-u); it lies wholly inside at a uniform place.
+    """
+    H, W = size
+    p = torch.empty(batch, device=device).uniform_(*area)
+    u = torch.rand(batch, device=device)
+    height, width = (p**u * H).round(), (p ** (1 - u) * W).round()
+    top = (torch.rand(batch, device=device) * (H - height + 1)).floor().view(-1, 1, 1)
+    left = (torch.rand(batch, device=device) * (W - width + 1)).floor().view(-1, 1, 1)
+    y = torch.arange(H, device=device).view(1, -1, 1)
+    x = torch.arange(W, device=device).view(1, 1, -1)
+    inside_y = (y >= top) & (y < top + height.view(-1, 1, 1))
+    inside_x = (x >= left) & (x < left + width.view(-1, 1, 1))
+    return (inside_y & inside_x)[:, None]
+
+
+# ==================================================================================================
+# Layers
+# ==================================================================================================
+
+
+def conv_block(channels, norm="batch", padding=1):
+    """3x3 convolution (+ normalisation) + ReLU for each step of channels (in, ..., out)."""
+    layers = []
+    for c_in, c_out in zip(channels[:-1], channels[1:]):
+        layers.append(nn.Conv2d(c_in, c_out, 3, padding=padding))
+        if norm == "batch":
+            layers.append(nn.BatchNorm2d(c_out))
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
+class BilinearUp(nn.Module):
+    """(B, C, H, W) -> (B, C, 2H, 2W), bilinear with aligned corners."""
+
+    def forward(self, x):
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+def crop_like(x, reference):
+    """The centre of x (B, C, H, W) at the spatial size of reference."""
+    (H, W), (h, w) = x.shape[-2:], reference.shape[-2:]
+    top, left = (H - h) // 2, (W - w) // 2
+    return x[..., top : top + h, left : left + w]
+
+
+# ==================================================================================================
+# Networks: (in_channels, out_channels, width=None) -> module; attributes stride, margin, offset
+# ==================================================================================================
+
+
+class UNet(nn.Module):
+    """U-Net (Ronneberger 2015) with the options of the five papers' plain U-Nets.
+
+    (B, in_channels, H, W) -> logits (B, out_channels, H - 2 margin, W - 2 margin). width: filters
+    of the first level, doubling with each level. Sides n must satisfy n % stride == offset.
+
+    | paper | options | parameters |
+    | --- | --- | --- |
+    | train_sparse.py (default) | | 7,701,825 (1 in, 1 out) |
+    | train_partial.py | width=32, levels=5, norm=None | 7,759,653 (1 in, 5 out) |
+    | train_2d3d.py, baseline | levels=5, norm=None, padding=0 | 31,030,983 (1 in, 7 out) |
+    | train_cps.py, "ResUNet" | up="bilinear" | 4,283,201 (1 in, 1 out) |
+
+    up="bilinear" halves the deepest level and narrows before each enlargement instead of after it.
+    padding=0 gives the original's valid convolutions: margin pixels are lost on each side.
+    """
+
+    def __init__(self, in_channels, out_channels, width=None, levels=4, norm="batch",
+                 up="transposed", padding=1):
+        super().__init__()
+        widths = [(width or 64) * 2**level for level in range(levels)]
+        if up == "bilinear":
+            widths[-1] //= 2
+        self.encoder = nn.ModuleList(conv_block((c_in, c, c), norm, padding)
+                                     for c_in, c in zip([in_channels, *widths], widths))
+        self.pool = nn.MaxPool2d(2)
+        self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
+        c_in = widths[-1]
+        for level in reversed(range(levels - 1)):
+            c = widths[level]
+            if up == "bilinear":
+                c_out = widths[max(level - 1, 0)]
+                self.up.append(BilinearUp())
+                self.decoder.append(conv_block((c + c_in, c, c_out), norm, padding))
+            else:
+                c_out = c
+                self.up.append(nn.ConvTranspose2d(c_in, c, 2, stride=2))
+                self.decoder.append(conv_block((c + c, c, c_out), norm, padding))
+            c_in = c_out
+        self.head = nn.Conv2d(c_in, out_channels, 1)
+        self.stride = 2 ** (levels - 1)
+        # Two valid convolutions lose 4 pixels on each level, seen at full size 4 * 2^level.
+        self.offset = 0 if padding else 4 * (self.stride - 1) % self.stride
+        self.margin = 0 if padding else 6 * self.stride - 4
+
+    def forward(self, x):
+        skips = []
+        for block in self.encoder:
+            x = block(self.pool(x) if skips else x)
+            skips.append(x)
+        skips.pop()
+        for up, block in zip(self.up, self.decoder):
+            x = up(x)
+            x = block(torch.cat([crop_like(skips.pop(), x), x], dim=1))
+        return self.head(x)
+
+
+def ResUNet(in_channels, out_channels, width=None):
+    """The "ResUNet" of Pagano 2023: in the authors' code a bilinear U-Net without residuals."""
+    return UNet(in_channels, out_channels, width, up="bilinear")
+
+
+NETWORKS = {"unet": UNet, "resunet": ResUNet}
+
+
+def count_parameters(network):
+    """Trainable parameters of a module."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+# ==================================================================================================
+# Losses: logits (B, C, H, W) or (B, C, Z, H, W), label (B, ...) int64 with IGNORE; scalars
+# ==================================================================================================
+
+
+def probabilities(logits):
+    """float32 probabilities of (B, C, ...) logits: sigmoid for one channel, else softmax."""
+    logits = logits.float()
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
+
+
+def class_ids(prob, threshold=0.5):
+    """Class ids (B, ...) int64 of probabilities (B, C, ...): threshold one channel, else argmax."""
+    return (prob[:, 0] > threshold).long() if prob.shape[1] == 1 else prob.argmax(dim=1)
+
+
+def soft_dice_loss(logits, label, squared=False, smooth=1e-5):
+    """1 - soft Dice, summed over the whole batch for each foreground class, then averaged.
+
+    Dice = (2 sum p y + smooth) / (sum p + sum y + smooth) (Milletari 2016); with squared=True the
+    denominator is sum p^2 + sum y^2 (Pagano 2023, authors' code). IGNORE voxels count nowhere.
+    """
+    prob, valid = probabilities(logits), (label != IGNORE)[:, None]
+    if prob.shape[1] > 1:
+        prob = prob[:, 1:]                                              # (B, C - 1, ...)
+    classes = torch.arange(1, prob.shape[1] + 1, device=label.device)
+    classes = classes.view(1, -1, *[1] * (label.dim() - 1))
+    target = (label[:, None] == classes).float()
+    prob = prob * valid
+    dims = [d for d in range(prob.dim()) if d != 1]
+    overlap = (prob * target).sum(dims)
+    total = (prob.square() if squared else prob).sum(dims) + target.sum(dims)
+    return (1 - (2 * overlap + smooth) / (total + smooth)).mean()
+
+
+def cross_entropy(logits, label, weight=None):
+    """Mean cross entropy over annotated voxels: binary for one channel, else categorical.
+
+    weight: (B, ...) factors, or None. Computed from logits (log-sum-exp), stable for p near 0.
+    A batch without an annotated voxel gives 0, not NaN.
+    """
+    valid = label != IGNORE
+    target = label.masked_fill(~valid, 0)
+    if logits.shape[1] == 1:
+        loss = F.binary_cross_entropy_with_logits(
+            logits[:, 0].float(), target.float(), reduction="none")
+    else:
+        loss = F.cross_entropy(logits.float(), target, reduction="none")
+    loss = torch.where(valid, loss if weight is None else loss * weight, 0.0)
+    return loss.sum() / valid.sum().clamp(min=1)
+
+
+# ==================================================================================================
+# Inference: whole slices or blended tiles, eight views, slab by slab into a file
+# ==================================================================================================
+
+MAX_TILE = 1024             # longer slice sides are predicted in overlapping tiles
+OVERLAP = 0.25              # share of a tile that its neighbour covers too
+
+
+def network_side(network, side):
+    """The smallest side >= `side` that the network predicts (its margin already taken off)."""
+    stride, offset, margin = network.stride, network.offset, network.margin
+    return side + (offset - side - 2 * margin) % stride
+
+
+def check_patch_size(network, patch_size, name):
+    """Raise InputError, naming the nearest sides that fit, for sides the network cannot take."""
+    stride, offset = network.stride, network.offset
+    smallest = 2 * network.margin + 1
+    wrong = [s for s in patch_size[-2:] if s % stride != offset or s < smallest]
+    if wrong:
+        below = wrong[0] - (wrong[0] - offset) % stride
+        near = [s for s in (below, below + stride) if s >= max(smallest, stride)]
+        raise InputError(f"--patch-size {format_shape(patch_size)}: {name} takes sides of "
+                         f"{offset} + a multiple of {stride}; nearest to {wrong[0]}: "
+                         f"{' or '.join(map(str, near))}".replace("of 0 + a", "that are a"))
+
+
+def tile_starts(side, tile, overlap=OVERLAP):
+    """Evenly spaced starts of tiles that cover `side` and overlap by at least that share."""
+    if tile >= side:
+        return [0]
+    count = math.ceil((side - tile) / (tile * (1 - overlap))) + 1
+    return np.linspace(0, side - tile, count).round().astype(int).tolist()
+
+
+def blending_window(height, width, device=None):
+    """Weights (height, width) of a tile: squared sines, largest in the centre, never zero."""
+    sides = [torch.sin(math.pi * (torch.arange(n, device=device) + 0.5) / n) ** 2
+             for n in (height, width)]
+    return sides[0][:, None] * sides[1]
+
+
+def predict_slices(network, image, max_tile=MAX_TILE):
+    """Probabilities (B, C, H, W) float32 of normalised slices (B, 1, H, W) of any size.
+
+    Sides up to max_tile are predicted whole, longer ones in overlapping tiles that are blended.
+    Borders are mirrored up to a size that the network takes and cut off again.
+    """
+    H, W = image.shape[-2:]
+    margin = network.margin
+    tile_h, tile_w = [network_side(network, min(side, max_tile)) for side in (H, W)]
+    bottom, right = max(tile_h - H, 0), max(tile_w - W, 0)
+    image = mirror_pad(image, margin, bottom + margin, margin, right + margin)
+    starts = [(y, x) for y in tile_starts(H, tile_h) for x in tile_starts(W, tile_w)]
+    if len(starts) == 1:
+        return probabilities(network(image))[..., :H, :W]
+    window = blending_window(tile_h, tile_w, image.device)
+    total, weight = 0, torch.zeros(H + bottom, W + right, device=image.device)
+    for y, x in starts:
+        prob = probabilities(network(
+            image[..., y : y + tile_h + 2 * margin, x : x + tile_w + 2 * margin]))
+        if weight.count_nonzero() == 0:
+            total = prob.new_zeros(*prob.shape[:2], *weight.shape)
+        total[..., y : y + tile_h, x : x + tile_w] += prob * window
+        weight[y : y + tile_h, x : x + tile_w] += window
+    return (total / weight)[..., :H, :W]
+
+
+def mirror_pad(image, top, bottom, left, right):
+    """Pad (B, C, H, W) by mirroring, or by the border's values where the image is too small."""
+    H, W = image.shape[-2:]
+    fits = max(top, bottom) < H and max(left, right) < W
+    return F.pad(image, (left, right, top, bottom), mode="reflect" if fits else "replicate")
+
+
+def eight_views(predict, image):
+    """Mean prediction over the eight symmetries of the square: 4 turns x mirrored or not."""
+    total = 0
+    for turns in range(4):
+        view = torch.rot90(image, turns, (-2, -1))
+        total = total + torch.rot90(predict(view), -turns, (-2, -1))
+        prob = predict(view.flip(-1)).flip(-1)
+        total = total + torch.rot90(prob, -turns, (-2, -1))
+    return total / 8
+
+
+def slabs(image, pixels):
+    """Ranges (z0, z1) of slices that hold about `pixels` pixels each, at least one slice."""
+    step = max(1, pixels // (image.shape[1] * image.shape[2]))
+    return [(z, min(z + step, len(image))) for z in range(0, len(image), step)]
+
+
+def predict_volume(predict, image, writer, shape, downsample=1, probability=None, pixels=2**20,
+                   rank=0, world=1, progress=None):
+    """Predict a lazy uint8 volume slab by slab: memory depends on the slab, not on the volume.
+
+    predict: uint8 tensor (B, H, W) -> probabilities (B, C, H, W). image: what the network sees,
+    `downsample` times smaller in y and x than `shape` (Z, Y, X), the shape of the prediction;
+    probabilities are enlarged linearly. writer, probability: VolumeWriters of class ids and of
+    probabilities (Z, Y, X) of the one channel or (Z, C, Y, X). Ranks share the slabs.
+    """
+    step = max(1, pixels // (shape[1] * shape[2]))
+    starts = range(rank * step, shape[0], world * step)
+    for number, z in enumerate(starts):
+        slab = slice(z, min(z + step, shape[0]))
+        prob = predict(torch.from_numpy(image[slab]))
+        if downsample > 1:
+            prob = F.interpolate(prob, scale_factor=downsample, mode="bilinear")
+            prob = prob[..., : shape[1], : shape[2]]
+        writer[slab] = class_ids(prob).to(torch.uint8).cpu().numpy()
+        if probability is not None:
+            probability[slab] = (prob[:, 0] if prob.shape[1] == 1 else prob).cpu().numpy()
+        if progress:
+            progress(number + 1, len(starts))
+
+
+def score_slices(predict, image, label, classes, rank=0, world=1, batch=4):
+    """Confusion counts (N, K, K) of the N annotated slices of a lazy image and its Labels."""
+    counts = np.zeros((len(label.slices), len(classes), len(classes)), dtype=np.int64)
+    for start in range(rank * batch, len(label.slices), world * batch):
+        zs = label.slices[start : start + batch]
+        pred = class_ids(predict(torch.from_numpy(np.stack([image[z] for z in zs]))))
+        truth = np.stack([label[z] for z in zs])
+        counts[start : start + batch] = confusion(
+            pred.to(torch.uint8).cpu().numpy(), truth, len(classes))
+    if world > 1:
+        total = torch.from_numpy(counts)
+        torch.distributed.all_reduce(total)
+        counts = total.numpy()
+    return counts
+
+
+# ==================================================================================================
+# Metrics: streaming confusion counts and the scores that follow from them
+# ==================================================================================================
+
+
+def confusion(pred, label, n_classes):
+    """Confusion counts of slices: int64 (Z, n_classes, n_classes), [z, truth, prediction].
+
+    pred, label: uint8 (Z, Y, X), label with IGNORE, which is counted nowhere.
+    """
+    counts = np.zeros((len(label), n_classes, n_classes), dtype=np.int64)
+    for z, (p, l) in enumerate(zip(pred, label)):
+        index = l.astype(np.uint16) * n_classes + p
+        index[l == IGNORE] = n_classes * n_classes
+        found = np.bincount(index.ravel(), minlength=n_classes * n_classes + 1)
+        counts[z] = found[:-1].reshape(n_classes, n_classes)
+    return counts
+
+
+def _ratio(numerator, denominator):
+    """numerator / denominator as arrays, NaN where the denominator is 0."""
+    return np.divide(numerator, denominator, where=denominator > 0,
+                     out=np.full(np.shape(denominator), np.nan))
+
+
+def _nanmean(values, axis=None):
+    """Mean of what is not NaN; NaN, without a warning, where nothing is left."""
+    valid = ~np.isnan(values)
+    return _ratio(np.where(valid, values, 0).sum(axis), valid.sum(axis))
+
+
+def scores(counts, classes):
+    """Scores of one volume from its per-slice confusion counts (Z, K, K): the metrics.json block.
+
+    Per foreground class: Dice, IoU, precision, recall over the whole volume (3D); dice_slices, the
+    mean of the 2D Dice of the slices, where a slice without the class in truth and prediction
+    counts 1; the two `nonempty` variants leave out slices without the class in the truth
+    (Pagano 2023). dice and iou: means over foreground classes; miou: over all classes; accuracy.
+    Undefined values (the class is in neither truth nor prediction) are None.
+    """
+    tp = np.diagonal(counts, axis1=1, axis2=2).astype(float)                # (Z, K)
+    truth, pred = counts.sum(2), counts.sum(1)                              # (Z, K)
+    scored = counts.sum((1, 2)) > 0                                         # slices with any voxel
+    nonempty = truth > 0
+    dice_slice = _ratio(2 * tp, truth + pred)
+    dice_slice_all = np.where(np.isnan(dice_slice) & scored[:, None], 1.0, dice_slice)
+    TP, T, P = tp.sum(0), truth.sum(0), pred.sum(0)
+    values = {
+        "dice": _ratio(2 * TP, T + P), "iou": _ratio(TP, T + P - TP),
+        "precision": _ratio(TP, P), "recall": _ratio(TP, T), "tp": TP, "fp": P - TP, "fn": T - TP,
+        "dice_slices": _nanmean(dice_slice_all, 0),
+        "dice_nonempty": _ratio(2 * (tp * nonempty).sum(0), ((truth + pred) * nonempty).sum(0)),
+        "dice_slices_nonempty": _nanmean(np.where(nonempty, dice_slice, np.nan), 0),
+    }
+    per_class = {name: {key: _plain(value[k], count=key in ("tp", "fp", "fn"))
+                        for key, value in values.items()}
+                 for k, name in enumerate(classes) if k > 0}
+    return {
+        "per_class": per_class,
+        "dice": _plain(_nanmean(values["dice"][1:])), "iou": _plain(_nanmean(values["iou"][1:])),
+        "miou": _plain(_nanmean(values["iou"])), "accuracy": _plain(_ratio(TP.sum(), T.sum())),
+    }
+
+
+def _plain(value, count=False):
+    """A number as JSON takes it: None for NaN."""
+    return None if np.isnan(value) else int(value) if count else float(value)
+
+
+def mean_scores(volumes):
+    """Mean of the `scores` of several volumes; undefined values are left out of each mean."""
+    def mean(values):
+        return _plain(_nanmean(np.array(values, dtype=float)))
+
+    names = volumes[0]["per_class"]
+    per_class = {name: {key: mean([v["per_class"][name][key] for v in volumes])
+                        for key in volumes[0]["per_class"][name]} for name in names}
+    return {"per_class": per_class,
+            **{key: mean([v[key] for v in volumes]) for key in ("dice", "iou", "miou", "accuracy")}}
+
+
+def evaluate(prediction, label, classes, pixels=2**24):
+    """`scores` of two lazy volumes (Z, Y, X) of class ids, read slab by slab; also their voxels.
+
+    Raises InputError where the shapes differ or the prediction holds a class that does not exist.
+    """
+    if prediction.shape != label.shape:
+        raise InputError(f"{prediction.path}: the prediction has {format_shape(prediction.shape)} "
+                         f"voxels, its label {format_shape(label.shape)}")
+    counts, ignored = [], 0
+    for z0, z1 in slabs(label, pixels):
+        pred, truth = prediction[z0:z1], label[z0:z1]
+        if pred.max() >= len(classes):
+            raise InputError(f"{prediction.path}: holds class {pred.max()}, but there are "
+                             f"{len(classes)} classes")
+        counts.append(confusion(pred, truth, len(classes)))
+        ignored += truth.size - int(counts[-1].sum())
+    result = scores(np.concatenate(counts), classes)
+    return {"voxels": math.prod(label.shape), "ignored": ignored, **result}
+
+
+# ==================================================================================================
+# Figures
+# ==================================================================================================
+
+# Colour-blind-safe class colours (Okabe & Ito 2008); errors: TP green, FN red, FP blue.
+CLASS_COLORS = ["#e69f00", "#cc79a7", "#f0e442", "#56b4e9", "#d55e00", "#009e73", "#0072b2"]
+ERROR_COLORS = {"true positive": "#2ca02c", "false negative": "#d62728",
+                "false positive": "#1f77b4"}
+
+
+def _new_figure(**options):
+    """A matplotlib figure that needs no screen and no global state."""
+    import matplotlib.figure
+    return matplotlib.figure.Figure(layout="constrained", **options)
+
+
+def overlay(image, masks, colors, alpha=0.45):
+    """RGB float (Y, X, 3) of a grey uint8 image (Y, X) with coloured masks on top."""
+    import matplotlib.colors
+    rgb = np.repeat(image[..., None] / 255.0, 3, axis=2)
+    for mask, color in zip(masks, colors):
+        rgb[mask] = (1 - alpha) * rgb[mask] + alpha * np.array(matplotlib.colors.to_rgb(color))
+    return rgb
+
+
+def class_overlay(image, label, classes):
+    """The image with every foreground class of `label` in its fixed colour."""
+    masks = [label == k for k in range(1, len(classes))]
+    return overlay(image, masks, CLASS_COLORS * (1 + len(classes) // len(CLASS_COLORS)))
+
+
+def error_overlay(image, label, pred):
+    """The image with true positives green, false negatives red, false positives blue.
+
+    A foreground voxel given another foreground class counts as a false negative.
+    """
+    valid = label != IGNORE
+    masks = [valid & (label > 0) & (pred == label), valid & (label > 0) & (pred != label),
+             valid & (label == 0) & (pred > 0)]
+    return overlay(image, masks, ERROR_COLORS.values())
+
+
+def save_slices(path, items, classes, rows=4, max_side=768):
+    """figure.png: slices as image | truth | prediction | errors, without truth image | prediction.
+
+    items: list of (name, image, label or None, prediction), lazy volumes. The rows are spread
+    evenly over the items and over the slices that are annotated.
+    """
+    panels = []
+    for name, image, label, prediction in items:
+        zs = label.slices if label is not None else np.arange(len(image))
+        count = min(len(zs), max(1, rows // len(items)))
+        for z in zs[((np.arange(count) + 0.5) * len(zs) / count).astype(int)]:
+            panels.append((f"{name}  z = {z}", z, image, label, prediction))
+    columns = 4 if any(label is not None for _, _, label, _ in items) else 2
+    titles = ["image", "truth", "prediction", "errors"] if columns == 4 else ["image", "prediction"]
+    height = 3.1 * np.mean([min(1.6, i.shape[1] / i.shape[2]) for _, _, i, _, _ in panels]) + 0.25
+    figure = _new_figure(figsize=(3.1 * columns, height * len(panels) + 0.4), dpi=120)
+    axes = figure.subplots(len(panels), columns, squeeze=False)
+    for title, axis in zip(titles, axes[0]):
+        axis.set_title(title)
+    for row, (name, z, image, label, prediction) in zip(axes, panels):
+        step = max(1, math.ceil(max(image.shape[1:]) / max_side))
+        grey, pred = image[z][::step, ::step], prediction[z][::step, ::step]
+        shown = {"image": overlay(grey, [], []), "prediction": class_overlay(grey, pred, classes)}
+        if label is not None:
+            truth = label[z][::step, ::step]
+            shown["truth"] = class_overlay(grey, truth, classes)
+            shown["errors"] = error_overlay(grey, truth, pred)
+        for axis, title in zip(row, titles):
+            axis.set_axis_off()
+            if title in shown:
+                axis.imshow(shown[title], interpolation="antialiased")
+        row[0].text(0, 1.02, name, transform=row[0].transAxes, fontsize=7)
+        _scale_bar(row[0], image.voxel_size, step)
+    _legend(figure, classes, columns == 4)
+    figure.savefig(path)
+
+
+def _scale_bar(axis, voxel_size, step):
+    """A bar of a round length, about a quarter of the panel wide, where the voxel size is known."""
+    if not voxel_size:
+        return
+    (x0, x1), (y1, y0) = axis.get_xlim(), axis.get_ylim()
+    nm = voxel_size[2] * step
+    length = (x1 - x0) * nm / 4
+    power = 10 ** math.floor(math.log10(length))
+    length = power * max(f for f in (1, 2, 5) if f * power <= length)
+    y, x = y1 - 0.06 * (y1 - y0), x0 + 0.05 * (x1 - x0)
+    axis.plot([x, x + length / nm], [y, y], color="white", linewidth=3)
+    text = f"{length:g} nm" if length < 1000 else f"{length / 1000:g} µm"
+    axis.text(x, y - 0.02 * (y1 - y0), text, color="white", fontsize=7, va="bottom")
+
+
+def _legend(figure, classes, errors):
+    """Class colours and, where truth is known, error colours below the panels."""
+    from matplotlib.patches import Patch
+    handles = [Patch(color=CLASS_COLORS[k % len(CLASS_COLORS)], label=name)
+               for k, name in enumerate(classes[1:])]
+    if errors:
+        handles += [Patch(color=color, label=name) for name, color in ERROR_COLORS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6),
+                  fontsize=8, frameon=False)
+
+
+def save_curves(path, log):
+    """curves.png: loss terms and validation scores against the epoch, from the path of log.csv."""
+    with open(log, newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        return
+    epoch = [int(row["epoch"]) for row in rows]
+    groups = {"loss": [key for key in rows[0] if key.startswith("loss")],
+              "validation": [key for key in rows[0] if key.startswith("val_")]}
+    groups = {title: keys for title, keys in groups.items() if keys}
+    figure = _new_figure(figsize=(5 * len(groups), 3.5), dpi=120)
+    for axis, (title, keys) in zip(figure.subplots(1, len(groups), squeeze=False)[0],
+                                   groups.items()):
+        for key in keys:
+            axis.plot(epoch, [float(row[key] or "nan") for row in rows], marker=".", label=key)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path)
+
+
+# ==================================================================================================
+# Runs: command line, data, run folder, checkpoints, progress
+# ==================================================================================================
+
+RUN_FILES = ("config.json", "log.csv", "best.pt", "last.pt", "metrics.json", "figure*.png",
+             "curves.png", "prediction*", "probability*")
+# A resumed run takes these from the command line, all else from its config.json.
+OF_THIS_CALL = {"out_dir", "overwrite", "resume", "checkpoint", "device", "amp", "compile",
+                "workers"}
+# A prediction from a checkpoint takes these from the command line too, and may change the second.
+OF_THIS_DATA = {"volume", "label", "label_slices", "unlabeled_volume", "val_volume", "val_label",
+                "val_slices", "test_volume", "test_label", "voxel_size", "demo"}
+OF_PREDICTION = {"tta", "save_probability", "label_map", "ignore_label", "seed"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive(kind):
+    """An argparse type: a finite number of `kind` above zero."""
+    def convert(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+    convert.__name__ = f"positive {kind.__name__}"
+    return convert
+
+
+def add_common_args(parser, models):
+    """The flags that all scripts share, in the groups data, training and run."""
+    flag = argparse.BooleanOptionalAction
+    data = parser.add_argument_group("data").add_argument
+    data("--volume", nargs="+", metavar="P", default=[], help="training volumes: TIFF, MRC, NPY or "
+         "a folder of slices; P@z0:z1,y0:y1,x0:x1 crops")
+    data("--label", nargs="+", metavar="P", default=[], help="their labels, in the same order")
+    data("--label-slices", metavar="S", help="annotated slices: 0:165:5, 0,40,80 or n=7")
+    data("--label-map", metavar="M", help="label value=class id: 191=1,223=2,*=0")
+    data("--ignore-label", type=int, metavar="V", help="label value that marks unannotated voxels")
+    data("--classes", nargs="+", metavar="NAME", help="class names, background first")
+    data("--unlabeled-volume", nargs="+", metavar="P", default=[], help="volumes without labels")
+    data("--val-volume", nargs="+", metavar="P", default=[], help="volumes that choose best.pt")
+    data("--val-label", nargs="+", metavar="P", default=[], help="their labels")
+    data("--val-slices", metavar="S", help="annotated slices of --volume kept for validation")
+    data("--test-volume", nargs="+", metavar="P", default=[], help="volumes to predict; without "
+         "them --volume is predicted")
+    data("--test-label", nargs="+", metavar="P", default=[], help="their labels, for the scores")
+    data("--voxel-size", nargs=3, type=positive(float), metavar=("Z", "Y", "X"),
+         help="voxel size in nm, in place of the files'")
+    data("--downsample", type=positive(int), default=1, metavar="N",
+         help="show the network slices N times smaller in y and x")
+    data("--normalize", choices=("zscore", "unit", "equalize"), default="zscore",
+         help="grey levels: zero mean and unit variance; 0..1; histogram equalisation per slice")
+    training = parser.add_argument_group("training").add_argument
+    training("--model", choices=sorted(models), help="network")
+    training("--width", type=positive(int), metavar="N", help="filters of the first level; "
+             "default: the paper's")
+    training("--epochs", type=positive(int), metavar="N", help="epochs")
+    training("--steps-per-epoch", type=positive(int), metavar="N", help="optimiser steps per epoch")
+    training("--batch-size", type=positive(int), metavar="N", help="crops per step and process")
+    training("--patch-size", type=positive(int), nargs=2, metavar=("Y", "X"),
+             help="side of the crops in pixels, after --downsample")
+    training("--lr", type=positive(float), metavar="R", help="learning rate")
+    training("--workers", type=int, metavar="N", default=4 if torch.cuda.is_available() else 0,
+             help="processes that read crops")
+    run = parser.add_argument_group("run").add_argument
+    run("--out-dir", metavar="D", help="run folder; default runs/SCRIPT-MODEL-seedSEED")
+    run("--overwrite", action="store_true", help="replace the files of an earlier run")
+    run("--resume", action="store_true", help="continue an interrupted run in its folder")
+    run("--checkpoint", metavar="F", help="best.pt of a run: predict --test-volume, no training")
+    run("--seed", type=int, default=0, metavar="N", help="seed of everything random")
+    run("--device", metavar="D", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    run("--amp", action=flag, help="mixed precision; default: what the device does well")
+    run("--compile", action="store_true", help="torch.compile the networks")
+    run("--save-probability", action="store_true", help="also write the probabilities")
+    run("--tta", action=flag, default=False, help="average predictions over eight views")
+    run("--demo", action="store_true", help="synthetic data, about a minute on two CPU cores")
+
+
+def parse(parser, argv, demo):
+    """Parse the command line; --demo, --resume and --checkpoint bring their own defaults.
+
+    demo: the flags of the demo. What is typed always wins, except that a resumed run must have
+    the arguments that it was started with.
+    """
+    untyped = object()
+    names = vars(parser.parse_args([]))
+    args = parser.parse_args(argv)
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, untyped))))
+    typed = {name: value for name, value in typed.items() if value is not untyped}
+    try:
+        if args.checkpoint:
+            saved = load_checkpoint(args.checkpoint, parser.prog)["args"]
+            keep = {n: v for n, v in saved.items()
+                    if n in names and n not in OF_THIS_CALL | OF_THIS_DATA}
+            changed = [n for n in typed if n in keep and n not in OF_PREDICTION
+                       and typed[n] != keep[n]]
+            if changed:
+                parser.error(f"{flag_name(changed[0])} cannot differ from the checkpoint's "
+                             f"{keep[changed[0]]}")
+            args = argparse.Namespace(**{**vars(args), **keep, **typed})
+        elif args.demo:
+            args = argparse.Namespace(**{**vars(args), **demo, **typed})
+        args.out_dir = args.out_dir or default_folder(parser.prog, args)
+        if args.resume:
+            args = resume_args(parser, args, typed)
+    except InputError as error:
+        parser.error(str(error))
+    check_args(parser, args)
+    return args
+
+
+def flag_name(name):
+    """patch_size -> --patch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def format_shape(shape):
+    """(110, 768, 1024) -> 110 x 768 x 1024."""
+    return " x ".join(str(side) for side in shape)
+
+
+def default_folder(prog, args):
+    """runs/SCRIPT-MODEL-seedSEED, with -prediction for a prediction from a checkpoint."""
+    kind = "-prediction" if args.checkpoint else "-demo" if args.demo else ""
+    return f"runs/{Path(prog).stem}-{args.model}-seed{args.seed}{kind}"
+
+
+def resume_args(parser, args, typed):
+    """The arguments of the run in args.out_dir; an error where the command line differs."""
+    path = Path(args.out_dir) / "config.json"
+    try:
+        saved = json.loads(path.read_text())["args"]
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"--resume: {path} is no config of an earlier run; check --out-dir")
+    for name, value in typed.items():
+        if name not in OF_THIS_CALL and saved.get(name) != value:
+            raise InputError(f"--resume: {flag_name(name)} was {saved.get(name)} and is now "
+                             f"{value}; leave it out, or start a new run in another --out-dir")
+    own = {name: value for name, value in vars(args).items() if name in OF_THIS_CALL}
+    return argparse.Namespace(**{**saved, **own})
+
+
+def check_args(parser, args):
+    """Errors that need no file: what must be given together."""
+    if args.workers < 0:
+        parser.error(f"--workers {args.workers} is negative")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed} is negative")
+    if args.checkpoint and not args.test_volume:
+        parser.error("--checkpoint needs --test-volume: the volumes to predict")
+    if not (args.checkpoint or args.demo or args.volume):
+        parser.error("give --volume and --label (or --demo, or --checkpoint and --test-volume)")
+    for volume, label in (("volume", "label"), ("val_volume", "val_label"),
+                          ("test_volume", "test_label")):
+        volumes, labels = len(getattr(args, volume)), len(getattr(args, label))
+        optional = volume == "test_volume" and not labels
+        if volumes != labels and not optional and not args.demo:
+            parser.error(f"{flag_name(volume)} has {volumes} and {flag_name(label)} {labels} "
+                         f"paths; give one label for each volume")
+    if args.classes and len(args.classes) < 2:
+        parser.error("--classes needs two names at least, the background's first")
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite contradict each other")
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Item:
+    """A volume to predict: its file, what the network sees of it, and its labels or None."""
+    name: str
+    volume: object
+    image: object
+    label: object
+
+
+@dataclass
+class Data:
+    """The opened volumes of a run. Lists run in the order of the command line.
+
+    images, labels: lazy uint8 (Z, Y, X), after --downsample; slices, val_slices: annotated z for
+    training and for validation; unlabeled, unlabeled_slices: what has no label, for the
+    semi-supervised scripts; val, test: Items; classes: names; normalization: see normalize.
+    """
+    classes: list
+    normalization: dict
+    test: list
+    images: list = field(default_factory=list)
+    labels: list = field(default_factory=list)
+    slices: list = field(default_factory=list)
+    unlabeled: list = field(default_factory=list)
+    unlabeled_slices: list = field(default_factory=list)
+    val: list = field(default_factory=list)
+
+    @property
+    def out_channels(self):
+        """One channel with a sigmoid for two classes, else one per class with a softmax."""
+        return 1 if len(self.classes) == 2 else len(self.classes)
+
+
+def open_data(args, checkpoint=None):
+    """Open every volume and label that the command line names, and check them, before any work.
+
+    With a checkpoint, classes and normalisation are the checkpoint's and only the test volumes are
+    opened. Raises InputError.
+    """
+    label_map = parse_label_map(args.label_map) if args.label_map else None
+    n_classes = len(checkpoint["classes"]) if checkpoint else len(args.classes or []) or None
+    rules = {"label_map": label_map, "ignore_label": args.ignore_label}
+    volumes = [open_input(path, args) for path in args.volume]
+    if not checkpoint:
+        labels, n_classes = open_labels(args.label, volumes, n_classes,
+                                        label_slices=args.label_slices, **rules)
+    names = checkpoint["classes"] if checkpoint else class_names(args.classes, n_classes)
+    items = {}
+    for kind in ("val", "test"):
+        paths = getattr(args, f"{kind}_volume")
+        opened = [open_input(path, args) for path in paths]
+        label_paths = getattr(args, f"{kind}_label")
+        truths = open_labels(label_paths, opened, n_classes, require_foreground=False,
+                             **rules)[0] if label_paths else [None] * len(opened)
+        items[kind] = [Item(name, v, view(v, args), truth)
+                       for name, v, truth in zip(unique_names(paths), opened, truths)]
+    if checkpoint:
+        return Data(names, checkpoint["normalization"], items["test"])
+
+    held_out = [validation_slices(args.val_slices, label) for label in labels]
+    images = [view(volume, args) for volume in volumes]
+    slices = [np.setdiff1d(label.slices, zs) for label, zs in zip(labels, held_out)]
+    val = [Item(item.name, item.volume, item.image, shrink(item.label, args))
+           for item in items["val"]]
+    val += [Item(v.path, v, image, OnlySlices(shrink(label, args), zs))
+            for v, image, label, zs in zip(volumes, images, labels, held_out) if len(zs)]
+    extra = [view(open_input(path, args), args) for path in args.unlabeled_volume]
+    test = items["test"] or [Item(name, v, image, None) for name, v, image
+                             in zip(unique_names(args.volume), volumes, images)]
+    return Data(
+        names, measure_normalization(images, slices, args.normalize),
+        [without_training_slices(item, volumes, labels) for item in test],
+        images, [shrink(label, args) for label in labels], slices,
+        images + extra,
+        [np.setdiff1d(np.arange(len(v)), label.slices) for v, label in zip(volumes, labels)]
+        + [np.arange(len(image)) for image in extra], val)
+
+
+def validation_slices(text, label):
+    """The annotated slices that --val-slices keeps for validation; n=2 means two of these."""
+    if not text:
+        return []
+    if text.strip().startswith("n"):
+        return label.slices[parse_slices(text, len(label.slices))]
+    chosen = parse_slices(text, len(label))
+    missing = np.setdiff1d(chosen, label.slices)
+    if len(missing):
+        raise InputError(f"--val-slices {text}: slice {missing[0]} of {label.path} is not "
+                         f"annotated")
+    return chosen
+
+
+def open_input(path, args):
+    """open_volume with the voxel size of the command line, where one is given."""
+    volume = open_volume(path)
+    if args.voxel_size:
+        volume.voxel_size = tuple(args.voxel_size)
+    return volume
+
+
+def view(volume, args):
+    """What a network sees of a volume: uint8, equalised and downsampled as asked."""
+    return downsample(as_uint8(volume, equalize=args.normalize == "equalize"), args.downsample,
+                      "mean")
+
+
+def shrink(label, args):
+    """Labels at the resolution that the network sees."""
+    return downsample(label, args.downsample, "majority")
+
+
+class OnlySlices(LazyArray):
+    """Labels of which only some slices count as annotated; the others read as IGNORE."""
+
+    def __init__(self, label, slices):
+        super().__init__(label.path, label.shape, label.dtype, label.voxel_size)
+        self.label, self.slices = label, np.asarray(slices, dtype=int)
+
+    def read(self, z, y, x):
+        box = self.label.read(z, y, x)
+        box[~np.isin(np.arange(z.start, z.stop), self.slices)] = IGNORE
+        return box
+
+
+def without_training_slices(item, volumes, labels):
+    """The item, its label without the slices that were trained or validated on: they do not score.
+
+    Compares files and crops, so that a whole stack with dense labels can be the test volume of a
+    run that used a few of its slices (as in train_cps.py's paper).
+    """
+    if item.label is None:
+        return item
+    seen = set()
+    for volume, label in zip(volumes, labels):
+        overlap = all(a.start < b.stop and b.start < a.stop
+                      for a, b in zip(volume.crop[1:], item.volume.crop[1:]))
+        if overlap and os.path.samefile(volume.file, item.volume.file):
+            shift = volume.crop[0].start - item.volume.crop[0].start
+            seen |= {int(z) + shift for z in label.slices}
+    slices = [z for z in item.label.slices if z not in seen]
+    if not slices:
+        raise InputError(f"{item.volume.path}: every labelled slice was trained on; test on others")
+    return Item(item.name, item.volume, item.image, OnlySlices(item.label, slices))
+
+
+def class_names(names, n_classes):
+    """Names for all classes: those given, else background, class 1, class 2, …"""
+    if names and len(names) != n_classes:
+        raise InputError(f"--classes has {len(names)} names, the labels have {n_classes} classes")
+    return list(names or ["background", *(f"class {k}" for k in range(1, n_classes))])
+
+
+def unique_names(paths):
+    """A short name for each path, for file names: the stem, numbered where two are alike."""
+    stems = [re.sub(r"[^\w.-]+", "_", Path(path.split("@")[0]).stem) or "volume" for path in paths]
+    return [f"{stem}_{stems[:i].count(stem) + 1}" if stems.count(stem) > 1 else stem
+            for i, stem in enumerate(stems)]
+
+
+def write_demo(run, shape, voxel_size=(20.0, 8.0, 8.0)):
+    """Write two synthetic volumes into the run folder and point the arguments at them.
+
+    A training volume as TIFF (uint8) and a test volume as MRC (int8, as tomograms often are), each
+    with labels of PHANTOM_CLASSES.
+    """
+    args, folder = run.args, run.folder / "demo"
+    args.volume, args.label = [str(folder / "train.tif")], [str(folder / "train_label.tif")]
+    args.test_volume, args.test_label = [str(folder / "test.mrc")], [str(folder / "test_label.mrc")]
+    if run.rank == 0 and not args.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        volumes = (args.volume + args.label, 0, np.uint8), (args.test_volume + args.test_label, 128,
+                                                            np.int8)
+        for seed, (paths, shift, dtype) in enumerate(volumes):
+            image, label = phantom(shape, voxel_size, seed=1000 * args.seed + seed)
+            for path, array in zip(paths, ((image.astype(int) - shift).astype(dtype), label)):
+                with create_volume(path, shape, array.dtype, voxel_size, max_value=4) as writer:
+                    writer[:] = array
+    run.barrier()
+
+
+# -- device and processes --------------------------------------------------------------------------
+
+
+def choose_device(name):
+    """The device of that name, or the best there is. Raises InputError where it does not exist."""
+    if name is None:
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        if name == "cuda":
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}")
+
+
+def choose_precision(device, amp):
+    """The dtype of mixed precision that the device does well; float32 means none."""
+    if amp is False:
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
+                                       or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if native or amp else torch.float32
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory: new pages for every tensor cost a fifth of a CPU step."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(-3, 1 << 30)                    # M_MMAP_THRESHOLD
+    mallopt(-1, (1 << 31) - 1)              # M_TRIM_THRESHOLD
+
+
+def average_gradients(network):
+    """Average the gradients of all processes. A step may run the network more than once, which
+    DistributedDataParallel does not allow together with BatchNorm."""
+    if not torch.distributed.is_initialized():
+        return
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def share_buffers(network):
+    """Give all processes the BatchNorm statistics of the first."""
+    if torch.distributed.is_initialized():
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+# -- run -------------------------------------------------------------------------------------------
+
+
+def command(main):
+    """Run main(args) as a command: bad input is one line and exit status 2, never a traceback."""
+    @functools.wraps(main)
+    def wrapper(args):
+        prog = Path(sys.argv[0]).name
+        try:
+            return main(args)
+        except InputError as error:
+            print(f"{prog}: error: {error}", file=sys.stderr)
+            raise SystemExit(2)
+        except torch.OutOfMemoryError:
+            print(f"{prog}: error: out of device memory; give a smaller --batch-size, --patch-size "
+                  f"or --width", file=sys.stderr)
+            raise SystemExit(2)
+        except KeyboardInterrupt:
+            raise SystemExit(130)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+    return wrapper
+
+
+def save_checkpoint(path, content):
+    """Write a checkpoint so that the file is always whole: temporary name, flush, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:        # RuntimeError: torch.save on a full disk
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({_one_line(error)}); is the disk full?")
+
+
+def load_checkpoint(path, script):
+    """A checkpoint of `script`; a stranger's file runs no code. Raises InputError."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint")
+    except Exception as error:     # torch.load raises what it likes on damaged or malicious files
+        raise InputError(f"{path}: not a checkpoint that is safe to load ({type(error).__name__})")
+    if not isinstance(content, dict) or "script" not in content:
+        raise InputError(f"{path}: not a checkpoint of emseg")
+    if content["script"] != Path(script).name:
+        raise InputError(f"{path}: a checkpoint of {content['script']}, not of {Path(script).name}")
+    return content
+
+
+class Run:
+    """The bookkeeping of one run: folder, device, seeds, log, checkpoints, progress, results.
+
+    The training loop stays in the script:
+
+        run = Run(args, __file__)
+        data = run.open_data()
+        run.begin(steps_per_epoch, network=network, optimizer=optimizer)
+        for epoch in run.epochs():
+            for step in run.steps(epoch):
+                ...
+                run.log(lr=lr, loss=loss)
+            run.end_epoch(run.validate(predict))
+        run.use_best(network=network)
+        run.report([run.predict(predict, item) for item in data.test])
+    """
+
+    def __init__(self, args, script):
+        self.args, self.script = args, Path(script)
+        self.device = choose_device(args.device)
+        self.dtype = choose_precision(self.device, args.amp)
+        self.rank, self.world = 0, int(os.environ.get("WORLD_SIZE", 1))
+        if self.world > 1:
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self.rank = torch.distributed.get_rank()
+        self.training = not args.checkpoint
+        self.checkpoint = load_checkpoint(args.checkpoint, script) if args.checkpoint else None
+        self.folder = Path(args.out_dir)
+        if self.rank == 0:
+            self._check_folder()
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        torch.manual_seed(args.seed)
+        self.step, self.seconds, self.best, self.sums, self.pending = 0, 0.0, None, {}, None
+        self.predicted_voxels, self.predict_seconds, self.interrupted = 0, 0.0, False
+        self.say(f"{self.device}, {str(self.dtype)[6:]}" + (f", {self.world} processes"
+                                                            if self.world > 1 else ""))
+
+    def _check_folder(self):
+        """Refuse a folder that holds something, unless told what to do with it."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"--out-dir {self.folder} is a file")
+        used = self.folder.exists() and any(self.folder.iterdir())
+        if used and not (self.args.overwrite or self.args.resume):
+            raise InputError(f"--out-dir {self.folder} is not empty; give --overwrite, --resume or "
+                             f"another folder")
+        if self.args.resume and not (self.folder / "last.pt").exists():
+            raise InputError(f"--resume: {self.folder} holds no last.pt; start without --resume")
+
+    def say(self, text):
+        """Print a line, once for all processes."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def gradient_scaler(self):
+        """A GradScaler that scales for float16 only."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def autocast(self):
+        """The context of mixed precision. Weights cast under no_grad are cached without gradient,
+        so teacher and student passes need contexts of their own."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def prepare(self, network):
+        """Move a 2D network to the device, channels last, and compile it if asked."""
+        network = network.to(self.device, memory_format=torch.channels_last)
+        if self.args.compile:
+            network.compile()
+        return network
+
+    def batches(self, patches, batch_size):
+        """Batches of crops from the current step to the last, on the device."""
+        cuda = self.device.type == "cuda"
+        stream = batches(patches, batch_size, self.step, self.total, self.args.workers, self.rank,
+                         self.world, pin_memory=cuda)
+        for batch in stream:
+            if isinstance(batch, torch.Tensor):
+                yield batch.to(self.device, non_blocking=True)
+            else:
+                yield [crop.to(self.device, non_blocking=True) for crop in batch]
+
+    def open_data(self):
+        """See the function open_data."""
+        self.data = open_data(self.args, self.checkpoint)
+        return self.data
+
+    def begin(self, steps_per_epoch, **modules):
+        """Start or resume: modules are the networks, optimisers and scalers to save."""
+        self.modules, self.steps_per_epoch = modules, steps_per_epoch
+        self.total = self.args.epochs * steps_per_epoch
+        if self.args.resume:
+            self._restore(load_checkpoint(self.folder / "last.pt", self.script))
+        else:
+            self._new_folder()
+        self.session = (time.monotonic(), self.step)
+        self.printed = 0.0
+        signal.signal(signal.SIGINT, self._interrupt)
+        signal.signal(signal.SIGTERM, self._interrupt)
+
+    def _new_folder(self):
+        """Make the run folder, without the files of an earlier run, and write config.json."""
+        if self.rank:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in (f for pattern in RUN_FILES for f in self.folder.glob(pattern)):
+                old.unlink()
+            self._write_json("config.json", self._config())
+        except OSError as error:
+            raise InputError(f"--out-dir {self.folder}: {error.strerror}")
+
+    def _config(self):
+        """What it takes to do the run again."""
+        sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                   for path in (Path(__file__), self.script)}
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                             cwd=self.script.resolve().parent) if shutil.which("git") else None
+        cuda = self.device.type == "cuda"
+        return {
+            "args": vars(self.args), "argv": sys.argv, "classes": self.data.classes,
+            "normalization": self.data.normalization,
+            "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor()
+            or platform.machine(), "precision": str(self.dtype)[6:], "processes": self.world,
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "versions": {m.__name__: m.__version__ for m in (torch, np, scipy, tifffile, mrcfile)},
+            "sha256": sources,
+            "git": git.stdout.strip() if git and git.returncode == 0 else None}
+
+    def _write_json(self, name, content):
+        temporary = self.folder / f".{name}.tmp"
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        os.replace(temporary, self.folder / name)
+
+    # -- training
+
+    def epochs(self):
+        """The epochs that are left; none without training."""
+        first = self.step // self.steps_per_epoch if self.training else self.args.epochs
+        return range(first, self.args.epochs)
+
+    def steps(self, epoch):
+        """The steps of an epoch that are left. Seeds each step by itself, so that a run continues
+        from any step as if it had never stopped; saves and exits on Ctrl-C."""
+        while self.step < (epoch + 1) * self.steps_per_epoch:
+            started = time.monotonic()
+            state = np.random.SeedSequence((self.args.seed, self.step, self.rank))
+            torch.manual_seed(int(state.generate_state(1)[0]))
+            yield self.step
+            self.step += 1
+            self.seconds += time.monotonic() - started
+            if self._stopping():
+                self._check_finite()
+                self.save("last.pt")
+                self._exit_interrupted()
+
+    def _interrupt(self, number, frame):
+        """First Ctrl-C: finish the step and save. Second one: stop at once."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def _stopping(self):
+        """Whether any process was interrupted."""
+        if self.world == 1:
+            return self.interrupted
+        flag = torch.tensor(float(self.interrupted), device=self.device)
+        torch.distributed.all_reduce(flag)
+        return bool(flag)
+
+    def _exit_interrupted(self):
+        """Say how to go on, and leave with the status of an interrupted command."""
+        self.say(f"\ninterrupted at step {self.step}; saved {self.folder / 'last.pt'}; continue "
+                 f"with: python {self.script.name} --resume --out-dir {self.folder}")
+        raise SystemExit(130)
+
+    def log(self, lr, **losses):
+        """Note the learning rate and the losses (scalar tensors) of a step; print the progress.
+
+        The values are fetched one step late, so that a GPU never waits for them.
+        """
+        self._check_finite()
+        self.lr = lr
+        self.pending = (self.step, list(losses), torch.stack([v.detach() for v in losses.values()]))
+        self._progress()
+
+    def _check_finite(self):
+        """Add the pending losses to the epoch's sums. Raises InputError where one is not finite."""
+        if self.pending is None:
+            return
+        step, names, values = self.pending
+        self.pending = None
+        for name, value in zip(names, values.tolist()):
+            if not math.isfinite(value):
+                raise InputError(f"{name} is {value} at epoch {step // self.steps_per_epoch}, step "
+                                 f"{step}; try a lower --lr or --no-amp; the last good checkpoint "
+                                 f"in {self.folder} is kept")
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def _progress(self):
+        """A line that renews itself on a terminal; elsewhere a line every few seconds."""
+        now, (start, first) = time.monotonic(), self.session
+        terminal = sys.stdout.isatty()
+        if self.rank or now - self.printed < (0.2 if terminal else 5) or not self.sums:
+            return
+        self.printed = now
+        rate = (now - start) / max(1, self.step - first)
+        count = self.step % self.steps_per_epoch
+        text = (f"epoch {self.step // self.steps_per_epoch}  step {self.step}/{self.total}  "
+                f"loss {self.sums['loss'] / count:.3f}  {rate:.2f} s/step  "
+                f"{duration(rate * (self.total - self.step))} left")
+        print(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n", flush=True)
+
+    def validate(self, predict):
+        """val_dice and val_iou, means over foreground classes and validation volumes; or {}."""
+        if not self.data.val:
+            return {}
+        results = [scores(score_slices(predict, item.image, item.label, self.data.classes,
+                                       self.rank, self.world), self.data.classes)
+                   for item in self.data.val]
+        mean = mean_scores(results)
+        return {"val_dice": mean["dice"], "val_iou": mean["iou"]}
+
+    def end_epoch(self, validation):
+        """Write the epoch's row of log.csv, last.pt, and best.pt if the validation says so."""
+        self._check_finite()
+        for module in self.modules.values():
+            if isinstance(module, nn.Module):
+                share_buffers(module)
+        epoch = self.step // self.steps_per_epoch - 1
+        row = {"epoch": epoch, "step": self.step, "seconds": round(self.seconds, 1), "lr": self.lr,
+               **{k: v / self.steps_per_epoch for k, v in self.sums.items()}, **validation}
+        self.sums = {}
+        if self.rank == 0:
+            new = epoch == 0
+            with open(self.folder / "log.csv", "w" if new else "a", newline="") as file:
+                writer = csv.DictWriter(file, row)
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
+        dice = validation.get("val_dice")
+        better = dice is not None and (self.best is None or dice > self.best)
+        if better:
+            self.best = dice
+        if better or (self.step == self.total and self.best is None):
+            self.save("best.pt")
+        self.save("last.pt")
+        terminal = sys.stdout.isatty()
+        shown = "  ".join(f"{key} {value:.4f}" for key, value in row.items()
+                          if key.startswith(("loss", "val")) and value is not None)
+        self.say(f"\repoch {epoch}  {shown}\x1b[K" if terminal else f"epoch {epoch}  {shown}")
+
+    def save(self, name):
+        """last.pt: everything; best.pt: the networks, without optimisers."""
+        if self.rank:
+            return
+        keep = {key: module.state_dict() for key, module in self.modules.items()
+                if name == "last.pt" or isinstance(module, nn.Module)}
+        save_checkpoint(self.folder / name, {
+            "script": self.script.name, "model": self.args.model, "args": vars(self.args),
+            "classes": self.data.classes, "normalization": self.data.normalization,
+            "step": self.step, "seconds": self.seconds, "best": self.best, "sums": self.sums,
+            "modules": keep})
+
+    def _restore(self, checkpoint):
+        """Take over the state of an interrupted run."""
+        for key, module in self.modules.items():
+            load_weights(module, checkpoint, key, self.folder / "last.pt")
+        self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+        self.best, self.sums = checkpoint["best"], checkpoint["sums"]
+        log, epoch = self.folder / "log.csv", self.step // self.steps_per_epoch
+        if self.rank == 0 and log.exists():
+            lines = log.read_text().splitlines(keepends=True)
+            log.write_text("".join(lines[: epoch + 1]))
+        self.say(f"resuming {self.folder} at step {self.step} of {self.total}")
+
+    # -- results
+
+    def use_best(self, **networks):
+        """Load the weights to predict with: best.pt, or the checkpoint of the command line."""
+        self.networks = networks
+        if self.training:
+            if self._stopping():                # in the last validation
+                self._exit_interrupted()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            path = self.folder / "best.pt"
+            self.barrier()
+            checkpoint = load_checkpoint(path, self.script)
+        else:
+            path, checkpoint = self.args.checkpoint, self.checkpoint
+            self._new_folder()
+        for name, network in networks.items():
+            load_weights(network, checkpoint, name, path)
+
+    @torch.inference_mode()
+    def predict_slices(self, network, image):
+        """uint8 slices (B, H, W) -> probabilities (B, C, H, W): normalised, tiled, eight views."""
+        network.eval()
+        image = normalize(image.to(self.device), self.data.normalization)
+
+        def once(view):
+            with self.autocast():
+                return predict_slices(network, view)
+        return eight_views(once, image) if self.args.tta else once(image)
+
+    def predict(self, predict, item):
+        """Write the prediction of an Item, and its probabilities if asked. Returns its path.
+
+        predict: uint8 slices (B, H, W) -> probabilities (B, C, H, W). All processes share the work.
+        """
+        started = time.monotonic()
+        name = f"_{item.name}" if len(self.data.test) > 1 else ""
+        ending = "mrc" if item.volume.format == "mrc" else "tif"
+        path = self.folder / f"prediction{name}.{ending}"
+        shape, channels = item.volume.shape, self.data.out_channels
+        outputs = [(path, shape, np.uint8)]
+        if self.args.save_probability:
+            stacked = shape if channels == 1 else (shape[0], channels, *shape[1:])
+            outputs.append((self.folder / f"probability{name}.tif", stacked, np.float32))
+        options = {"voxel_size": item.volume.voxel_size, "max_value": len(self.data.classes) - 1}
+        with contextlib.ExitStack() as files:
+            if self.rank == 0:
+                writers = [files.enter_context(create_volume(*o, **options)) for o in outputs]
+            self.barrier()
+            if self.rank:
+                writers = [files.enter_context(create_volume(*o, **options, attach=True))
+                           for o in outputs]
+            predict_volume(predict, item.image, *writers[:1], shape, self.args.downsample,
+                           *writers[1:], pixels=2**22 if self.device.type == "cuda" else 2**20,
+                           rank=self.rank, world=self.world, progress=self._predicting)
+            self.barrier()
+        self.predicted_voxels += math.prod(shape)
+        self.predict_seconds += time.monotonic() - started
+        return path
+
+    def _predicting(self, done, total):
+        """Progress of a prediction, on a terminal only."""
+        if self.rank == 0 and sys.stdout.isatty():
+            text = f"predicting  slab {done}/{total}" if done < total else ""
+            print(f"\r{text}\x1b[K", end="", flush=True)
+
+    def barrier(self):
+        """Wait for all processes."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def report(self, predictions, stages=None):
+        """Score the predictions (paths, one per test Item); write metrics.json, figure.png and
+        curves.png; print the scores and what was written. stages: {name: mean scores}."""
+        if self.rank:
+            return
+        volumes, shown = [], []
+        for item, path in zip(self.data.test, predictions):
+            prediction = open_volume(str(path))
+            entry = {"volume": item.volume.path, "label": item.label and item.label.path,
+                     "prediction": str(path), "voxels": math.prod(item.volume.shape),
+                     **dict.fromkeys(("ignored", "per_class", "dice", "iou", "miou", "accuracy"))}
+            if item.label is not None:
+                entry.update(evaluate(prediction, item.label, self.data.classes))
+            volumes.append(entry)
+            shown.append((item.name, as_uint8(item.volume), item.label, prediction))
+        scored = [entry for entry in volumes if entry["per_class"]]
+        self._write_json("metrics.json", {
+            "schema": 1, "script": self.script.name, "model": self.args.model,
+            "seed": self.args.seed,
+            "selected_on": "last epoch" if self.best is None else "validation",
+            "classes": self.data.classes, "volumes": volumes,
+            "mean": mean_scores(scored) if scored else None,
+            **({"stages": stages} if stages else {}),
+            "train_seconds": round(self.seconds, 1),
+            "predict_seconds": round(self.predict_seconds, 1),
+            "predict_voxels_per_second": round(self.predicted_voxels / self.predict_seconds),
+            "peak_memory_gib": peak_memory_gib(self.device),
+            "parameters": sum(map(count_parameters, self.networks.values()))})
+        save_slices(self.folder / "figure.png", shown, self.data.classes)
+        if (self.folder / "log.csv").exists():
+            save_curves(self.folder / "curves.png", self.folder / "log.csv")
+        for entry in scored:
+            for name, score in entry["per_class"].items():
+                self.say(f"{Path(entry['prediction']).name}  {name}: " + "  ".join(
+                    f"{key} {'undefined' if score[key] is None else format(score[key], '.4f')}"
+                    for key in ("dice", "iou", "precision", "recall")))
+        written = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
+        self.say(f"wrote {self.folder}/: {', '.join(written)}")
+
+
+def duration(seconds):
+    """75 -> 1 min 15 s."""
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
+
+
+def load_weights(module, checkpoint, key, path):
+    """Load a module's state from a checkpoint. Raises InputError where it does not fit."""
+    try:
+        module.load_state_dict(checkpoint["modules"][key])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: does not fit this network ({str(error).splitlines()[0]})")
+
+
+def peak_memory_gib(device):
+    """Most memory used so far: of the GPU, else of this process; None where it is not known."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)

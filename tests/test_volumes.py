@@ -1,0 +1,786 @@
+"""Volumes: what open_volume reads, labels, lazy views and writing. EMSEG_DATA adds real files."""
+
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import tracemalloc
+import warnings
+import zlib
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+import emseg
+
+DATA = Path(os.environ.get("EMSEG_DATA", "nowhere"))
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason="EMSEG_DATA is not set")
+VOXEL = (50.0, 4.6, 4.7)
+
+
+def random_volume(shape=(6, 20, 30), dtype=np.uint8, seed=0):
+    rng = np.random.default_rng(seed)
+    if np.dtype(dtype).kind == "f":
+        return rng.normal(size=shape).astype(dtype)
+    return rng.integers(0, 100, shape).astype(dtype)
+
+
+def write_png(path, image, bits=8, colour=0, interlace=0):
+    """A PNG written by hand (no filter): image (Y, X) or (Y, X, samples)."""
+    image = np.asarray(image)
+    if bits == 1:
+        rows = np.packbits(image, axis=1)
+    else:
+        rows = image.astype(">u2" if bits == 16 else "u1").reshape(len(image), -1)
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(
+            ">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], bits, colour, 0, 0, interlace)
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                           + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+
+
+def write_folder(folder, images, names, bits=8):
+    folder.mkdir()
+    for image, name in zip(images, names):
+        write_png(folder / name, image, bits)
+    return folder
+
+
+def write_mrc(path, array, voxel_angstrom=None):
+    with mrcfile.new(path, array, overwrite=True) as mrc:
+        if voxel_angstrom:
+            mrc.voxel_size = voxel_angstrom
+    return path
+
+
+def patch(path, offset, data):
+    with open(path, "r+b") as stream:
+        stream.seek(offset)
+        stream.write(data)
+
+
+def refused(path, match):
+    with pytest.raises(emseg.InputError, match=match) as caught:
+        emseg.open_volume(path)[:]
+    assert "\n" not in str(caught.value)
+
+
+# --- formats ---
+
+@pytest.mark.parametrize("extension", ["tif", "mrc"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_written_volume_reads_back(tmp_path, extension, dtype):
+    path, array = tmp_path / f"a.{extension}", random_volume(dtype=dtype)
+    with emseg.create_volume(path, array.shape, dtype, VOXEL) as writer:
+        writer[4:6] = array[4:]
+        writer[0:4] = array[:4]
+        assert not path.exists()
+    volume = emseg.open_volume(path)
+    np.testing.assert_array_equal(volume[:], array)
+    assert volume.voxel_size == pytest.approx(VOXEL, rel=1e-6)
+    assert volume.format == {"tif": "tiff"}.get(extension, extension)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("options, voxel", [
+    (dict(imagej=True, resolution=(1 / .0047, 1 / .0046),
+          metadata={"axes": "ZYX", "spacing": .05, "unit": "um"}), VOXEL),
+    (dict(imagej=True, resolution=(1 / .0047, 1 / .0046),
+          metadata={"axes": "TYX", "spacing": .05, "unit": "\\u00B5m"}), VOXEL),
+    (dict(ome=True, metadata={"axes": "ZYX", "PhysicalSizeX": 4.7, "PhysicalSizeXUnit": "nm",
+                              "PhysicalSizeY": .0046, "PhysicalSizeZ": .05}), VOXEL),
+    (dict(bigtiff=True, resolution=(1e7 / 5, 1e7 / 5), resolutionunit=3), (5, 5, 5)),
+    (dict(byteorder=">", resolution=(72, 72), resolutionunit=2), None),
+    (dict(compression="zlib", predictor=True), None),
+    (dict(tile=(16, 16)), None),
+    (dict(compression="lzma", rowsperstrip=7), None),
+])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_tiff_flavours(tmp_path, options, voxel, dtype):
+    array = random_volume(dtype=dtype)
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="minisblack", **options)
+    volume = emseg.open_volume(tmp_path / "a.tif")
+    assert volume.shape == array.shape and volume.dtype == dtype and volume.dtype.isnative
+    np.testing.assert_array_equal(volume[:], array)
+    np.testing.assert_array_equal(volume[1:3, 2:9, 5:6], array[1:3, 2:9, 5:6])
+    np.testing.assert_array_equal(volume[-1, 3], array[-1, 3])
+    np.testing.assert_array_equal(np.stack(list(volume)), array)
+    assert volume[4:4].shape == (0, 20, 30)
+    assert volume.voxel_size == (None if voxel is None else pytest.approx(voxel, rel=1e-6))
+    with pytest.raises(IndexError):
+        volume[6]
+    with pytest.raises(IndexError):
+        volume[::2]
+
+
+def test_answers_are_fresh_arrays(tmp_path):
+    for options in ({}, {"compression": "zlib"}):
+        tifffile.imwrite(tmp_path / "a.tif", random_volume(), **options)
+        volume = emseg.open_volume(tmp_path / "a.tif")
+        box = volume[0:2]
+        before = box.copy()
+        box[:] = 0
+        assert type(box) is np.ndarray
+        np.testing.assert_array_equal(volume[0:2], before)
+
+
+@pytest.mark.parametrize("shape, axes, options, match", [
+    ((5, 20, 30, 3), "ZYXS", dict(photometric="rgb"), "colour"),
+    ((5, 2, 20, 30), "ZCYX", dict(imagej=True), "2 channels"),
+    ((3, 5, 20, 30), "TZYX", dict(imagej=True), "one stack"),
+])
+def test_tiff_axes_refused(tmp_path, shape, axes, options, match):
+    tifffile.imwrite(tmp_path / "a.tif", np.ones(shape, np.uint8), metadata={"axes": axes},
+                     **options)
+    refused(tmp_path / "a.tif", match)
+
+
+def test_tiff_pages_of_different_size_and_complex_refused(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tif:
+        tif.write(np.ones((8, 9), np.uint8))
+        tif.write(np.ones((8, 10), np.uint8))
+    refused(tmp_path / "a.tif", "different sizes")
+    tifffile.imwrite(tmp_path / "b.tif", np.ones((8, 9), np.complex64))
+    refused(tmp_path / "b.tif", "complex64")
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"imagej": True}])
+def test_truncated_tiff_refused(tmp_path, options):
+    array = np.random.default_rng(0).integers(0, 255, (6, 64, 64), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", array, **options)
+    whole = (tmp_path / "a.tif").read_bytes()
+    for kept in (3, 100, 1000, len(whole) // 2):
+        (tmp_path / "a.tif").write_bytes(whole[:kept])
+        refused(tmp_path / "a.tif", "a.tif")
+
+
+def test_tiff_bomb_refused_before_allocation(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((64, 64), np.uint8), compression="zlib")
+    with tifffile.TiffFile(tmp_path / "a.tif") as tif:
+        tags = tif.pages[0].tags
+        offsets = [tags[name].valueoffset for name in ("ImageWidth", "ImageLength", "RowsPerStrip")]
+        kinds = [tags[name].dtype for name in ("ImageWidth", "ImageLength", "RowsPerStrip")]
+    for offset, kind in zip(offsets, kinds):
+        patch(tmp_path / "a.tif", offset, struct.pack("<H" if kind == 3 else "<I", 60000))
+    tracemalloc.start()
+    refused(tmp_path / "a.tif", "hostile")
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+def test_fuzzed_files_never_raise_anything_else(tmp_path):
+    rng = np.random.default_rng(0)
+    tifffile.imwrite(tmp_path / "a.tif", random_volume((3, 8, 9)), compression="zlib",
+                     photometric="minisblack")
+    write_mrc(tmp_path / "a.mrc", random_volume((3, 8, 9), np.float32))
+    np.save(tmp_path / "a.npy", random_volume((3, 8, 9)))
+    write_png(tmp_path / "a.png", random_volume((8, 9)))
+    signal.alarm(60)  # a hang ends the test
+    for name in ("a.tif", "a.mrc", "a.npy", "a.png"):
+        whole = np.frombuffer((tmp_path / name).read_bytes(), np.uint8)
+        for _ in range(100):
+            damaged = whole.copy()
+            damaged[rng.integers(0, min(len(whole), 1500), 4)] = rng.integers(0, 256, 4)
+            (tmp_path / name).write_bytes(damaged.tobytes())
+            try:
+                assert emseg.open_volume(tmp_path / name)[:].ndim == 3
+            except emseg.InputError as error:
+                assert "\n" not in str(error)
+    signal.alarm(0)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.float32, np.uint16, np.float16])
+def test_mrc_modes(tmp_path, dtype):
+    array = random_volume(dtype=dtype)
+    volume = emseg.open_volume(write_mrc(tmp_path / "a.rec", array, (47.0, 46.0, 500.0)))
+    assert volume.dtype == dtype and volume.format == "mrc"
+    np.testing.assert_array_equal(volume[:], array)
+    assert volume.voxel_size == pytest.approx(VOXEL, rel=1e-6)
+
+
+def test_mrc_odd_headers(tmp_path):
+    array = np.arange(24, dtype=np.int8).reshape(2, 3, 4) - 12
+    path = write_mrc(tmp_path / "a.mrc", array, (10, 10, 10))
+    patch(path, 152, struct.pack("<ii", 1146047817, 0))  # IMOD, bytes are not signed
+    np.testing.assert_array_equal(emseg.open_volume(path)[:], array.view(np.uint8))
+    patch(path, 156, struct.pack("<i", 1))
+    np.testing.assert_array_equal(emseg.open_volume(path)[:], array)
+    patch(path, 208, bytes(8))  # no MAP id, no machine stamp
+    np.testing.assert_array_equal(emseg.open_volume(path)[:], array)
+    patch(path, 64, struct.pack("<iii", 3, 1, 2))  # columns are z, rows x, sections y
+    volume = emseg.open_volume(path)
+    assert volume.shape == (4, 2, 3)
+    np.testing.assert_array_equal(volume[:], array.transpose(2, 0, 1))
+    np.testing.assert_array_equal(volume[1:3, :, 2], array.transpose(2, 0, 1)[1:3, :, 2])
+    patch(path, 40, bytes(12))
+    assert emseg.open_volume(path).voxel_size is None
+    patch(path, 12, struct.pack("<i", 4))
+    refused(path, "mode 4")
+
+
+def test_mrc_truncated_extended_and_compressed(tmp_path):
+    path = write_mrc(tmp_path / "a.mrc", random_volume())
+    patch(path, 0, struct.pack("<iii", 2**30, 2**30, 2**30))
+    refused(path, "truncated")
+    array = random_volume(dtype=np.int16)
+    with mrcfile.new(path, array, overwrite=True) as mrc:
+        mrc.set_extended_header(np.ones(200, "V1"))
+    np.testing.assert_array_equal(emseg.open_volume(path)[:], array)
+    Path(path).write_bytes(Path(path).read_bytes()[:-1])
+    refused(path, "truncated")
+    with mrcfile.new(tmp_path / "b.mrc", random_volume(), compression="gzip"):
+        pass
+    refused(tmp_path / "b.mrc", "decompress")
+
+
+@pytest.mark.parametrize("order", "CF")
+def test_npy(tmp_path, order):
+    array = random_volume(dtype=">f8").copy(order)
+    np.save(tmp_path / "a.npy", array)
+    volume = emseg.open_volume(tmp_path / "a.npy")
+    assert volume.dtype == np.float64 and volume.dtype.isnative and volume.voxel_size is None
+    np.testing.assert_array_equal(volume[1:4, 3:5], array[1:4, 3:5])
+    np.save(tmp_path / "b.npy", array[0] > 0)
+    flat = emseg.open_volume(tmp_path / "b.npy")
+    assert flat.shape == (1, 20, 30) and flat.dtype == np.uint8
+    np.testing.assert_array_equal(flat[0], array[0] > 0)
+    np.save(tmp_path / "c.npy", np.array([{}]))
+    refused(tmp_path / "c.npy", "not readable|array of shape")
+    whole = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(whole[:-8])
+    refused(tmp_path / "a.npy", "a.npy")
+
+
+def test_png_depths_and_colours(tmp_path):
+    rng = np.random.default_rng(0)
+    for bits, dtype in ((8, np.uint8), (16, np.uint16), (1, np.uint8)):
+        image = np.arange(2**bits).reshape(-1, 2 ** (bits // 2)) if bits > 1 else \
+            rng.integers(0, 2, (5, 11))
+        write_png(tmp_path / "a.png", image, bits)
+        volume = emseg.open_volume(tmp_path / "a.png")
+        assert volume.dtype == dtype and volume.shape == (1, *image.shape)
+        np.testing.assert_array_equal(volume[0], image)
+    grey = random_volume((7, 9))
+    write_png(tmp_path / "rgb.png", np.stack([grey] * 3, -1), colour=2)
+    np.testing.assert_array_equal(emseg.open_volume(tmp_path / "rgb.png")[0], grey)
+    write_png(tmp_path / "la.png", np.stack([grey, grey * 0], -1), colour=4)
+    np.testing.assert_array_equal(emseg.open_volume(tmp_path / "la.png")[0], grey)
+    write_png(tmp_path / "red.png", np.stack([grey, grey, grey + 1], -1), colour=2)
+    refused(tmp_path / "red.png", "colour image")
+
+
+def test_damaged_png_refused(tmp_path):
+    write_png(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (50, 50)))
+    whole = (tmp_path / "a.png").read_bytes()
+    for damaged in (whole[:-30], whole[:20], whole[:-20] + b"x" + whole[-19:],
+                    whole[:-16] + bytes([whole[-16] ^ 1]) + whole[-15:]):
+        (tmp_path / "a.png").write_bytes(damaged)
+        refused(tmp_path / "a.png", "a.png")
+
+
+def test_folder_order_numbers_and_odd_files(tmp_path):
+    images = random_volume((3, 8, 9))
+    folder = write_folder(tmp_path / "s", images, ["b2x10.png", "b2x9.png", "b2x100.png"])
+    (folder / ".hidden.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("9")
+    volume = emseg.open_volume(folder)
+    assert volume.numbers == (9, 10, 100) and volume.format == "slices"
+    np.testing.assert_array_equal(volume[:], images[[1, 0, 2]])
+    write_png(folder / "c9.png", images[0])
+    assert emseg.open_volume(folder).numbers is None
+    write_png(folder / "c9.png", images[0, :5])
+    refused(folder, "c9.png is")
+    write_png(folder / "c9.png", images[0], bits=16)
+    refused(folder, "c9.png is")
+    os.remove(folder / "c9.png")
+    tifffile.imwrite(folder / "d.tif", images[0])
+    refused(folder, "mixes")
+    (tmp_path / "none").mkdir()
+    refused(tmp_path / "none", "no .tif")
+
+
+def test_folder_of_tiffs_and_of_masks_with_mixed_depths(tmp_path):
+    folder = tmp_path / "t"
+    folder.mkdir()
+    images = random_volume((3, 8, 9), np.uint16)
+    for z, image in enumerate(images):
+        tifffile.imwrite(folder / f"{z}.tiff", image, compression="zlib" if z else None,
+                         resolution=(2e6, 2e6), resolutionunit=3)
+    np.testing.assert_array_equal(emseg.open_volume(folder)[0:3, 2], images[:, 2])
+    assert emseg.open_volume(folder).voxel_size == pytest.approx((5, 5, 5))
+    tifffile.imwrite(folder / "3.tiff", images, photometric="minisblack")
+    refused(folder, "3 pages")
+    mask = random_volume((8, 9)) > 50
+    masks = write_folder(tmp_path / "m", [mask * 255], ["0.png"])
+    write_png(masks / "1.png", mask, bits=1)
+    np.testing.assert_array_equal(emseg.open_volume(masks)[1], mask * 255)
+
+
+def test_missing_empty_unknown_and_wrong_content(tmp_path):
+    refused(tmp_path / "no.tif", "no such file")
+    (tmp_path / "a.tif").write_bytes(b"")
+    refused(tmp_path / "a.tif", "empty")
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    refused(tmp_path / "a.jpg", r"\.mrc")
+    for extension in ("tif", "mrc", "npy", "png"):
+        (tmp_path / f"b.{extension}").write_text("This is not an image. " * 100)
+        refused(tmp_path / f"b.{extension}", "b." + extension)
+
+
+# --- crops ---
+
+@pytest.mark.parametrize("crop, box", [
+    ("1:4", np.s_[1:4]), (":2,3:", np.s_[:2, 3:]), ("3,:,7", np.s_[3:4, :, 7:8]),
+    ("2:6,5:15,10:30", np.s_[2:6, 5:15, 10:30]), ("1:,:,:3", np.s_[1:, :, :3])])
+def test_crops(tmp_path, crop, box):
+    array = random_volume()
+    for path in (tmp_path / "a.mrc", tmp_path / "a.tif"):
+        with emseg.create_volume(path, array.shape, np.uint8, VOXEL) as writer:
+            writer[:] = array
+        volume = emseg.open_volume(f"{path}@{crop}")
+        np.testing.assert_array_equal(volume[:], array[box])
+        np.testing.assert_array_equal(volume[0:1, 0:2, 1:3], array[box][0:1, 0:2, 1:3])
+        assert volume.file_shape == array.shape and volume.path.endswith(crop)
+        assert tuple(array[volume.crop].shape) == volume.shape
+
+
+@pytest.mark.parametrize("crop, match", [
+    ("0:7", "z runs over 0:6"), (":,20:21", "y runs over 0:20"), ("3:3", "empty"), ("-1:3", "none"),
+    (":,:,30", "x runs over 0:30"), ("1:2,3:4,5:6,7:8", "three axes"), ("a:b", "understood"),
+    ("0:6:2", "understood"), ("1,,2", "understood"), ("4:2", "empty")])
+def test_bad_crops(tmp_path, crop, match):
+    np.save(tmp_path / "a.npy", random_volume())
+    refused(f"{tmp_path}/a.npy@{crop}", match)
+
+
+def test_name_with_an_at(tmp_path):
+    array = random_volume()
+    np.save(tmp_path / "a@1:2.npy", array)
+    assert emseg.open_volume(tmp_path / "a@1:2.npy").shape == array.shape
+    assert emseg.open_volume(f"{tmp_path}/a@1:2.npy@1:3").shape == (2, 20, 30)
+    refused(tmp_path / "b@1:2.npy", "no such file")
+    write_folder(tmp_path / "s", array[:3], ["0.png", "1.png", "2.png"])
+    folder = write_folder(tmp_path / "s@1:2", array[3:], ["0.png", "1.png", "2.png"])
+    np.testing.assert_array_equal(emseg.open_volume(folder)[:], array[3:])
+
+
+# --- processes, memory ---
+
+class Slices(torch.utils.data.Dataset):
+    def __init__(self, volume):
+        self.volume = volume
+
+    def __len__(self):
+        return len(self.volume)
+
+    def __getitem__(self, z):
+        return z, self.volume[z]
+
+
+def test_workers_share_a_compressed_tiff(tmp_path):
+    array = np.random.default_rng(0).integers(0, 255, (40, 64, 64), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", array, compression="zlib")
+    volume = emseg.open_volume(tmp_path / "a.tif")
+    volume[3]
+    loader = torch.utils.data.DataLoader(Slices(volume), batch_size=2, num_workers=2)
+    for _ in range(2):
+        for z, page in loader:
+            np.testing.assert_array_equal(page.numpy(), array[z])
+    copy = pickle.loads(pickle.dumps(volume))
+    assert len(pickle.dumps(volume)) < 10_000
+    np.testing.assert_array_equal(copy[7], array[7])
+
+
+def test_each_process_opens_a_compressed_tiff_itself(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "a.tif", random_volume(), compression="zlib")
+    volume = emseg.open_volume(tmp_path / "a.tif")
+    volume[1]
+    before = volume.source.decode.pages
+    volume[2]
+    assert volume.source.decode.pages is before
+    monkeypatch.setattr(os, "getpid", lambda: -1)  # as if this process had been forked
+    volume[3]
+    assert volume.source.decode.pages is not before
+
+
+@pytest.mark.parametrize("extension", ["tif", "mrc"])
+def test_big_sparse_file_reads_in_little_memory(tmp_path, extension):
+    path, shape = tmp_path / f"big.{extension}", (300, 4096, 4096)  # 4.7 GiB
+    slab = random_volume((2, 4096, 4096))
+    with emseg.create_volume(path, shape, np.uint8, VOXEL, max_value=100) as writer:
+        writer[250:252] = slab
+    assert os.stat(path).st_blocks * 512 < 200e6  # the rest was never written
+    tracemalloc.start()
+    volume = emseg.open_volume(path)
+    np.testing.assert_array_equal(volume[251, 100:200], slab[1, 100:200])
+    assert volume[100:101].max() == 0
+    assert len(pickle.dumps(volume)) < 10_000
+    assert tracemalloc.get_traced_memory()[1] < 60e6
+    tracemalloc.stop()
+    assert volume.shape == shape and volume.voxel_size == pytest.approx(VOXEL, rel=1e-6)
+
+
+def test_page_cache_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(emseg, "CACHE_BYTES", 3 * 64 * 64)
+    tifffile.imwrite(tmp_path / "a.tif", random_volume((9, 64, 64)), compression="zlib")
+    volume = emseg.open_volume(tmp_path / "a.tif")
+    volume[:]
+    volume[6]
+    assert list(volume.source.cache) == [7, 8, 6]
+
+
+# --- views ---
+
+def open_array(tmp_path, array, name="v"):
+    np.save(tmp_path / f"{name}.npy", array)
+    return emseg.open_volume(tmp_path / f"{name}.npy")
+
+
+def test_as_uint8(tmp_path):
+    array = random_volume()
+    volume = open_array(tmp_path, array)
+    assert emseg.as_uint8(volume) is volume
+    signed = emseg.as_uint8(open_array(tmp_path, (array.astype(int) - 50).astype(np.int8)))
+    np.testing.assert_array_equal(signed[:], array + 78)
+    ramp = np.arange(100_000, dtype=np.float32).reshape(10, 100, 100)
+    view = emseg.as_uint8(open_array(tmp_path, ramp))
+    low, high = np.percentile(ramp, (0.1, 99.9))
+    want = np.clip(np.rint((ramp.astype(np.float64) - low) / (high - low) * 255), 0, 255)
+    assert np.abs(view[:] - want).max() <= 1 and (view[:] == want).mean() > 0.999
+    assert view.dtype == np.uint8 and (view[3:5, 7:9, 2] == view[:][3:5, 7:9, 2]).all()
+    assert (emseg.as_uint8(open_array(tmp_path, np.full((2, 3, 4), 7.0)))[:] == 0).all()
+    ramp[4, 5, 6] = np.nan
+    with pytest.raises(emseg.InputError, match=r"v\.npy: slice 4 holds NaN"):
+        emseg.as_uint8(open_array(tmp_path, ramp))
+    ramp = np.zeros((40, 8, 8), np.float32)
+    ramp[0, 0, 0] = np.inf  # this slice is not in the sample
+    view = emseg.as_uint8(open_array(tmp_path, ramp))
+    with pytest.raises(emseg.InputError, match="slice 0 holds"):
+        view[0]
+
+
+def test_equalize(tmp_path):
+    rng = np.random.default_rng(0)
+    array = (rng.normal(120, 10, (3, 200, 200))).clip(115, 255).astype(np.uint8)
+    array[2] = 9
+    view = emseg.as_uint8(open_array(tmp_path, array), equalize=True)
+    whole = view[:]
+    np.testing.assert_array_equal(emseg.as_uint8(open_array(tmp_path, array), True)[1, 5:9, 3:8],
+                                  whole[1, 5:9, 3:8])
+    values, inverse, counts = np.unique(array[0], return_inverse=True, return_counts=True)
+    cdf = counts.cumsum()
+    want = np.rint((cdf - cdf[0]) / (cdf[-1] - cdf[0]) * 255)[inverse].reshape(200, 200)
+    np.testing.assert_array_equal(whole[0], want)
+    assert len(np.unique(whole[2])) == 1
+
+
+def test_downsample_mean_and_majority(tmp_path):
+    array = random_volume((2, 7, 10))
+    volume = open_array(tmp_path, array)
+    volume.voxel_size = VOXEL
+    small = emseg.downsample(volume, 3, "mean")
+    assert small.shape == (2, 3, 4)
+    assert small.voxel_size == (VOXEL[0], VOXEL[1] * 3, VOXEL[2] * 3)
+    padded = np.pad(array, ((0, 0), (0, 2), (0, 2)), mode="edge")
+    for reduce in ("mean", "majority"):
+        small = emseg.downsample(volume, 3, reduce)
+        want = np.zeros((2, 3, 4), np.uint8)
+        for z, y, x in np.ndindex(want.shape):
+            block = padded[z, 3 * y:3 * y + 3, 3 * x:3 * x + 3].astype(float)
+            values, counts = np.unique(block, return_counts=True)
+            want[z, y, x] = (np.floor(block.mean() + 0.5) if reduce == "mean"
+                             else values[counts.argmax()])
+        np.testing.assert_array_equal(small[:], want)
+        np.testing.assert_array_equal(small[1, 1:3, 2:4], want[1, 1:3, 2:4])
+    tie = open_array(tmp_path, np.array([[[3, 255], [255, 3]]], np.uint8))
+    assert emseg.downsample(tie, 2, "majority")[0, 0, 0] == 3
+    assert emseg.downsample(tie, 1, "mean") is tie
+
+
+# --- slices, labels ---
+
+def test_parse_slices():
+    def parse(text, depth=20):
+        return emseg.parse_slices(text, depth).tolist()
+    assert parse("0:165:5", 165) == list(range(0, 165, 5))
+    assert parse("15, 3,4") == [3, 4, 15] and parse("0:3,7") == [0, 1, 2, 7]
+    assert parse("::10") == [0, 10] and parse("18:") == [18, 19]
+    assert parse("n=1", 9) == [4] and parse("n=3", 9) == [1, 4, 7]
+    assert parse("n=4", 4) == [0, 1, 2, 3]
+    assert parse("n=7", 165) == [round((i + 0.5) * 165 / 7 - 0.5) for i in range(7)]
+
+
+@pytest.mark.parametrize("text, match", [
+    ("0:21", "0:20"), ("20", "0:20"), ("", "understood"), ("3:3", "empty"), ("1,1", "twice"),
+    ("0:5,4", "twice"), ("-1", "understood"), ("n=0", "1 to 20"), ("n=21", "1 to 20"),
+    ("a", "understood"), ("0:9:0", "empty"), ("1,", "understood"), ("1:2:3:4", "understood")])
+def test_bad_slices(text, match):
+    with pytest.raises(emseg.InputError, match=match):
+        emseg.parse_slices(text, 20)
+
+
+def test_parse_label_map():
+    assert emseg.parse_label_map("191=1, 223=2,-1=255,*=0") == {191: 1, 223: 2, -1: 255, "*": 0}
+    for text in ("", "1", "1=2,1=3", "1=256", "a=1", "1=-1"):
+        with pytest.raises(emseg.InputError, match="label map"):
+            emseg.parse_label_map(text)
+
+
+def label_of(tmp_path, array, **options):
+    label = np.asarray(array).reshape(2, 2, -1)
+    np.save(tmp_path / "label.npy", label)
+    volume = open_array(tmp_path, np.zeros(label.shape, np.uint8))
+    (labels,), n_classes = emseg.open_labels([tmp_path / "label.npy"], [volume], **options)
+    return labels, n_classes
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.uint64])
+@pytest.mark.parametrize("raw, options, want, n", [
+    ([0, 99, 99, 0], {}, [0, 1, 1, 0], 2),
+    ([0, 1, 2, 3], {}, [0, 1, 2, 3], 4),
+    ([0, 7, 7, 7], {"classes": 2}, [0, 1, 1, 1], 2),
+    ([0, 1, 2, 0], {"classes": 5}, [0, 1, 2, 0], 5),
+    ([0, 1, 99, 1], {"ignore_label": 99}, [0, 1, 255, 1], 2),
+    ([5, 7, 9, 11], {"label_map": {7: 1, 9: 3, "*": 0}}, [0, 1, 3, 0], 4),
+    ([5, 7, 9, 5], {"label_map": {7: 1, 9: 255, 5: 0}}, [0, 1, 255, 0], 2),
+    ([5, 7, 9, 9], {"label_map": {7: 1, "*": 0}, "ignore_label": 9}, [0, 1, 255, 255], 2),
+])
+def test_label_rules(tmp_path, dtype, raw, options, want, n):
+    labels, n_classes = label_of(tmp_path, np.array(raw * 6, dtype), **options)
+    want = np.array(want * 6).reshape(2, 2, 6)
+    assert n_classes == n and labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels[:], want)
+    np.testing.assert_array_equal(labels[1, 0:1, 2:5], want[1, 0:1, 2:5])
+    assert labels.slices.tolist() == [0, 1]
+    np.testing.assert_array_equal(
+        labels.counts, [[(page == c).sum() for c in range(n)] for page in want])
+
+
+@pytest.mark.parametrize("raw, options, match", [
+    ([0, 1, 255, 0], {}, r'values 0, 1, 255: .*--label-map "0=0,1=1,255=2", or --ignore-label 255'),
+    ([0, 3, 5, 0], {"classes": 2}, "values 0, 3, 5"),
+    ([0, 1, 3, 0], {"classes": 3}, "class ids 0 to 2"),
+    ([0, 2, 0, 0], {"label_map": {0: 0, 2: 3}, "classes": 3}, "class 3 is outside"),
+    ([0, 2, 4, 6], {"label_map": {0: 0, 2: 1}}, "values 4, 6 are not in the label map"),
+    ([0, 0, 0, 0], {}, "no foreground"),
+    ([9, 9, 9, 9], {"ignore_label": 9}, "no foreground"),
+    ([0, -1, 0, 0], {}, "values -1, 0"),
+    ([0, 0.5, 1, 0], {}, "not whole numbers"),
+    ([0, np.nan, 1, 0], {}, "not whole numbers"),
+])
+def test_label_errors(tmp_path, raw, options, match):
+    array = np.array(raw * 2)
+    with pytest.raises(emseg.InputError, match=match):
+        label_of(tmp_path, array.astype(np.int16) if array.dtype.kind == "i" else array, **options)
+
+
+def test_label_errors_of_files(tmp_path):
+    with pytest.raises(emseg.InputError, match="instance ids"):
+        label_of(tmp_path, np.arange(400, dtype=np.uint16))
+    labels, n = label_of(tmp_path, np.arange(400, dtype=np.uint16), label_map={0: 0, "*": 1})
+    assert n == 2 and labels.counts.sum(0).tolist() == [1, 399]
+    assert label_of(tmp_path, np.zeros(8, np.uint8), require_foreground=False)[1] == 2
+    volume = open_array(tmp_path, np.zeros((3, 4, 5), np.uint8))
+    with pytest.raises(emseg.InputError, match=r"\(2, 2, 2\).*\(3, 4, 5\)"):
+        emseg.open_labels([tmp_path / "label.npy"], [volume])
+    with pytest.raises(emseg.InputError, match="1 volumes but 2 labels"):
+        emseg.open_labels(["a", "b"], [volume])
+
+
+def test_union_of_labels_decides_the_classes(tmp_path):
+    volume = open_array(tmp_path, np.zeros((1, 2, 2), np.uint8))
+    for name, values in (("a", [0, 0, 1, 1]), ("b", [0, 2, 2, 2]), ("c", [0, 200, 0, 0])):
+        np.save(tmp_path / f"{name}.npy", np.array(values, np.uint8).reshape(1, 2, 2))
+    a, b, c = (tmp_path / f"{name}.npy" for name in "abc")
+    labels, n = emseg.open_labels([a, b], [volume] * 2)
+    assert n == 3 and labels[1][0, 0, 1] == 2
+    with pytest.raises(emseg.InputError, match="0, 1, 200"):
+        emseg.open_labels([a, c], [volume] * 2)
+    labels, _ = emseg.open_labels([a, c], [volume] * 2, classes=2)
+    assert labels[1][0, 0, 1] == 1
+
+
+def test_negative_and_large_raw_values(tmp_path):
+    raw = np.array([-1, 300, 44, -256] * 2, np.int16)
+    labels, n = label_of(tmp_path, raw, label_map={-1: 0, 300: 1, 44: 2, "*": 255})
+    assert n == 3 and labels[:].ravel().tolist() == [0, 1, 2, 255] * 2
+
+
+def test_label_slices(tmp_path):
+    array = np.ones((2, 2, 3), np.uint8)
+    labels, _ = label_of(tmp_path, array, label_slices="1")
+    assert labels.slices.tolist() == [1]
+    assert (labels[0] == emseg.IGNORE).all() and (labels[1] == 1).all()
+    assert labels.counts.tolist() == [[0, 0], [0, 6]]
+
+
+def test_sparse_label_folder(tmp_path):
+    images = random_volume((12, 8, 9))
+    masks = (random_volume((3, 8, 9), seed=1) > 50).astype(np.uint8)
+    folder = write_folder(tmp_path / "images", images, [f"im{z + 100}.png" for z in range(12)])
+    label = write_folder(tmp_path / "labels", masks * 255, ["l102.png", "l105.png", "l110.png"])
+    (labels,), n = emseg.open_labels([label], [emseg.open_volume(folder)])
+    assert n == 2 and labels.slices.tolist() == [2, 5, 10] and labels.shape == images.shape
+    np.testing.assert_array_equal(labels[[2, 5, 10][1]], masks[1])
+    assert (labels[3] == emseg.IGNORE).all() and labels.counts[3].sum() == 0
+    np.testing.assert_array_equal(labels.counts[[2, 5, 10], 1], masks.sum((1, 2)))
+    # the crop of the image holds for its labels, unless they have their own
+    (labels,), _ = emseg.open_labels([label], [emseg.open_volume(f"{folder}@4:12,2:6,1:8")])
+    assert labels.slices.tolist() == [1, 6] and labels.shape == (8, 4, 7)
+    np.testing.assert_array_equal(labels[6], masks[2, 2:6, 1:8])
+    (labels,), _ = emseg.open_labels([f"{label}@4:8"], [emseg.open_volume(f"{folder}@4:8")])
+    assert labels.slices.tolist() == [1]
+    with pytest.raises(emseg.InputError, match=r"\(3, 8, 9\) do not fit.*\(4, 8, 9\)"):
+        emseg.open_labels([f"{label}@4:7"], [emseg.open_volume(f"{folder}@4:8")])
+    with pytest.raises(emseg.InputError, match="asks for slice 3"):
+        emseg.open_labels([label], [emseg.open_volume(folder)], label_slices="2,3")
+    (labels,), _ = emseg.open_labels([label], [emseg.open_volume(folder)], label_slices="5")
+    assert labels.slices.tolist() == [5]
+    # a volume in one file: the number is z
+    with pytest.raises(emseg.InputError, match="number 102 matches no slice"):
+        emseg.open_labels([label], [open_array(tmp_path, images)])
+    low = write_folder(tmp_path / "low", masks, ["0.png", "7.png", "11.png"])
+    (labels,), _ = emseg.open_labels([low], [open_array(tmp_path, images)])
+    assert labels.slices.tolist() == [0, 7, 11]
+    (labels,), _ = emseg.open_labels([low], [emseg.open_volume(f"{tmp_path}/v.npy@0:8,1:7")])
+    np.testing.assert_array_equal(labels[7], masks[1, 1:7])
+    drawn = write_folder(tmp_path / "drawn", masks[:, 1:7], ["0.png", "7.png", "11.png"])
+    (labels,), _ = emseg.open_labels([drawn], [emseg.open_volume(f"{tmp_path}/v.npy@0:8,1:7")])
+    np.testing.assert_array_equal(labels[7], masks[1, 1:7])
+    unnumbered = write_folder(tmp_path / "u", masks, ["a.png", "b.png", "c.png"])
+    with pytest.raises(emseg.InputError, match="own number"):
+        emseg.open_labels([unnumbered], [open_array(tmp_path, images)])
+    small = emseg.downsample(labels, 2, "majority")
+    assert small.slices.tolist() == [0, 7]
+
+
+# --- writing ---
+
+def test_writer_leaves_nothing_after_an_exception(tmp_path):
+    with pytest.raises(RuntimeError):
+        with emseg.create_volume(tmp_path / "a.tif", (4, 5, 6), np.uint8) as writer:
+            writer[0:1] = np.zeros((1, 5, 6))
+            raise RuntimeError
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(ValueError, match="slab"):
+        with emseg.create_volume(tmp_path / "a.tif", (4, 5, 6), np.uint8) as writer:
+            writer[2:6] = np.zeros((4, 5, 6))
+
+
+def test_two_processes_fill_one_file(tmp_path):
+    path, array = tmp_path / "a.mrc", random_volume((4, 5, 6))
+    np.save(tmp_path / "v.npy", array)
+    code = ("import emseg, numpy as np\n"
+            f"array = np.load({str(tmp_path / 'v.npy')!r})\n"
+            f"with emseg.create_volume({str(path)!r}, array.shape, 'uint8', attach=True) as w:\n"
+            "    w[2:4] = array[2:]\n")
+    with emseg.create_volume(path, array.shape, np.uint8) as writer:
+        subprocess.run([sys.executable, "-c", code], check=True,
+                       cwd=Path(emseg.__file__).parent)
+        writer[0:2] = array[:2]
+        assert not path.exists()
+    np.testing.assert_array_equal(emseg.open_volume(path)[:], array)
+
+
+def test_mrc_class_ids_and_probability_stack(tmp_path):
+    array = random_volume()
+    with emseg.create_volume(tmp_path / "a.mrc", array.shape, "uint8", max_value=99) as writer:
+        writer[:] = array
+    with mrcfile.open(tmp_path / "a.mrc") as mrc:
+        assert mrc.header.mode == 0
+        np.testing.assert_array_equal(mrc.data, array)
+    prob = random_volume((3, 2, 5, 6), np.float32)
+    with emseg.create_volume(tmp_path / "p.tif", prob.shape, np.float32, VOXEL) as writer:
+        writer[1:3] = prob[1:]
+        writer[0:1] = prob[:1]
+    with tifffile.TiffFile(tmp_path / "p.tif") as tif:
+        assert tif.series[0].axes == "ZCYX" and tif.imagej_metadata["unit"] == "nm"
+        np.testing.assert_array_equal(tif.asarray(), prob)
+
+
+def test_writing_refused(tmp_path, monkeypatch):
+    def create(name, shape=(2, 3, 4)):
+        return emseg.create_volume(tmp_path / name, shape, np.uint8)
+    with pytest.raises(emseg.InputError, match="GiB free"):
+        create("a.tif", (10**6, 10**6, 10**6))
+    with pytest.raises(emseg.InputError, match="does not exist"):
+        create("no/a.tif")
+    with pytest.raises(emseg.InputError, match="wanted .tif or .mrc"):
+        create("a.jpg")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_is_one_line(tmp_path):
+    writer = emseg.create_volume(tmp_path / "a.tif", (2, 300, 400), np.uint8)
+    writer.stream.close()
+    writer.stream = open("/dev/full", "r+b")
+    with pytest.raises(emseg.InputError, match="a.tif: cannot be written .*[Nn]o space"):
+        writer[0:2] = np.zeros((2, 300, 400), np.uint8)
+
+
+# --- real files ---
+
+@real_data
+@pytest.mark.parametrize("folder", ["mrc", "tiff"])
+def test_real_files_read_as_the_reference_reads_them_or_are_refused(folder):
+    compared = 0
+    for path in sorted(p for p in (DATA / folder).rglob("*") if p.is_file()):
+        if folder == "tiff" and path.suffix not in (".tif", ".tiff"):
+            continue
+        signal.alarm(20)
+        try:
+            volume = emseg.open_volume(path)
+            array = volume[:]
+        except emseg.InputError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+            continue
+        finally:
+            signal.alarm(0)
+        if volume.format == "tiff":
+            want = tifffile.imread(path).reshape(volume.shape)
+        elif volume.format == "mrc":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with mrcfile.open(path, permissive=True) as mrc:
+                    axes = [int(mrc.header[name]) for name in ("maps", "mapr", "mapc")]
+                    want = mrc.data.reshape((-1, *mrc.data.shape[-2:]))
+            if sorted(axes) == [1, 2, 3]:
+                want = want.transpose([axes.index(axis) for axis in (3, 2, 1)])
+        else:
+            continue
+        np.testing.assert_array_equal(array, want)
+        compared += 1
+    assert compared >= {"mrc": 13, "tiff": 50}[folder]
+
+
+@real_data
+def test_real_stacks():
+    image = emseg.open_volume(DATA / "lucchi" / "Train_In")
+    assert image.shape == (165, 768, 1024) and image.numbers == tuple(range(165))
+    volume = emseg.open_volume(f"{DATA}/lucchi/Train_In@0:20")
+    (labels,), n = emseg.open_labels([f"{DATA}/lucchi/Train_Out@0:20"], [volume])
+    assert n == 2 and labels.slices.tolist() == list(range(20))
+    (labels,), _ = emseg.open_labels([DATA / "lucchi_organelles" / "mitochondrion"],
+                                     [image], label_map={**dict.fromkeys(range(128), 0), "*": 1})
+    assert labels.slices.tolist() == list(range(20)) and len(labels) == 165
+    vnc = emseg.open_volume(DATA / "vnc" / "raw")
+    with pytest.raises(emseg.InputError, match=r"0, 32, 64, 96, 128, 159, 191, 223, 255"):
+        emseg.open_labels([DATA / "vnc" / "labels"], [vnc])
+    (labels,), n = emseg.open_labels([DATA / "vnc" / "labels"], [vnc],
+                                     label_map=emseg.parse_label_map("191=1,223=2,*=0"))
+    assert n == 3 and labels.counts.sum() == vnc[:].size
+    # 19 slices of 1 bit and one of 8 bits: foreground is 255 in all
+    (labels,), n = emseg.open_labels([DATA / "vnc" / "membranes"], [vnc])
+    values = np.unique(emseg.open_volume(DATA / "vnc" / "synapses")[:])
+    assert n == 2 and 1 not in values and 255 in values
