@@ -1382,8 +1382,10 @@ def batches(patches, batch_size, start, stop, workers=0, rank=0, world=1, pin_me
     """
     windows = [range((step * world + rank) * batch_size, (step * world + rank + 1) * batch_size)
                for step in range(start, stop)]
+    # A generator of its own: the loader must not draw from the one that seeds the augmentation.
     return iter(torch.utils.data.DataLoader(
-        patches, batch_sampler=windows, num_workers=workers, pin_memory=pin_memory))
+        patches, batch_sampler=windows, num_workers=workers, pin_memory=pin_memory,
+        generator=torch.Generator()))
 
 
 def measure_normalization(images, slices, mode):
@@ -2053,12 +2055,20 @@ OF_THIS_DATA = {"volume", "label", "label_slices", "unlabeled_volume", "val_volu
 OF_PREDICTION = {"tta", "save_probability", "label_map", "ignore_label", "seed"}
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are: no (default: None)."""
+
+    def _get_help_string(self, action):
+        nothing = action.default is None or action.default in ([], False)
+        return action.help if nothing else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
-    def __init__(self, description):
-        super().__init__(description=description,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def __init__(self, script, doc):
+        super().__init__(prog=Path(script).name, description=doc.splitlines()[0],
+                         formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -2075,8 +2085,11 @@ def positive(kind):
     return convert
 
 
-def add_common_args(parser, models):
-    """The flags that all scripts share, in the groups data, training and run."""
+def add_common_args(parser, models, sources):
+    """The flags that all scripts share, in the groups data, training and run.
+
+    sources: for each flag with a default of the paper's, where it stands there.
+    """
     flag = argparse.BooleanOptionalAction
     data = parser.add_argument_group("data").add_argument
     data("--volume", nargs="+", metavar="P", default=[], help="training volumes: TIFF, MRC, NPY or "
@@ -2100,15 +2113,15 @@ def add_common_args(parser, models):
     data("--normalize", choices=("zscore", "unit", "equalize"), default="zscore",
          help="grey levels: zero mean and unit variance; 0..1; histogram equalisation per slice")
     training = parser.add_argument_group("training").add_argument
-    training("--model", choices=sorted(models), help="network")
+    training("--model", choices=sorted(models), help="the network")
     training("--width", type=positive(int), metavar="N", help="filters of the first level; "
              "default: the paper's")
-    training("--epochs", type=positive(int), metavar="N", help="epochs")
+    training("--epochs", type=positive(int), metavar="N", help="rounds of --steps-per-epoch")
     training("--steps-per-epoch", type=positive(int), metavar="N", help="optimiser steps per epoch")
-    training("--batch-size", type=positive(int), metavar="N", help="crops per step and process")
+    training("--batch-size", type=positive(int), metavar="N", help="crops in a step of one process")
     training("--patch-size", type=positive(int), nargs=2, metavar=("Y", "X"),
              help="side of the crops in pixels, after --downsample")
-    training("--lr", type=positive(float), metavar="R", help="learning rate")
+    training("--lr", type=positive(float), metavar="R", help="highest learning rate")
     training("--workers", type=int, metavar="N", default=4 if torch.cuda.is_available() else 0,
              help="processes that read crops")
     run = parser.add_argument_group("run").add_argument
@@ -2123,6 +2136,9 @@ def add_common_args(parser, models):
     run("--save-probability", action="store_true", help="also write the probabilities")
     run("--tta", action=flag, default=False, help="average predictions over eight views")
     run("--demo", action="store_true", help="synthetic data, about a minute on two CPU cores")
+    for action in parser._actions:
+        if action.dest in sources:
+            action.help += f"; {sources[action.dest]}"
 
 
 def parse(parser, argv, demo):
@@ -2277,6 +2293,8 @@ def open_data(args, checkpoint=None):
     held_out = [validation_slices(args.val_slices, label) for label in labels]
     images = [view(volume, args) for volume in volumes]
     slices = [np.setdiff1d(label.slices, zs) for label, zs in zip(labels, held_out)]
+    if not sum(map(len, slices)):
+        raise InputError(f"--val-slices {args.val_slices}: no slice is left to train on")
     val = [Item(item.name, item.volume, item.image, shrink(item.label, args))
            for item in items["val"]]
     val += [Item(v.path, v, image, OnlySlices(shrink(label, args), zs))
@@ -2657,10 +2675,8 @@ class Run:
             yield self.step
             self.step += 1
             self.seconds += time.monotonic() - started
-            if self._stopping():
-                self._check_finite()
-                self.save("last.pt")
-                self._exit_interrupted()
+            if self.step % self.steps_per_epoch:         # else end_epoch saves
+                self._stop_if_interrupted()
 
     def _interrupt(self, number, frame):
         """First Ctrl-C: finish the step and save. Second one: stop at once."""
@@ -2668,16 +2684,17 @@ class Run:
             raise KeyboardInterrupt
         self.interrupted = True
 
-    def _stopping(self):
-        """Whether any process was interrupted."""
-        if self.world == 1:
-            return self.interrupted
-        flag = torch.tensor(float(self.interrupted), device=self.device)
-        torch.distributed.all_reduce(flag)
-        return bool(flag)
-
-    def _exit_interrupted(self):
-        """Say how to go on, and leave with the status of an interrupted command."""
+    def _stop_if_interrupted(self):
+        """Where any process was interrupted: save, say how to go on, leave with status 130."""
+        interrupted = self.interrupted
+        if self.world > 1:
+            count = torch.tensor(float(interrupted), device=self.device)
+            torch.distributed.all_reduce(count)
+            interrupted = bool(count)
+        if not interrupted:
+            return
+        self._check_finite()
+        self.save("last.pt")
         self.say(f"\ninterrupted at step {self.step}; saved {self.folder / 'last.pt'}; continue "
                  f"with: python {self.script.name} --resume --out-dir {self.folder}")
         raise SystemExit(130)
@@ -2757,6 +2774,7 @@ class Run:
         shown = "  ".join(f"{key} {value:.4f}" for key, value in row.items()
                           if key.startswith(("loss", "val")) and value is not None)
         self.say(f"\repoch {epoch}  {shown}\x1b[K" if terminal else f"epoch {epoch}  {shown}")
+        self._stop_if_interrupted()
 
     def save(self, name):
         """last.pt: everything; best.pt: the networks, without optimisers."""
@@ -2788,8 +2806,6 @@ class Run:
         """Load the weights to predict with: best.pt, or the checkpoint of the command line."""
         self.networks = networks
         if self.training:
-            if self._stopping():                # in the last validation
-                self._exit_interrupted()
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             path = self.folder / "best.pt"
@@ -2867,7 +2883,8 @@ class Run:
             if item.label is not None:
                 entry.update(evaluate(prediction, item.label, self.data.classes))
             volumes.append(entry)
-            shown.append((item.name, as_uint8(item.volume), item.label, prediction))
+            shown.append((Path(item.volume.path).name, as_uint8(item.volume), item.label,
+                          prediction))
         scored = [entry for entry in volumes if entry["per_class"]]
         self._write_json("metrics.json", {
             "schema": 1, "script": self.script.name, "model": self.args.model,

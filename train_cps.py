@@ -19,8 +19,8 @@ Equations:
 Differences from the paper:
     1. Soft Dice has squared terms in the denominator, as in the authors' code.
     2. The warm-up of lambda is linear from epoch 5 to epoch 20, as in the authors' code, but at
-       most from a quarter to a half of the run, so that short runs work. Before it starts, the
-       authors weigh CPS with 1e-5; here its passes are left out.
+       the latest from one half to three quarters of the run, so that short runs work. Before it
+       starts, the authors weigh CPS with 1e-5; here its passes are left out.
     3. Half of the batch is labelled, as in the authors' code; 99 % of those crops, the paper's
        figure, hold foreground.
     4. --downsample averages blocks of pixels; the authors interpolate bilinearly.
@@ -47,7 +47,7 @@ def cps_weight(epoch, epochs, weight):
     At first the supervised loss must lead: pseudo-labels of untrained networks are background
     only, and both networks would agree on that for good.
     """
-    start, end = min(5, epochs / 4), min(20, epochs / 2)
+    start, end = min(5, epochs / 2), min(20, 3 * epochs / 4)
     return weight * min(max((epoch - start) / (end - start), 0.0), 1.0)
 
 
@@ -115,8 +115,12 @@ def cps_losses(run, network_a, network_b, image_l, label_l, image_u, mix):
 
 
 def parse_args(argv=None):
-    parser = emseg.Parser(__doc__.splitlines()[0])
-    emseg.add_common_args(parser, MODELS)
+    parser = emseg.Parser(__file__, __doc__)
+    emseg.add_common_args(parser, MODELS, sources={
+        "model": "section 2.3; widths of table 1", "epochs": "authors' code",
+        "steps_per_epoch": "default: 64 crops of each annotated slice in an epoch, authors' code",
+        "batch_size": "authors' code", "lr": "authors' code", "downsample": "section 2.2",
+        "patch_size": "section 2.2", "normalize": "equalize is the paper's, section 2.1.2"})
     method = parser.add_argument_group("method (Pagano 2023)").add_argument
     method("--method", choices=("supervised", "cps"), default="cps",
            help="labelled slices only, or cross pseudo supervision as well (section 2.4.1)")

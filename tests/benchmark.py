@@ -1,0 +1,200 @@
+"""Speed of every network on this machine: python tests/benchmark.py [--width 16] [--full]
+
+Prints, for each network, training patches per second, inference voxels per second, peak memory and
+the share of the machine's own matrix-product rate that training reaches; then where the time of a
+training step goes, and what bf16 and channels-last gain. --full also predicts a stack of
+165 x 768 x 1024 voxels and one that is eight times larger than what is held of it in memory.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import emseg
+
+
+def median_seconds(function, device, runs=7, warmup=2):
+    """Median wall time of a call, the device's queue included."""
+    times = []
+    for i in range(warmup + runs):
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[warmup:])
+
+
+def matrix_rate(device, dtype, n=2048):
+    """Floating-point operations per second of a matrix product."""
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / median_seconds(lambda: a @ a, device)
+
+
+class Step:
+    """One supervised training step of a network, in parts that can be timed."""
+
+    def __init__(self, name, args, device, dtype, channels_last=True):
+        self.device, self.dtype = device, dtype
+        self.network = emseg.NETWORKS[name](1, 1, args.width).to(device)
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(self.network.parameters())
+        self.patch = (args.patch, args.patch)
+        image, label = emseg.phantom((4, args.patch + 32, args.patch + 32))
+        volume, truth = Array(image), Array((label == 3).astype(np.uint8))
+        self.patches = emseg.Patches([volume], [truth], self.patch, foreground=0.99)
+        self.batches = emseg.batches(self.patches, args.batch_size, 0, 10**4)
+        self.crops = self.load()
+        self.image, self.label = self.augment()
+        self.logits = self.forward()
+
+    def load(self):
+        return [crop.to(self.device) for crop in next(self.batches)]
+
+    def augment(self):
+        return emseg.augment(*self.crops, {"mean": 128, "std": 40}, flip=True, rot90=True)
+
+    def forward(self):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.network(self.image)
+
+    def forward_backward(self):
+        emseg.soft_dice_loss(self.forward(), self.label, squared=True).backward()
+
+    def update(self):
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+
+    def whole(self):
+        self.crops = self.load()
+        self.image, self.label = self.augment()
+        self.forward_backward()
+        self.update()
+        self.optimizer.zero_grad()
+
+    def infer(self):
+        self.network.eval()
+        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype,
+                                                    enabled=self.dtype != torch.float32):
+            emseg.predict_slices(self.network, self.image)
+        self.network.train()
+
+
+class Array(emseg.LazyArray):
+    """A NumPy array as a lazy volume."""
+
+    def __init__(self, array):
+        super().__init__("memory", array.shape, array.dtype, None)
+        self.array = array
+
+    def read(self, z, y, x):
+        return self.array[z, y, x].copy()
+
+
+def floating_point_operations(step):
+    """Of one forward and backward pass, counted by PyTorch."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        step.forward_backward()
+    return counter.get_total_flops()
+
+
+def networks(args, device, dtype):
+    rate = matrix_rate(device, dtype)
+    print(f"{device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}; matrix product {rate / 1e9:.0f} GFLOP/s; batches of "
+          f"{args.batch_size} x {args.patch} x {args.patch}, width {args.width or 'of the paper'}")
+    print(f"{'network':12}{'parameters':>12}{'patches/s':>11}{'Mvoxel/s':>10}{'GiB':>7}"
+          f"{'of matrix rate':>16}")
+    for name in emseg.NETWORKS:
+        step = Step(name, args, device, dtype)
+        seconds = median_seconds(step.whole, device)
+        inference = median_seconds(step.infer, device)
+        share = floating_point_operations(step) / seconds / rate
+        print(f"{name:12}{emseg.count_parameters(step.network):12,}"
+              f"{args.batch_size / seconds:11.1f}"
+              f"{args.batch_size * args.patch**2 / inference / 1e6:10.2f}"
+              f"{emseg.peak_memory_gib(device) or 0:7.2f}{share:15.0%}")
+
+
+def parts(args, device, dtype):
+    step = Step(args.model, args, device, dtype)
+    forward = median_seconds(step.forward, device)
+    both = median_seconds(step.forward_backward, device)
+    print(f"\none step of {args.model}, milliseconds: "
+          f"loading {median_seconds(step.load, device) * 1e3:.1f}, "
+          f"augmentation {median_seconds(step.augment, device) * 1e3:.1f}, "
+          f"forward {forward * 1e3:.0f}, loss and backward {(both - forward) * 1e3:.0f}, "
+          f"update {median_seconds(step.update, device) * 1e3:.1f}; "
+          f"whole {median_seconds(step.whole, device) * 1e3:.0f}")
+    print("whole step by precision and memory format, milliseconds: " + ", ".join(
+        f"{str(kind)[6:]} {'channels-last' if last else 'contiguous'} "
+        f"{median_seconds(Step(args.model, args, device, kind, last).whole, device) * 1e3:.0f}"
+        for kind in (torch.float32, torch.bfloat16) for last in (False, True)))
+
+
+def stack(args, shape, limit_gib=None):
+    """Predict a stack on disk in a process of its own, under a memory limit if asked."""
+    code = (
+        "import sys, time, resource, numpy as np, torch, emseg\n"
+        "folder, limit = sys.argv[1], float(sys.argv[2])\n"
+        "volume = emseg.open_volume(folder + '/stack.tif')\n"
+        "emseg.keep_freed_memory()\n"
+        "base = emseg.peak_memory_gib(torch.device('cpu'))\n"
+        f"network = emseg.NETWORKS['{args.model}'](1, 1, {args.width}).eval()\n"
+        "network.to(memory_format=torch.channels_last)\n"
+        "dtype = emseg.choose_precision(torch.device('cpu'), None)\n"
+        "def predict(image):\n"
+        "    with torch.inference_mode(), torch.autocast('cpu', dtype,\n"
+        "                                                enabled=dtype != torch.float32):\n"
+        "        return emseg.predict_slices(network, image[:, None].float() / 255)\n"
+        "started = time.perf_counter()\n"
+        "with emseg.create_volume(folder + '/out.tif', volume.shape, np.uint8) as writer:\n"
+        "    emseg.predict_volume(predict, volume, writer, volume.shape)\n"
+        "seconds = time.perf_counter() - started\n"
+        "print(f'{seconds:.1f} s, {np.prod(volume.shape) / seconds / 1e6:.2f} Mvoxel/s, peak '\n"
+        "      f'{emseg.peak_memory_gib(torch.device(\"cpu\"))} GiB, of which {base} before')\n")
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        with emseg.create_volume(f"{folder}/stack.tif", shape, np.uint8) as writer:
+            for z in range(shape[0]):
+                writer[z : z + 1] = rng.integers(0, 255, (1, *shape[1:]), np.uint8)
+        done = subprocess.run([sys.executable, "-c", code, folder, "0"], capture_output=True,
+                              text=True, cwd=Path(__file__).resolve().parent.parent,
+                              env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+        print(f"{emseg.format_shape(shape)} voxels, {args.model}: "
+              f"{done.stdout.strip() or done.stderr.strip()[-300:]}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="unet", choices=sorted(emseg.NETWORKS))
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--patch", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device")
+    parser.add_argument("--full", action="store_true")
+    args = parser.parse_args()
+    device = emseg.choose_device(args.device)
+    dtype = emseg.choose_precision(device, None)
+    if device.type == "cpu":
+        emseg.keep_freed_memory()
+    networks(args, device, dtype)
+    parts(args, device, dtype)
+    if args.full:
+        stack(args, (165, 768, 1024))
+        stack(args, (660, 1536, 2048))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,602 @@
+"""Inference, metrics and figures: tiles against whole slices, scores by hand, pixels of pictures."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib.image import imread
+from scipy import ndimage
+from torch import nn
+
+import emseg
+
+IGNORE = emseg.IGNORE
+CLASSES = ["background", "a", "b"]
+
+
+class InMemory(emseg.LazyArray):
+    """A NumPy array behind the interface of a volume; read_slices lists what was read."""
+
+    def __init__(self, array, slices=None, voxel_size=None):
+        array = np.asarray(array)
+        super().__init__("memory.tif", array.shape, array.dtype, voxel_size)
+        self.array, self.read_slices = array, []
+        self.slices = np.arange(len(array)) if slices is None else np.array(slices)
+
+    def read(self, z, y, x):
+        self.read_slices.extend(range(z.start, z.stop))
+        return self.array[z, y, x].copy()
+
+
+class Writer:
+    """Collects slabs as a VolumeWriter does; written counts how often each slice came."""
+
+    def __init__(self, shape):
+        self.array, self.written = np.zeros(shape), np.zeros(shape[0], int)
+
+    def __setitem__(self, slab, values):
+        assert values.shape == self.array[slab].shape
+        self.array[slab], self.dtype = values, values.dtype
+        self.written[slab] += 1
+
+
+class Pointwise(nn.Module):
+    """Returns its input without the margin; takes the sides that a network of these numbers takes."""
+
+    def __init__(self, stride=1, offset=0, margin=0):
+        super().__init__()
+        self.stride, self.offset, self.margin = stride, offset, margin
+        self.sides = []
+
+    def forward(self, x):
+        H, W = x.shape[-2:]
+        assert H % self.stride == W % self.stride == self.offset
+        self.sides.append((H, W))
+        m = self.margin
+        return x[..., m : H - m, m : W - m]
+
+
+class Filter(Pointwise):
+    """A valid convolution of 5 x 5, margin 2."""
+
+    def __init__(self, channels=1, **options):
+        super().__init__(margin=2, **options)
+        self.kernel = torch.randn(channels, 1, 5, 5, generator=torch.Generator().manual_seed(0)) / 5
+
+    def forward(self, x):
+        super().forward(x)
+        return F.conv2d(x, self.kernel)
+
+
+def random_image(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_ids(shape, n=3, ignore=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.where(rng.random(shape) < ignore, IGNORE, rng.integers(0, n, shape)).astype(np.uint8)
+
+
+# -- tiles
+
+
+@pytest.mark.parametrize("tile", [4, 12, 64, 1024])
+@pytest.mark.parametrize("overlap", [0.25, 0.5, 0.75])
+def test_tiles_cover_all_and_overlap_as_asked(tile, overlap):
+    for side in [*range(tile + 1, tile + 100), 9 * tile + 5]:
+        starts = emseg.tile_starts(side, tile, overlap)
+        steps = np.diff(starts)
+        assert starts[0] == 0 and starts[-1] == side - tile
+        assert 0 < steps.min() and steps.max() <= tile * (1 - overlap)
+        assert np.ptp(steps) <= 1
+        fewer = len(starts) - 2
+        assert fewer == 0 or (side - tile) / fewer > tile * (1 - overlap)   # no tile too many
+
+
+@pytest.mark.parametrize("side", [1, 7, 8])
+def test_one_tile_suffices_for_a_short_side(side):
+    assert emseg.tile_starts(side, 8) == [0]
+
+
+def test_default_overlap_is_a_quarter():
+    assert emseg.OVERLAP == 0.25 and emseg.tile_starts(14, 8) == [0, 6]
+
+
+@pytest.mark.parametrize("size", [(8, 12), (7, 5), (1, 1024)])
+def test_blending_window_peaks_in_the_centre_and_is_never_zero(size):
+    window = emseg.blending_window(*size)
+    assert window.shape == size and window.min() > 0
+    y, x = [np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 for n in size]
+    np.testing.assert_allclose(window, np.outer(y, x), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("pads", [(2, 3, 4, 1), (0, 7, 5, 0), (9, 9, 0, 0), (0, 0, 3, 10)])
+def test_mirror_pad_against_numpy(pads):
+    image = random_image(2, 1, 8, 7)
+    top, bottom, left, right = pads
+    mode = "reflect" if max(top, bottom) < 8 and max(left, right) < 7 else "edge"
+    wanted = np.pad(image, ((0, 0), (0, 0), (top, bottom), (left, right)), mode=mode)
+    np.testing.assert_array_equal(emseg.mirror_pad(image, *pads), wanted)
+
+
+SIZES = [(7, 9), (1, 1), (3, 40), (40, 3), (16, 16), (17, 16), (50, 70)]
+
+
+@pytest.mark.parametrize("numbers", [(1, 0, 0), (8, 0, 0), (8, 4, 10)])
+@pytest.mark.parametrize("size", SIZES)
+def test_pointwise_network_is_applied_to_every_pixel(size, numbers):
+    network, image = Pointwise(*numbers), random_image(2, 1, *size)
+    prob = emseg.predict_slices(network, image, max_tile=16)
+    assert prob.dtype == torch.float32
+    torch.testing.assert_close(prob, image.sigmoid(), atol=1e-6, rtol=1e-5)
+    limit = emseg.network_side(network, 16) + 2 * network.margin
+    assert max(max(sides) for sides in network.sides) <= limit
+    assert (len(network.sides) > 1) == (max(size) > limit - 2 * network.margin)
+
+
+def test_slices_up_to_the_largest_tile_are_predicted_whole():
+    network = Pointwise()
+    emseg.predict_slices(network, random_image(1, 1, 20, 30), max_tile=30)
+    assert network.sides == [(20, 30)] and emseg.MAX_TILE == 1024
+
+
+@pytest.mark.parametrize("max_tile", [1024, 16])
+@pytest.mark.parametrize("stride, offset", [(1, 0), (4, 1)])
+@pytest.mark.parametrize("size", [(20, 37), (50, 4), (3, 5)])
+def test_margin_network_equals_scipy_up_to_the_borders(size, stride, offset, max_tile):
+    network, image = Filter(stride=stride, offset=offset), random_image(1, 1, *size)
+    prob = emseg.predict_slices(network, image, max_tile)
+    mode = "nearest" if size == (3, 5) and stride == 4 else "mirror"    # too small to be mirrored
+    wanted = ndimage.correlate(image[0, 0].numpy(), network.kernel[0, 0].numpy(), mode=mode)
+    np.testing.assert_allclose(prob[0, 0], 1 / (1 + np.exp(-wanted)), atol=1e-5)
+
+
+def test_slices_of_a_batch_and_channels_are_kept_apart():
+    network, image = Filter(channels=3), random_image(3, 1, 30, 41)
+    prob = emseg.predict_slices(network, image, max_tile=16)
+    whole = emseg.predict_slices(network, image)
+    assert prob.shape == (3, 3, 30, 41)
+    torch.testing.assert_close(prob.sum(1), torch.ones(3, 30, 41))
+    torch.testing.assert_close(prob, whole, atol=1e-5, rtol=1e-4)
+    alone = [emseg.predict_slices(network, one[None], max_tile=16) for one in image]
+    torch.testing.assert_close(prob, torch.cat(alone))
+
+
+def test_blending_is_smooth_where_tiles_disagree():
+    class Counter(Pointwise):
+        def forward(self, x):
+            super().forward(x)
+            return torch.full_like(x, (-1.0) ** len(self.sides) * 20)       # 0, 1, 0, 1, ...
+
+    prob = emseg.predict_slices(Counter(), torch.zeros(1, 1, 8, 112), max_tile=64)[0, 0, 4]
+    assert prob[:40].max() < 1e-3 and prob[-40:].min() > 1 - 1e-3
+    assert 0 <= prob.diff().min() and prob.diff().max() < 0.15
+
+
+def test_valid_unet_in_one_tile_sees_the_mirrored_slice():
+    torch.manual_seed(0)
+    network = emseg.UNet(1, 2, width=4, levels=3, norm=None, padding=0).eval()
+    image, m = random_image(1, 1, 26, 40), network.margin
+    H, W = [emseg.network_side(network, side) for side in (26, 40)]
+    padded = np.pad(image, ((0, 0), (0, 0), (m, m + H - 26), (m, m + W - 40)), mode="reflect")
+    with torch.no_grad():
+        wanted = network(torch.from_numpy(padded)).softmax(1)[..., :26, :40]
+        torch.testing.assert_close(emseg.predict_slices(network, image), wanted)
+
+
+def test_half_precision_networks_are_blended_in_float32():
+    class Half(Pointwise):
+        def forward(self, x):
+            return super().forward(x).bfloat16()
+
+    image = random_image(1, 1, 30, 30)
+    prob = emseg.predict_slices(Half(), image, max_tile=16)
+    assert prob.dtype == torch.float32
+    torch.testing.assert_close(prob, image.bfloat16().float().sigmoid(), atol=1e-6, rtol=1e-5)
+
+
+# -- eight views
+
+
+def test_eight_views_of_an_equivariant_predictor_equal_one():
+    image = random_image(2, 1, 9, 14)
+
+    def predict(view):
+        return F.avg_pool2d(view, 3, 1, 1, count_include_pad=False).sigmoid()
+
+    torch.testing.assert_close(emseg.eight_views(predict, image), predict(image))
+
+
+def test_eight_views_are_the_eight_symmetries():
+    image, views = random_image(1, 1, 5, 5), []
+    emseg.eight_views(lambda view: views.append(view[0, 0].numpy()) or view, image)
+    wanted = [np.rot90(array, turns) for array in (image[0, 0], image[0, 0].T)
+              for turns in range(4)]
+    assert {v.tobytes() for v in views} == {np.ascontiguousarray(w).tobytes() for w in wanted}
+    assert len(views) == 8
+
+
+def test_eight_views_are_turned_back_before_the_mean():
+    image = random_image(2, 1, 5, 8)
+
+    def predict(view):                                  # not symmetric, two channels
+        ramp = torch.arange(view[0, 0].numel()).view(view.shape[-2:]) ** 1.5
+        return torch.cat([view * ramp, ramp.expand_as(view)], 1)
+
+    total = 0
+    for turns in range(4):
+        for mirror in (False, True):
+            view = np.rot90(image.numpy(), turns, (2, 3))
+            view = view[..., ::-1] if mirror else view
+            prob = predict(torch.from_numpy(view.copy())).numpy()
+            total = total + np.rot90(prob[..., ::-1] if mirror else prob, -turns, (2, 3))
+    np.testing.assert_allclose(emseg.eight_views(predict, image), total / 8, rtol=1e-4, atol=1e-4)
+
+
+# -- volumes
+
+
+def predict_grey(image):
+    """uint8 (B, H, W) -> the grey level as probability, (B, 1, H, W)."""
+    assert image.dtype == torch.uint8
+    return image[:, None].float() / 255
+
+
+def predict_three(image):
+    grey = predict_grey(image)
+    return torch.cat([0.5 - grey / 2, grey / 3, 0.5 + grey / 6], 1)
+
+
+@pytest.mark.parametrize("pixels", [1, 200, 700, 10**6])
+def test_slab_by_slab_equals_one_shot(pixels):
+    volume, sizes, calls = random_ids((7, 12, 15), 256), [], []
+    writer = Writer(volume.shape)
+
+    def predict(image):
+        sizes.append(len(image))
+        return predict_grey(image)
+
+    emseg.predict_volume(predict, InMemory(volume), writer, volume.shape, pixels=pixels,
+                         progress=lambda *call: calls.append(call))
+    np.testing.assert_array_equal(writer.array, volume > 127)
+    assert writer.dtype == np.uint8 and (writer.written == 1).all()
+    assert max(sizes) == min(7, max(1, pixels // 180))
+    assert calls == [(i + 1, len(sizes)) for i in range(len(sizes))]
+
+
+def test_probabilities_are_written_with_one_channel_and_with_several():
+    volume = random_ids((5, 6, 7), 256)
+    for predict, shape in (predict_grey, (5, 6, 7)), (predict_three, (5, 3, 6, 7)):
+        ids, prob = Writer(volume.shape), Writer(shape)
+        emseg.predict_volume(predict, InMemory(volume), ids, volume.shape, probability=prob,
+                             pixels=90)
+        wanted = predict(torch.from_numpy(volume)).numpy()
+        np.testing.assert_allclose(prob.array, wanted.squeeze(1) if len(shape) == 3 else wanted)
+        many = wanted.argmax(1) if len(shape) == 4 else wanted[:, 0] > 0.5
+        np.testing.assert_array_equal(ids.array, many)
+        assert prob.dtype == np.float32
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_downsampled_predictions_are_enlarged_linearly(factor):
+    full = (3, 13, 18)
+    small = random_ids((3, -(-13 // factor), -(-18 // factor)), 256)
+    ids, prob = Writer(full), Writer(full)
+    emseg.predict_volume(predict_grey, InMemory(small), ids, full, downsample=factor,
+                         probability=prob, pixels=13 * 18)
+    wanted = ndimage.zoom(small / 255, (1, factor, factor), order=1, mode="nearest",
+                          grid_mode=True)[:, :13, :18]
+    np.testing.assert_allclose(prob.array, wanted, atol=1e-6)
+    np.testing.assert_array_equal(ids.array, prob.array > 0.5)
+
+
+@pytest.mark.parametrize("world", [2, 3, 9])
+def test_ranks_write_every_slice_once(world):
+    volume = random_ids((7, 12, 15), 256)
+    writer, steps = Writer(volume.shape), []
+    for rank in range(world):
+        before = writer.written.sum()
+        emseg.predict_volume(predict_grey, InMemory(volume), writer, volume.shape, pixels=400,
+                             rank=rank, world=world)
+        steps.append(writer.written.sum() - before)
+    assert (writer.written == 1).all() and max(steps) < 7
+    np.testing.assert_array_equal(writer.array, volume > 127)
+
+
+@pytest.mark.parametrize("pixels", [1, 100, 350, 10**6])
+def test_slabs_tile_the_volume(pixels):
+    found = emseg.slabs(np.empty((11, 10, 10)), pixels)
+    assert [z for a, b in found for z in range(a, b)] == list(range(11))
+    assert max(b - a for a, b in found) == min(11, max(1, pixels // 100))
+
+
+def confusion_by_loops(pred, label, n):
+    counts = np.zeros((len(label), n, n), int)
+    for place in np.ndindex(label.shape):
+        if label[place] != IGNORE:
+            counts[place[0], label[place], pred[place]] += 1
+    return counts
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 99])
+def test_score_slices_counts_the_annotated_slices_alone(batch):
+    zs, image = [1, 4, 5, 8, 9, 11, 14], InMemory(random_ids((16, 9, 8), 256))
+    label = InMemory(random_ids((16, 9, 8), 3, ignore=0.2, seed=1), slices=zs)
+    found = emseg.score_slices(predict_three, image, label, CLASSES, batch=batch)
+    pred = emseg.class_ids(predict_three(torch.from_numpy(image.array))).numpy()
+    np.testing.assert_array_equal(found, confusion_by_loops(pred[zs], label.array[zs], 3))
+    assert sorted(image.read_slices) == zs and set(label.read_slices) == set(zs)
+
+
+def test_ranks_score_every_annotated_slice_once(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    zs, image = list(range(1, 20, 2)), InMemory(random_ids((20, 9, 8), 256))
+    label = InMemory(random_ids((20, 9, 8), 3, ignore=0.2, seed=1), slices=zs)
+    parts = [emseg.score_slices(predict_three, image, label, CLASSES, rank, 3, batch=2)
+             for rank in range(3)]
+    assert sorted(image.read_slices) == zs
+    whole = emseg.score_slices(predict_three, image, label, CLASSES)
+    np.testing.assert_array_equal(sum(parts), whole)
+    assert all(part.any() for part in parts)
+
+
+def test_ranks_add_their_counts(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(7))
+    image, label = InMemory(random_ids((4, 5, 6), 256)), InMemory(random_ids((4, 5, 6)))
+    found = emseg.score_slices(predict_three, image, label, CLASSES, 0, 2)
+    assert found.sum() == 7 * 120
+
+
+# -- metrics
+
+
+def test_confusion_on_an_overlap_built_by_hand():
+    truth = np.array([[[0, 0, 1, 1], [2, 2, IGNORE, IGNORE]], [[IGNORE] * 4] * 2], np.uint8)
+    pred = np.array([[[0, 1, 1, 2], [2, 0, 2, 0]], [[0, 1, 2, 0]] * 2], np.uint8)
+    found = emseg.confusion(pred, truth, 3)
+    assert found.dtype == np.int64
+    assert found.tolist() == [[[1, 1, 0], [0, 1, 1], [1, 0, 1]], [[0] * 3] * 3]
+
+
+@pytest.mark.parametrize("n", [2, 3, 17, 255])
+def test_confusion_against_loops(n):
+    pred, truth = random_ids((3, 20, 21), n), random_ids((3, 20, 21), n, ignore=0.2, seed=1)
+    np.testing.assert_array_equal(emseg.confusion(pred, truth, n),
+                                  confusion_by_loops(pred, truth, n))
+
+
+TRUTH = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, IGNORE, IGNORE], [IGNORE] * 4,
+                  [1, 1, 1, 1]], np.uint8)[:, None]
+PRED = np.array([[1, 0, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1],
+                 [1, 1, 1, 1]], np.uint8)[:, None]
+
+
+def test_scores_of_two_classes_by_hand():
+    found = emseg.scores(emseg.confusion(PRED, TRUTH, 2), ["background", "a"])
+    # tp 1 + 4; fp 1 + 1; fn 1. Dice of the slices: 1/2, 0, 1 (both empty), not scored, 1.
+    assert found == {
+        "per_class": {"a": {
+            "dice": pytest.approx(10 / 13), "iou": pytest.approx(5 / 8),
+            "precision": pytest.approx(5 / 7), "recall": pytest.approx(5 / 6),
+            "tp": 5, "fp": 2, "fn": 1,
+            "dice_slices": pytest.approx((1 / 2 + 0 + 1 + 1) / 4),
+            "dice_nonempty": pytest.approx(10 / 12),        # slices 0 and 4
+            "dice_slices_nonempty": pytest.approx((1 / 2 + 1) / 2)}},
+        "dice": pytest.approx(10 / 13), "iou": pytest.approx(5 / 8),
+        "miou": pytest.approx((5 / 8 + 6 / 9) / 2), "accuracy": pytest.approx(11 / 14)}
+    assert all(type(found["per_class"]["a"][key]) is int for key in ("tp", "fp", "fn"))
+
+
+def test_scores_of_several_classes_by_hand():
+    truth = np.array([[[0, 0, 1, 1]], [[2, 2, 2, IGNORE]]], np.uint8)
+    pred = np.array([[[0, 1, 1, 1]], [[2, 1, 2, 2]]], np.uint8)
+    found = emseg.scores(emseg.confusion(pred, truth, 4), [*CLASSES, "never seen"])
+    a, b, none = [found["per_class"][name] for name in ("a", "b", "never seen")]
+    assert (a["dice"], a["iou"], a["tp"], a["fp"], a["fn"]) == pytest.approx((4 / 6, 0.5, 2, 2, 0))
+    assert (b["dice"], b["iou"], b["tp"], b["fp"], b["fn"]) == pytest.approx((4 / 5, 2 / 3, 2, 0, 1))
+    assert (a["dice_slices"], b["dice_slices"]) == pytest.approx(((4 / 5 + 0) / 2, (1 + 4 / 5) / 2))
+    assert (a["dice_nonempty"], a["dice_slices_nonempty"]) == pytest.approx((4 / 5, 4 / 5))
+    assert [none[key] for key in ("dice", "iou", "precision", "recall", "dice_nonempty",
+                                  "dice_slices_nonempty")] == [None] * 6
+    assert (none["tp"], none["fp"], none["fn"], none["dice_slices"]) == (0, 0, 0, 1.0)
+    assert found["dice"] == pytest.approx((4 / 6 + 4 / 5) / 2)
+    assert found["iou"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert found["miou"] == pytest.approx((1 / 2 + 1 / 2 + 2 / 3) / 3)
+    assert found["accuracy"] == pytest.approx(5 / 7)
+
+
+def test_class_that_is_only_predicted_or_only_true():
+    truth, pred = np.array([[[0, 0, 1]]], np.uint8), np.array([[[0, 2, 0]]], np.uint8)
+    found = emseg.scores(emseg.confusion(pred, truth, 3), CLASSES)["per_class"]
+    keys = "dice", "iou", "precision", "recall", "dice_nonempty", "dice_slices_nonempty"
+    assert [found["a"][key] for key in keys] == [0, 0, None, 0, 0, 0]
+    assert [found["b"][key] for key in keys] == [0, 0, 0, None, None, None]
+
+
+def test_nothing_annotated_leaves_every_score_undefined():
+    found = emseg.scores(np.zeros((2, 3, 3), np.int64), CLASSES)
+    assert [found[key] for key in ("dice", "iou", "miou", "accuracy")] == [None] * 4
+    assert found["per_class"]["a"]["dice_slices"] is None
+    assert found["per_class"]["a"]["tp"] == 0
+
+
+def test_mean_scores_leave_out_what_is_undefined():
+    first = emseg.scores(emseg.confusion(PRED, TRUTH, 3), CLASSES)
+    second = emseg.scores(emseg.confusion(TRUTH[[0, 1, 4]], TRUTH[[0, 1, 4]], 3), CLASSES)
+    second["per_class"]["b"]["dice"], second["miou"] = 0.25, 0.5
+    mean = emseg.mean_scores([first, second])
+    assert mean["per_class"]["a"]["dice"] == pytest.approx((10 / 13 + 1) / 2)
+    assert mean["per_class"]["a"]["dice_slices"] == pytest.approx((0.625 + 1) / 2)
+    assert first["per_class"]["b"]["dice"] is None and mean["per_class"]["b"]["dice"] == 0.25
+    assert mean["per_class"]["b"]["iou"] is None
+    assert mean["miou"] == pytest.approx((first["miou"] + 0.5) / 2)
+    assert mean["accuracy"] == pytest.approx((11 / 14 + 1) / 2)
+    assert mean["dice"] == pytest.approx((10 / 13 + 1) / 2)
+    assert mean["iou"] == pytest.approx((5 / 8 + 1) / 2)
+    assert mean.keys() == first.keys() and mean["per_class"].keys() == first["per_class"].keys()
+
+
+@pytest.mark.parametrize("pixels", [1, 100, 10**6])
+def test_evaluate_slab_by_slab_equals_one_shot(pixels):
+    pred, truth = random_ids((9, 7, 8)), random_ids((9, 7, 8), ignore=0.3, seed=1)
+    label = InMemory(truth)
+    found = emseg.evaluate(InMemory(pred), label, CLASSES, pixels)
+    assert (found.pop("voxels"), found.pop("ignored")) == (504, (truth == IGNORE).sum())
+    assert found == emseg.scores(confusion_by_loops(pred, truth, 3), CLASSES)
+    assert label.read_slices == list(range(9))
+
+
+def test_evaluate_refuses_another_shape():
+    with pytest.raises(emseg.InputError, match="prediction has 2 x 3 x 4 voxels, its label 2 x 4"):
+        emseg.evaluate(InMemory(np.zeros((2, 3, 4), "u1")), InMemory(np.zeros((2, 4, 3), "u1")),
+                       CLASSES)
+
+
+def test_evaluate_refuses_a_class_that_does_not_exist():
+    pred = np.zeros((5, 4, 4), np.uint8)
+    pred[3, 1, 1] = 3
+    with pytest.raises(emseg.InputError, match="memory.tif: holds class 3, .* 3 classes"):
+        emseg.evaluate(InMemory(pred), InMemory(np.zeros_like(pred)), CLASSES, pixels=16)
+
+
+# -- figures
+
+
+def rgb(color):
+    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+
+
+def test_error_overlay_by_hand():
+    grey = np.array([[100, 100, 200, 0, 50, 60]], np.uint8)
+    truth = np.array([[1, 1, 0, 0, IGNORE, 2]], np.uint8)
+    pred = np.array([[1, 0, 1, 0, 1, 1]], np.uint8)
+    green, red, blue = [rgb(c) for c in ("#2ca02c", "#d62728", "#1f77b4")]
+    wanted = [0.55 * 100 / 255 + 0.45 * green, 0.55 * 100 / 255 + 0.45 * red,
+              0.55 * 200 / 255 + 0.45 * blue, np.zeros(3), np.full(3, 50 / 255),
+              0.55 * 60 / 255 + 0.45 * red]
+    np.testing.assert_allclose(emseg.error_overlay(grey, truth, pred), [wanted])
+
+
+def test_class_overlay_gives_every_class_its_colour():
+    n = len(emseg.CLASS_COLORS)
+    grey = np.zeros((1, n + 4), np.uint8)
+    label = np.array([[0, *range(1, n + 3), IGNORE]], np.uint8)
+    found = emseg.class_overlay(grey, label, ["background", *map(str, range(n + 2))])
+    colors = [rgb(c) * 0.45 for c in [*emseg.CLASS_COLORS, *emseg.CLASS_COLORS[:2]]]
+    np.testing.assert_allclose(found[0], [np.zeros(3), *colors, np.zeros(3)])
+    assert not grey.any()
+
+
+def has_color(picture, color, shade=1.0):
+    """Share of the pixels of a PNG that show a colour on black."""
+    return (np.abs(picture[..., :3] - shade * rgb(color)).max(-1) < 0.01).mean()
+
+
+def items(*shapes, labelled=True, voxel_size=(20.0, 8.0, 8.0)):
+    """Black volumes: left half class 1, right half class 2; half of the prediction is wrong."""
+    made = []
+    for i, shape in enumerate(shapes):
+        truth = np.ones(shape, np.uint8)
+        truth[:, :, shape[2] // 2 :] = 0
+        pred = np.ones(shape, np.uint8)
+        pred[:, : shape[1] // 2] = 2 * truth[:, : shape[1] // 2]
+        made.append((f"volume {i}", InMemory(np.zeros(shape, "u1"), voxel_size=voxel_size),
+                     InMemory(truth) if labelled else None, InMemory(pred)))
+    return made
+
+
+@pytest.mark.parametrize("shapes", [[(5, 40, 40)], [(3, 40, 60), (2, 60, 40)], [(1, 1500, 30)],
+                                    [(2, 12, 900)], [(1, 2, 2)]])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_save_slices_shows_classes_and_errors(tmp_path, shapes, labelled):
+    emseg.save_slices(tmp_path / "figure.png", items(*shapes, labelled=labelled), CLASSES)
+    picture = imread(tmp_path / "figure.png")
+    a, b = emseg.CLASS_COLORS[:2]
+    assert has_color(picture, a, 0.45) > 1e-3 and has_color(picture, b, 0.45) > 1e-4
+    for color in emseg.ERROR_COLORS.values():
+        assert (has_color(picture, color, 0.45) > 1e-4) == labelled
+        assert (has_color(picture, color) > 1e-5) == labelled               # the legend
+    assert has_color(picture, a) > 1e-5 and has_color(picture, b) > 1e-5
+
+
+def test_save_slices_takes_items_with_and_without_truth_together(tmp_path):
+    both = items((2, 40, 40)) + items((2, 40, 40), labelled=False)
+    emseg.save_slices(tmp_path / "figure.png", both, CLASSES)
+    picture = imread(tmp_path / "figure.png")
+    upper, lower = np.array_split(picture, 2)
+    green = emseg.ERROR_COLORS["true positive"]
+    assert has_color(upper, green, 0.45) > 1e-3 > has_color(lower, green, 0.45)
+
+
+@pytest.mark.parametrize("zs, wanted", [(range(40), [5, 15, 25, 35]), ([3, 9], [3, 9]),
+                                        ([2, 4, 6, 8, 10, 30, 31, 32], [4, 8, 30, 32])])
+def test_save_slices_spreads_the_rows_over_the_annotated_slices(tmp_path, zs, wanted):
+    (name, image, label, pred), = items((40, 8, 8))
+    label.slices = np.array(zs)
+    emseg.save_slices(tmp_path / "figure.png", [(name, image, label, pred)], CLASSES, rows=4)
+    assert image.read_slices == label.read_slices == pred.read_slices == wanted
+
+
+def test_save_slices_shares_the_rows_among_the_volumes(tmp_path):
+    shown = items((9, 8, 8), (9, 8, 8), (9, 8, 8), (9, 8, 8), (9, 8, 8))
+    for count, each in (2, 2), (5, 1):
+        emseg.save_slices(tmp_path / "figure.png", shown[:count], CLASSES, rows=4)
+        for _, image, _, _ in shown[:count]:
+            assert len(image.read_slices) == each
+            image.read_slices.clear()
+
+
+@pytest.mark.parametrize("side, step, nm, text", [(400, 1, 8.0, "500 nm"), (400, 1, 40.0, "2 µm"),
+                                                  (2000, 3, 0.5, "200 nm"), (64, 1, 5.0, "50 nm")])
+def test_scale_bar_has_the_length_that_it_names(side, step, nm, text):
+    figure = emseg._new_figure()
+    axis = figure.subplots()
+    axis.imshow(np.zeros((9, math.ceil(side / step))))
+    emseg._scale_bar(axis, (20.0, 99.0, nm), step)
+    x0, x1 = axis.lines[0].get_xdata()
+    found, unit = axis.texts[0].get_text().split()
+    assert f"{found} {unit}" == text
+    assert (x1 - x0) * step * nm == pytest.approx(float(found) * {"nm": 1, "µm": 1000}[unit])
+    assert 0.09 * side / step < x1 - x0 <= 0.26 * side / step
+
+
+def test_without_voxel_size_there_is_no_scale_bar(tmp_path):
+    pictures = []
+    for size in (None, (20.0, 8.0, 8.0)):
+        emseg.save_slices(tmp_path / "figure.png", items((1, 40, 40), voxel_size=size), CLASSES)
+        pictures.append(imread(tmp_path / "figure.png"))
+    assert not np.array_equal(*pictures)
+
+
+def write_log(path, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def test_save_curves_draws_losses_and_validation(tmp_path):
+    write_log(tmp_path / "log.csv", [["epoch", "step", "lr", "loss", "loss_cps", "val_dice"],
+                                     [0, 10, 0.1, 1.0, 0.5, ""], [1, 20, 0.1, 0.5, 0.2, 0.6],
+                                     [2, 30, 0.1, 0.2, 0.1, 0.8]])
+    emseg.save_curves(tmp_path / "curves.png", tmp_path / "log.csv")
+    left, right = np.array_split(imread(tmp_path / "curves.png"), 2, axis=1)
+    assert has_color(left, "#1f77b4") > 1e-3 and has_color(left, "#ff7f0e") > 1e-3
+    assert has_color(right, "#1f77b4") > 1e-3 and has_color(right, "#ff7f0e") == 0
+    assert left.shape[0] < left.shape[1] * 2
+
+
+def test_save_curves_without_validation_has_one_panel(tmp_path):
+    for name, header, row in (("one", ["epoch", "loss"], [1.0]),
+                              ("two", ["epoch", "loss", "val_iou"], [1.0, 0.5])):
+        write_log(tmp_path / "log.csv", [header, [0, *row], [1, *row]])
+        emseg.save_curves(tmp_path / f"{name}.png", tmp_path / "log.csv")
+    one, two = [imread(tmp_path / f"{name}.png").shape for name in ("one", "two")]
+    assert two[:2] == (one[0], 2 * one[1])
+
+
+def test_save_curves_of_an_empty_log_writes_nothing(tmp_path):
+    write_log(tmp_path / "log.csv", [["epoch", "loss"]])
+    emseg.save_curves(tmp_path / "curves.png", tmp_path / "log.csv")
+    assert not (tmp_path / "curves.png").exists()

@@ -1,0 +1,467 @@
+"""Layers, networks and losses against published counts, torch.nn, SciPy and NumPy loops."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import nn
+
+import emseg
+
+IGNORE = emseg.IGNORE
+
+
+def convolutions(network):
+    """(in, out, kernel side) of every convolution, in the order in which they are made."""
+    return [(m.in_channels, m.out_channels, m.kernel_size[0]) for m in network.modules()
+            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    return emseg.UNet(1, 2, **{"width": 4, "levels": 3, "norm": None, **options}).eval()
+
+
+# -- layers
+
+
+def test_conv_block_is_convolution_normalisation_relu():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 9)
+    block = emseg.conv_block((3, 4, 5))
+    names = [type(layer).__name__ for layer in block]
+    assert names == ["Conv2d", "BatchNorm2d", "ReLU"] * 2
+    wanted = x
+    for conv, _, _ in zip(block[::3], block[1::3], block[2::3]):
+        wanted = F.conv2d(wanted, conv.weight, conv.bias, padding=1)
+        mean, var = wanted.mean((0, 2, 3), keepdim=True), wanted.var((0, 2, 3), False, keepdim=True)
+        wanted = ((wanted - mean) / (var + 1e-5).sqrt()).relu()
+    torch.testing.assert_close(block(x), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_conv_block_without_normalisation_and_padding():
+    block = emseg.conv_block((3, 4, 5), norm=None, padding=0)
+    assert [type(layer).__name__ for layer in block] == ["Conv2d", "ReLU"] * 2
+    out = block(torch.randn(2, 3, 8, 9))
+    assert out.shape == (2, 5, 4, 5) and out.min() == 0 < out.max()
+
+
+def test_bilinear_up_is_linear_with_aligned_corners():
+    x = torch.randn(2, 3, 5, 7)
+    wanted = ndimage.zoom(x.numpy(), (1, 1, 2, 2), order=1)     # SciPy's default: corners stay
+    np.testing.assert_allclose(emseg.BilinearUp()(x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("size, wanted", [((4, 4), np.s_[3:7, 2:6]), ((10, 9), np.s_[0:10, 0:9]),
+                                          ((3, 9), np.s_[3:6, 0:9]), ((10, 2), np.s_[0:10, 3:5])])
+def test_crop_like_takes_the_centre(size, wanted):
+    x = torch.arange(90.0).view(1, 1, 10, 9)
+    assert torch.equal(emseg.crop_like(x, torch.empty(2, 5, *size)), x[(..., *wanted)])
+
+
+# -- networks
+
+
+@pytest.mark.parametrize("classes, options, count", [
+    (1, dict(), 7_701_825),
+    (5, dict(width=32, levels=5, norm=None), 7_759_653),
+    (7, dict(levels=5, norm=None, padding=0), 31_030_983),
+    (1, dict(up="bilinear"), 4_283_201),
+])
+def test_parameter_counts_are_the_published_ones(classes, options, count):
+    with torch.device("meta"):
+        network = emseg.UNet(1, classes, **options)
+    assert emseg.count_parameters(network) == count
+    assert f"{count:,} (1 in, {classes} out)" in emseg.UNet.__doc__
+
+
+def test_parameter_count_with_15_input_channels():
+    with torch.device("meta"):
+        assert emseg.count_parameters(emseg.UNet(15, 1)) == 7_709_889
+
+
+def test_count_parameters_leaves_out_frozen_ones():
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    network[0].requires_grad_(False)
+    assert emseg.count_parameters(network) == 25
+
+
+def test_resunet_layers_are_the_authors():
+    with torch.device("meta"):
+        network = emseg.ResUNet(1, 1)
+    blocks = [(1, 64, 64), (64, 128, 128), (128, 256, 256), (256, 256, 256),
+              (512, 256, 128), (256, 128, 64), (128, 64, 64)]
+    wanted = [pair for i, m, o in blocks for pair in ((i, m, 3), (m, o, 3))] + [(64, 1, 1)]
+    assert convolutions(network) == wanted
+    assert emseg.count_parameters(network) == 4_283_201
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in network.modules()) == 14
+
+
+def test_unet_layers_double_and_halve():
+    with torch.device("meta"):
+        found = convolutions(emseg.UNet(3, 2, width=8, levels=3))
+    encoder = [(3, 8, 3), (8, 8, 3), (8, 16, 3), (16, 16, 3), (16, 32, 3), (32, 32, 3)]
+    decoder = [(32, 16, 3), (16, 16, 3), (16, 8, 3), (8, 8, 3)]
+    assert found == encoder + [(32, 16, 2), (16, 8, 2)] + decoder + [(8, 2, 1)]
+
+
+@pytest.mark.parametrize("name", ["unet", "resunet"])
+def test_networks_by_name_take_channels_and_width(name):
+    with torch.device("meta"):
+        published = emseg.NETWORKS[name](1, 1)
+    assert convolutions(published)[0] == (1, 64, 3)
+    network = emseg.NETWORKS[name](2, 3, 4)
+    assert convolutions(network)[0] == (2, 4, 3) and network.stride == 8
+    for H, W in (8, 8), (16, 24), (32, 8), (40, 56):
+        assert network(torch.randn(2, 2, H, W)).shape == (2, 3, H, W)
+
+
+@pytest.mark.parametrize("up", ["transposed", "bilinear"])
+def test_two_level_unet_by_hand(up):
+    network = tiny(levels=2, up=up)
+    x = torch.randn(1, 1, 12, 16)
+
+    def block(x, layers):
+        for conv in layers[::2]:
+            x = F.conv2d(x, conv.weight, conv.bias, padding=1).relu()
+        return x
+
+    skip = block(x, network.encoder[0])
+    deep = skip.unflatten(2, (6, 2)).unflatten(4, (8, 2)).amax((3, 5))      # 2 x 2 maxima
+    deep = block(deep, network.encoder[1])
+    if up == "transposed":
+        deep = F.conv_transpose2d(deep, network.up[0].weight, network.up[0].bias, stride=2)
+    else:
+        deep = torch.from_numpy(ndimage.zoom(deep.detach().numpy(), (1, 1, 2, 2), order=1))
+    wanted = block(torch.cat([skip, deep], 1), network.decoder[0])
+    wanted = F.conv2d(wanted, network.head.weight, network.head.bias)
+    torch.testing.assert_close(network(x), wanted, atol=1e-5, rtol=1e-4)
+
+
+def valid_output(side, levels):
+    """Output side of a valid U-Net, None where a pooling would drop a row or nothing is left."""
+    skips = []
+    for _ in range(levels - 1):
+        side -= 4
+        if side < 2 or side % 2:
+            return None
+        skips.append(side)
+        side //= 2
+    side -= 4
+    for _ in skips:
+        if side < 1:
+            return None
+        side = 2 * side - 4
+    return side if side > 0 else None
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5])
+def test_valid_unet_takes_exactly_the_sides_of_its_stride_and_offset(levels):
+    with torch.device("meta"):
+        network = emseg.UNet(1, 2, width=2, levels=levels, norm=None, padding=0)
+    assert network.stride == 2 ** (levels - 1)
+    for side in range(1, 300):
+        wanted = valid_output(side, levels)
+        taken = side % network.stride == network.offset and side > 2 * network.margin
+        assert taken == (wanted is not None)
+        if taken:
+            assert wanted == side - 2 * network.margin
+
+
+@pytest.mark.parametrize("levels", [2, 3])
+def test_valid_unet_output_sides(levels):
+    network = tiny(levels=levels, padding=0)
+    for side in range(2 * network.margin + 1, 2 * network.margin + 20):
+        if side % network.stride == network.offset:
+            out = network(torch.zeros(1, 1, side, side + network.stride))
+            smaller = side - 2 * network.margin
+            assert out.shape == (1, 2, smaller, smaller + network.stride)
+
+
+def test_valid_unet_has_the_published_sides():
+    with torch.device("meta"):
+        network = emseg.UNet(1, 7, width=2, levels=5, norm=None, padding=0)
+        assert network(torch.zeros(1, 1, 572, 572)).shape == (1, 7, 388, 388)
+    assert (network.stride, network.offset, network.margin) == (16, 12, 92)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+@pytest.mark.parametrize("up", ["transposed", "bilinear"])
+def test_padded_unet_keeps_exactly_the_multiples_of_its_stride(levels, up):
+    with torch.device("meta"):
+        network = emseg.UNet(1, 1, width=2, levels=levels, norm=None, up=up)
+        assert (network.stride, network.offset, network.margin) == (2 ** (levels - 1), 0, 0)
+        for side in range(network.stride, 40):
+            kept = network(torch.zeros(1, 1, side, side)).shape == (1, 1, side, side)
+            assert kept == (side % network.stride == 0)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4])
+def test_valid_unet_equals_the_interior_of_a_padded_one(levels):
+    valid, padded = tiny(levels=levels, padding=0), tiny(levels=levels)
+    padded.load_state_dict(valid.state_dict())
+    m, start = valid.margin, 18                         # where both pool the same pairs of pixels
+    side = 2 * m + 4 + (valid.offset - 2 * m - 4) % valid.stride
+    big = torch.randn(1, 1, 144, 144)
+    small = valid(big[..., start : start + side, start : start + side])
+    inside = slice(start + m, start + side - m)
+    assert small.shape[-1] >= 4 and small.std() > 0
+    torch.testing.assert_close(small, padded(big)[..., inside, inside], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(norm="batch"), dict(norm="batch", up="bilinear"),
+                                     dict(padding=0)])
+def test_gradient_reaches_every_parameter(options):
+    network = tiny(width=8, **options).train()
+    network(torch.randn(2, 1, 48, 48)).square().mean().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_network_side_is_the_smallest_output_that_fits(padding):
+    network = tiny(levels=4, padding=padding)
+    for side in range(1, 40):
+        fits = [n for n in range(side, side + 20)
+                if (n + 2 * network.margin) % network.stride == network.offset]
+        assert emseg.network_side(network, side) == fits[0]
+
+
+class Sides:
+    def __init__(self, stride, offset, margin):
+        self.stride, self.offset, self.margin = stride, offset, margin
+
+
+@pytest.mark.parametrize("patch", [(16, 24), (3, 8, 16)])
+def test_patch_sizes_that_fit_are_taken(patch):
+    assert emseg.check_patch_size(Sides(8, 0, 0), patch, "unet") is None
+    assert emseg.check_patch_size(Sides(16, 12, 92), (188, 572), "unet") is None
+
+
+@pytest.mark.parametrize("sides, patch, message", [
+    ((8, 0, 0), (20, 16), "--patch-size 20 x 16: unet takes sides that are a multiple of 8; "
+                          "nearest to 20: 16 or 24"),
+    ((8, 0, 0), (16, 30), "nearest to 30: 24 or 32"),
+    ((8, 0, 0), (5, 16, 17), "nearest to 17: 16 or 24"),
+    ((8, 0, 0), (3, 16), "nearest to 3: 8$"),
+    ((16, 12, 92), (570, 572), "sides of 12 \\+ a multiple of 16; nearest to 570: 556 or 572"),
+    ((16, 12, 92), (186, 188), "nearest to 186: 188$"),
+    ((16, 12, 92), (60, 60), "nearest to 60: 188$"),
+    ((16, 12, 92), (172, 188), "nearest to 172: 188$"),
+])
+def test_patch_sizes_that_do_not_fit_name_the_nearest(sides, patch, message):
+    with pytest.raises(emseg.InputError, match=message):
+        emseg.check_patch_size(Sides(*sides), patch, "unet")
+
+
+# -- probabilities
+
+
+def test_probabilities_are_a_sigmoid_or_a_softmax():
+    logits = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16)
+    x = logits.double().numpy()
+    for part, wanted in ((logits[:, :1], 1 / (1 + np.exp(-x[:, :1]))),
+                         (logits, np.exp(x) / np.exp(x).sum(1, keepdims=True))):
+        prob = emseg.probabilities(part)
+        assert prob.dtype == torch.float32 and prob.shape == part.shape
+        np.testing.assert_allclose(prob, wanted, rtol=1e-5)
+
+
+def test_class_ids_threshold_one_channel_and_take_the_largest_of_several():
+    prob = torch.tensor([[0.2, 0.5, 0.50001, 0.9]])[:, None, :, None]
+    assert emseg.class_ids(prob)[0, :, 0].tolist() == [0, 0, 1, 1]
+    assert emseg.class_ids(prob, threshold=0.1)[0, :, 0].tolist() == [1, 1, 1, 1]
+    several = torch.tensor([[0.3, 0.2, 0.5], [0.4, 0.35, 0.25]]).T[None, :, :, None]
+    ids = emseg.class_ids(several)
+    assert ids.dtype == torch.int64 and ids[0, :, 0].tolist() == [2, 0]
+
+
+# -- losses
+
+
+SHAPES = [(2, 4, 5), (1, 3, 2, 5)]                      # (B, Y, X) and (B, Z, Y, X)
+
+
+def example(channels, shape, ignore=True, seed=0):
+    rng = np.random.default_rng(seed)
+    logits = 2 * rng.normal(size=(shape[0], channels, *shape[1:]))
+    label = rng.integers(0, max(channels, 2), shape)
+    if ignore:
+        label[rng.random(shape) < 0.3] = IGNORE
+    weight = rng.uniform(0.5, 2, shape)
+    return logits, label, weight
+
+
+def voxels(logits, label):
+    """(batch, place) and the probabilities of every annotated voxel, one by one."""
+    for place in np.ndindex(label.shape):
+        if label[place] != IGNORE:
+            x = logits[(place[0], slice(None), *place[1:])]
+            if len(x) == 1:
+                p = 1 / (1 + np.exp(-x[0]))
+                yield place, np.array([1 - p, p])
+            else:
+                e = np.exp(x - x.max())
+                yield place, e / e.sum()
+
+
+def dice_by_loops(logits, label, squared, smooth):
+    losses = []
+    for k in range(1, max(2, logits.shape[1])):
+        overlap = total = 0.0
+        for place, p in voxels(logits, label):
+            y = float(label[place] == k)
+            overlap += p[k] * y
+            total += p[k] ** 2 + y**2 if squared else p[k] + y
+        losses.append(1 - (2 * overlap + smooth) / (total + smooth))
+    return np.mean(losses)
+
+
+def cross_entropy_by_loops(logits, label, weight):
+    terms = [-np.log(p[label[place]]) * weight[place] for place, p in voxels(logits, label)]
+    return np.sum(terms) / len(terms)
+
+
+def value_and_gradient(loss, logits, *args, **options):
+    x = torch.tensor(logits, dtype=torch.float32, requires_grad=True)
+    value = loss(x, *args, **options)
+    value.backward()
+    return value.item(), x.grad.double().numpy()
+
+
+def finite_differences(function, x, step=1e-5):
+    gradient = np.zeros_like(x)
+    for place in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[place] += step
+        down[place] -= step
+        gradient[place] = (function(up) - function(down)) / (2 * step)
+    return gradient
+
+
+@pytest.mark.parametrize("smooth", [1e-5, 1.0])
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_soft_dice_and_its_gradient_against_loops(shape, channels, squared, smooth):
+    logits, label, _ = example(channels, shape)
+    value, gradient = value_and_gradient(emseg.soft_dice_loss, logits, torch.from_numpy(label),
+                                         squared=squared, smooth=smooth)
+
+    def reference(x):
+        return dice_by_loops(x, label, squared, smooth)
+
+    assert value == pytest.approx(reference(logits), rel=1e-5)
+    np.testing.assert_allclose(gradient, finite_differences(reference, logits), atol=2e-6)
+
+
+def test_soft_dice_defaults_are_plain_with_little_smoothing():
+    logits, label, _ = example(1, SHAPES[0])
+    found = emseg.soft_dice_loss(torch.from_numpy(logits), torch.from_numpy(label)).item()
+    assert found == pytest.approx(dice_by_loops(logits, label, False, 1e-5), rel=1e-6)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_soft_dice_of_right_and_wrong_predictions(channels, squared):
+    label = torch.arange(24).view(2, 3, 4) % max(2, channels)
+    right = F.one_hot(label, max(2, channels)).movedim(-1, 1)[:, -channels:] * 60.0 - 30
+    loss = emseg.soft_dice_loss
+    assert loss(right, label, squared=squared) == pytest.approx(0, abs=1e-5)
+    assert loss(-right if channels < 3 else right.roll(1, 1), label,
+                squared=squared) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cross_entropy_and_its_gradient_against_loops(shape, channels, weighted):
+    logits, label, weight = example(channels, shape)
+    weight = weight if weighted else np.ones_like(weight)
+    value, gradient = value_and_gradient(
+        emseg.cross_entropy, logits, torch.from_numpy(label),
+        weight=torch.from_numpy(weight).float() if weighted else None)
+
+    def reference(x):
+        return cross_entropy_by_loops(x, label, weight)
+
+    assert value == pytest.approx(reference(logits), rel=1e-5)
+    np.testing.assert_allclose(gradient, finite_differences(reference, logits), atol=2e-6)
+
+
+def test_cross_entropy_equals_torch():
+    logits, label, _ = example(3, (2, 6, 7))
+    logits, label = torch.from_numpy(logits).float(), torch.from_numpy(label)
+    torch.testing.assert_close(emseg.cross_entropy(logits, label),
+                               nn.CrossEntropyLoss(ignore_index=IGNORE)(logits, label))
+    keep, binary = label != IGNORE, label.clamp(max=1)
+    torch.testing.assert_close(
+        emseg.cross_entropy(logits[:, :1], torch.where(keep, binary, IGNORE)),
+        nn.BCEWithLogitsLoss()(logits[:, 0][keep], binary[keep].float()))
+
+
+LOSSES = {"dice": emseg.soft_dice_loss, "cross entropy": emseg.cross_entropy,
+          "squared dice": lambda *args: emseg.soft_dice_loss(*args, squared=True)}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_masked_loss_is_the_loss_on_the_kept_voxels(name, shape, channels):
+    logits, label, _ = example(channels, shape)
+    keep = label != IGNORE
+    value, gradient = value_and_gradient(LOSSES[name], logits, torch.from_numpy(label))
+    kept = np.moveaxis(logits, 1, -1)[keep].T[None, :, None]                # (1, C, 1, N)
+    wanted, wanted_gradient = value_and_gradient(LOSSES[name], kept,
+                                                 torch.from_numpy(label[keep][None, None]))
+    assert value == pytest.approx(wanted, rel=1e-5)
+    gradient = np.moveaxis(gradient, 1, -1)
+    np.testing.assert_allclose(gradient[keep].T, wanted_gradient[0, :, 0], atol=1e-6)
+    assert not gradient[~keep].any() and gradient[keep].all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_annotated_gives_zero_and_no_gradient(name, channels):
+    logits, label, _ = example(channels, SHAPES[0])
+    value, gradient = value_and_gradient(LOSSES[name], 50 * logits,
+                                         torch.full(label.shape, IGNORE))
+    assert value == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_float32_for_half_precision_logits(name, channels):
+    logits, label, _ = example(channels, (2, 20, 20))
+    label = torch.from_numpy(label)
+    for dtype in torch.bfloat16, torch.float16:
+        half = torch.from_numpy(logits).to(dtype)
+        found = LOSSES[name](half, label)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, LOSSES[name](half.float(), label))
+
+
+def test_cross_entropy_is_exact_for_extreme_logits():
+    x = torch.tensor([100.0, -100.0, 100.0, -100.0])
+    label = torch.tensor([0, 1, 1, 0])[None, None]
+    for logits in (x[None, None, None], torch.stack([-x / 2, x / 2])[None, :, None]):
+        value, gradient = value_and_gradient(emseg.cross_entropy, logits.numpy(), label)
+        assert value == pytest.approx(50)               # two of four voxels are wrong by 100
+        wanted = np.array([0.25, -0.25, 0, 0])
+        np.testing.assert_allclose(gradient[0, -1, 0], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dice", "squared dice"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_dice_is_finite_for_extreme_logits(name, channels):
+    logits, label, _ = example(channels, SHAPES[0])
+    value, gradient = value_and_gradient(LOSSES[name], 1000 * logits, torch.from_numpy(label))
+    assert 0 <= value <= 1 and np.isfinite(gradient).all()
+
+
+def test_weights_scale_the_loss():
+    logits, label, weight = example(3, SHAPES[0])
+    logits, label, weight = map(torch.from_numpy, (logits, label, weight))
+    one, two = [emseg.cross_entropy(logits, label, factor * weight) for factor in (1, 2)]
+    torch.testing.assert_close(two, 2 * one)

@@ -1,0 +1,598 @@
+"""Patches and augmentation: what is drawn, from where, and what geometry does to it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage, stats
+
+import emseg
+
+RAW = {"mode": "unit", "mean": 0.0, "std": 1.0}      # augment keeps grey levels as they are
+CPU = torch.device("cpu")
+
+
+class InMemory(emseg.LazyArray):
+    """A NumPy array behind the interface of a volume."""
+
+    def __init__(self, array):
+        super().__init__("memory.tif", array.shape, array.dtype, None)
+        self.array = array
+
+    def read(self, z, y, x):
+        return self.array[z, y, x].copy()
+
+
+def random_volume(shape=(6, 30, 40), seed=0):
+    return np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8)
+
+
+def places(crop, array):
+    """All (z, y, x) at which array holds crop."""
+    crop = np.asarray(crop)
+    crop = crop.reshape((1,) * (3 - crop.ndim) + crop.shape)
+    windows = np.lib.stride_tricks.sliding_window_view(array, crop.shape)
+    return [tuple(map(int, p)) for p in np.argwhere((windows == crop).all(axis=(3, 4, 5)))]
+
+
+def draw(patches, count):
+    return [patches[i] for i in range(count)]
+
+
+def single_voxels(label, count=1000, slices=None, foreground=1.0, **options):
+    """Label values of patches of one voxel."""
+    label = np.asarray(label, np.uint8)
+    patches = emseg.Patches([InMemory(np.zeros_like(label))], [InMemory(label)], (1, 1),
+                            slices and [slices], foreground, **options)
+    return np.array([int(y) for _, y in draw(patches, count)])
+
+
+# -- patches
+
+
+def test_crop_depends_on_seed_and_index_alone():
+    volume = InMemory(random_volume())
+    first, second = [emseg.Patches([volume], None, (5, 6), seed=(3, 0)) for _ in range(2)]
+    forward = draw(first, 10)
+    backward = [second[i] for i in reversed(range(10))][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forward, backward))
+    for seed in (4, 0), (3, 1):
+        other = draw(emseg.Patches([volume], None, (5, 6), seed=seed), 10)
+        assert not any(torch.equal(a, b) for a, b in zip(forward, other))
+    assert len({a.numpy().tobytes() for a in forward}) == 10
+
+
+def test_foreground_crop_depends_on_seed_and_index_alone():
+    volume, label = InMemory(random_volume()), InMemory((random_volume(seed=1) > 250).astype("u1"))
+    first, second = [emseg.Patches([volume], [label], (5, 6), foreground=0.5, seed=(3, 0))
+                     for _ in range(2)]
+    for (a, a_label), (b, b_label) in zip(draw(first, 10), [second[i] for i in range(10)]):
+        assert torch.equal(a, b) and torch.equal(a_label, b_label)
+
+
+@pytest.mark.parametrize("foreground", [0.0, 1.0])
+@pytest.mark.parametrize("size", [(7, 9), (30, 40), (3, 7, 9)])
+def test_image_and_label_are_cut_at_the_same_place_inside_the_volume(size, foreground):
+    image, label = random_volume(), random_volume(seed=1)
+    patches = emseg.Patches([InMemory(image)], [InMemory(label)], size, foreground=foreground)
+    for crop, crop_label in draw(patches, 20):
+        assert crop.dtype == crop_label.dtype == torch.uint8
+        assert crop.shape == crop_label.shape == size
+        assert places(crop, image) == places(crop_label, label)
+        assert len(places(crop, image)) == 1
+
+
+def test_without_labels_an_item_is_the_image_alone():
+    assert isinstance(emseg.Patches([InMemory(random_volume())], None, (4, 4))[0], torch.Tensor)
+
+
+def test_every_place_can_be_drawn_up_to_the_borders():
+    image = random_volume((2, 12, 14))
+    patches = emseg.Patches([InMemory(image)], None, (8, 9))
+    seen = {places(crop, image)[0] for crop in draw(patches, 1500)}
+    assert seen == {(z, y, x) for z in range(2) for y in range(5) for x in range(6)}
+
+
+def test_places_in_a_wide_volume_are_uniform():
+    image = np.arange(240, dtype=np.uint8)[None, None].repeat(4, axis=1)
+    patches = emseg.Patches([InMemory(image)], None, (4, 2))
+    left = [int(crop[0, 0]) for crop in draw(patches, 2000)]
+    assert stats.kstest(left, stats.uniform(0, 239).cdf).pvalue > 1e-3
+
+
+def test_volumes_share_the_crops_by_their_slices():
+    images = [InMemory(np.full((n, 8, 8), n, np.uint8)) for n in (2, 6)]
+    values = np.array([int(crop[0, 0]) for crop in draw(emseg.Patches(images, None, (4, 4)), 2000)])
+    assert (values == 6).mean() == pytest.approx(0.75, abs=0.04)
+
+
+@pytest.mark.parametrize("foreground", [0.0, 0.5, 1.0])
+def test_no_crop_comes_from_a_slice_that_was_not_given(foreground):
+    z = np.arange(10, dtype=np.uint8)[:, None, None] * np.ones((1, 9, 9), np.uint8)
+    label = np.ones_like(z)
+    images, labels = [InMemory(z), InMemory(z + 100)], [InMemory(label), InMemory(label)]
+    patches = emseg.Patches(images, labels, (4, 5), [[2, 7], np.array([0, 9])], foreground)
+    values = [crop.unique().tolist() for crop, _ in draw(patches, 200)]
+    assert {value for value, in values} == {2, 7, 100, 109}
+
+
+def test_foreground_of_other_slices_is_not_sought():
+    label = np.zeros((4, 9, 9), np.uint8)
+    label[3, 4, 4] = 1
+    patches = emseg.Patches([InMemory(label)], [InMemory(label)], (3, 3), [[0, 1]], 1.0)
+    assert patches.points == [] and not any(crop.any() for crop, _ in draw(patches, 50))
+
+
+def test_3d_crop_holds_the_slice_that_it_was_drawn_for():
+    z = np.arange(10, dtype=np.uint8)[:, None, None] * np.ones((1, 6, 6), np.uint8)
+    patches = emseg.Patches([InMemory(z)], None, (3, 4, 4), [[5]])
+    firsts = {int(crop[0, 0, 0]) for crop in draw(patches, 100)}
+    assert firsts == {3, 4, 5}
+
+
+@pytest.mark.parametrize("size", [(8, 8), (2, 8, 8)])
+def test_foreground_share_on_a_volume_with_one_tiny_object(size):
+    label = np.zeros((5, 200, 200), np.uint8)
+    label[2, 100, 100] = 1
+    volumes = [InMemory(label)], [InMemory(label)], size
+    asked = [bool(y.any()) for _, y in draw(emseg.Patches(*volumes, foreground=0.99), 1000)]
+    natural = [bool(y.any()) for _, y in draw(emseg.Patches(*volumes, foreground=0.0), 1000)]
+    assert 0.98 <= np.mean(asked) < 1
+    assert np.mean(natural) < 0.02
+
+
+def test_foreground_share_is_a_share():
+    label = np.zeros((1, 40, 40), np.uint8)
+    label[:, :, :10] = 1
+    assert single_voxels(label, 3000, foreground=0.0).mean() == pytest.approx(0.25, abs=0.03)
+    assert single_voxels(label, 3000, foreground=0.6).mean() == pytest.approx(0.7, abs=0.03)
+    assert single_voxels(label, 300, foreground=1.0).mean() == 1
+
+
+def test_object_may_lie_anywhere_in_the_crop():
+    label = np.zeros((1, 50, 50), np.uint8)
+    label[0, 25, 25] = 1
+    patches = emseg.Patches([InMemory(label)], [InMemory(label)], (4, 6), foreground=1.0)
+    where = np.array([np.argwhere(y.numpy())[0] for _, y in draw(patches, 1200)])
+    counts = np.histogram2d(*where.T, bins=(4, 6))[0]
+    assert counts.min() > 20 and stats.chisquare(counts.ravel()).pvalue > 1e-3
+
+
+def test_classes_are_drawn_evenly_however_rare():
+    label = np.ones((2, 40, 40), np.uint8)
+    label[0, 3, 4], label[1, 5, 6], label[1, 0, 0] = 2, 0, 7
+    values = single_voxels(label)
+    assert {v: pytest.approx((values == v).mean(), abs=0.05) for v in (1, 2, 7)} == {
+        1: 1 / 3, 2: 1 / 3, 7: 1 / 3}
+
+
+def test_slices_of_a_class_are_drawn_evenly():
+    label = np.zeros((3, 30, 30), np.uint8)
+    label[0], label[2, 8, 9] = 1, 1
+    images = [InMemory(np.arange(3, dtype=np.uint8)[:, None, None] * np.ones_like(label))]
+    patches = emseg.Patches(images, [InMemory(label)], (1, 1), foreground=1.0)
+    z = np.array([int(crop) for crop, _ in draw(patches, 1000)])
+    assert (z == 2).mean() == pytest.approx(0.5, abs=0.05) and not (z == 1).any()
+
+
+def test_voxels_of_a_large_object_are_all_over_it():
+    label = np.zeros((1, 100, 100), np.uint8)
+    label[0, 20:80, 10:90] = 1                      # more than POINTS_PER_SLICE voxels
+    patches = emseg.Patches([InMemory(label)], [InMemory(label)], (1, 1), foreground=1.0)
+    assert len(patches.points[0][0][2]) == emseg.POINTS_PER_SLICE
+    y, x = patches.points[0][0][2].T
+    assert label[0, y, x].all() and len(set(zip(y.tolist(), x.tolist()))) == len(y)
+    assert stats.kstest(y, stats.uniform(20, 60).cdf).pvalue > 1e-3
+    assert stats.kstest(x, stats.uniform(10, 80).cdf).pvalue > 1e-3
+
+
+def test_ignored_voxels_are_not_foreground():
+    label = np.full((2, 20, 20), emseg.IGNORE, np.uint8)
+    label[1, 10, 10] = 3
+    assert set(single_voxels(label, 200)) == {3}
+
+
+@pytest.mark.parametrize("size", [(31, 4), (4, 41), (7, 4, 4)])
+def test_patch_larger_than_a_volume_is_refused(size):
+    images = [InMemory(random_volume((9, 60, 60))), InMemory(random_volume())]
+    with pytest.raises(emseg.InputError, match="memory.tif: patches of .* do not fit into 6 x 30"):
+        emseg.Patches(images, None, size)
+
+
+def test_no_slice_to_draw_from_is_refused():
+    with pytest.raises(emseg.InputError, match="no slice is left"):
+        emseg.Patches([InMemory(random_volume())], None, (4, 4), [[]])
+
+
+# -- batches
+
+
+class Indices(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        return index
+
+
+def indices(*args, **options):
+    return [batch.tolist() for batch in emseg.batches(Indices(), *args, **options)]
+
+
+def test_batches_are_stacked_items():
+    patches = emseg.Patches([InMemory(random_volume())], [InMemory(random_volume())], (4, 5))
+    first, second = emseg.batches(patches, 3, 0, 2)
+    assert first[0].shape == (3, 4, 5) and first[0].dtype == torch.uint8
+    assert torch.equal(second[1], torch.stack([patches[i][1] for i in (3, 4, 5)]))
+
+
+def test_ranks_and_steps_share_all_indices_without_repeats():
+    by_rank = [indices(3, 0, 4, rank=rank, world=2) for rank in (0, 1)]
+    assert sorted(i for batches in by_rank for batch in batches for i in batch) == list(range(24))
+    for step, both in enumerate(zip(*by_rank)):     # together: the batch of one process
+        assert both[0] + both[1] == indices(6, step, step + 1)[0]
+
+
+def test_workers_and_the_first_step_do_not_change_the_batches():
+    patches = emseg.Patches([InMemory(random_volume())], None, (4, 5), seed=(1, 2))
+    whole = list(emseg.batches(patches, 2, 0, 6))
+    assert len(whole) == 6
+    for again, wanted in ((emseg.batches(patches, 2, 0, 6, workers=2), whole),
+                          (emseg.batches(patches, 2, 3, 6), whole[3:]),
+                          (emseg.batches(patches, 2, 3, 6, workers=2), whole[3:])):
+        again = list(again)
+        assert len(again) == len(wanted) and all(map(torch.equal, again, wanted))
+
+
+# -- normalisation
+
+
+def test_zscore_averages_the_statistics_of_the_given_slices():
+    a = random_volume((3, 8, 9))
+    b = (random_volume((2, 10, 10), seed=1) // 4) + 3
+    used = [a[0], a[2], b[1]]
+    found = emseg.measure_normalization([InMemory(a), InMemory(b)], [[0, 2], [1]], "zscore")
+    assert found == {"mode": "zscore", "mean": pytest.approx(np.mean([s.mean() for s in used])),
+                     "std": pytest.approx(np.mean([s.std() for s in used]))}
+
+
+def test_zscore_samples_many_slices_evenly():
+    ramp = np.arange(200, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8)
+    read = []
+
+    class Recorded(InMemory):
+        def read(self, z, y, x):
+            read.append(z.start)
+            return super().read(z, y, x)
+
+    found = emseg.measure_normalization([Recorded(ramp)], [range(200)], "equalize")
+    assert 16 <= len(read) <= 32 and np.ptp(np.diff(read)) <= 1
+    assert found["mode"] == "equalize" and found["mean"] == pytest.approx(99.5, abs=5)
+
+
+def test_constant_slices_do_not_divide_by_zero():
+    found = emseg.measure_normalization([InMemory(np.full((2, 4, 4), 9, np.uint8))], [[0]],
+                                        "zscore")
+    image = emseg.normalize(torch.full((1, 4, 4), 9, dtype=torch.uint8), found)
+    assert found["std"] > 0 and torch.equal(image, torch.zeros(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5), (2, 3, 4, 5)])
+def test_normalize_adds_a_channel_and_scales(shape):
+    image = random_volume(shape)
+    unit = emseg.measure_normalization([], [], "unit")
+    for options, wanted in ((unit, image / 255), ({"mean": 30.0, "std": 7.0}, (image - 30.0) / 7)):
+        out = emseg.normalize(torch.from_numpy(image), options)
+        assert out.dtype == torch.float32 and out.shape == (shape[0], 1, *shape[1:])
+        np.testing.assert_allclose(out[:, 0], wanted, rtol=1e-5, atol=1e-6)
+
+
+# -- geometry
+
+
+def symmetries(array):
+    """The eight symmetries of an array (Y, X): 0, 2, 4, 6 turned, 1, 3, 5, 7 mirrored as well."""
+    return [view for turns in range(4) for turned in [np.rot90(array, turns)]
+            for view in (turned, turned[:, ::-1])]
+
+
+def which(view, candidates):
+    """Index of the candidate that view equals within 1e-3."""
+    hits = [i for i, c in enumerate(candidates)
+            if c.shape == view.shape and np.abs(c - view).max() < 1e-3]
+    assert len(hits) == 1
+    return hits[0]
+
+
+def linear_parts(grid):
+    """(B, 2, 2) columns d(input x, y)/d(output x), d(input x, y)/d(output y), in pixels."""
+    H, W = grid.shape[1:3]
+    pixel = grid.double() * torch.tensor([W, H]) / 2
+    return torch.stack([(pixel[:, 0, -1] - pixel[:, 0, 0]) / (W - 1),
+                        (pixel[:, -1, 0] - pixel[:, 0, 0]) / (H - 1)], dim=2).numpy()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 12), (33, 50)])
+def test_identity_grid_returns_image_and_label(size):
+    image, label = [torch.from_numpy(random_volume((2, *size), seed)) for seed in (0, 1)]
+    grid = emseg.sampling_grid(2, size, CPU)
+    assert grid.shape == (2, *size, 2)
+    np.testing.assert_allclose(emseg.warp(image, grid, "bilinear"), image, atol=1e-2)
+    assert torch.equal(emseg.warp(label, grid, "nearest"), label.float())
+
+
+def test_without_geometry_nothing_is_resampled():
+    image, label = torch.from_numpy(random_volume((2, 6, 7))), torch.full((2, 6, 7), 255).byte()
+    out, out_label = emseg.augment(image, label, RAW)
+    assert torch.equal(out, image[:, None].float()) and out.dtype == torch.float32
+    assert torch.equal(out_label, label.long()) and out_label.dtype == torch.int64
+    assert emseg.augment(image, None, RAW, flip=True)[1] is None
+
+
+@pytest.mark.parametrize("size, options, wanted", [
+    ((9, 9), dict(flip=True, rot90=True), range(8)),
+    ((8, 8), dict(rot90=True), [0, 2, 4, 6]),
+    ((8, 8), dict(flip=True), [0, 1, 4, 5]),
+    ((8, 8), dict(flip=False, rot90=False), [0]),
+    ((6, 9), dict(flip=True, rot90=True), [0, 1, 4, 5]),
+    ((6, 9), dict(rot90=True), [0, 4]),
+])
+def test_flips_and_turns_are_the_symmetries_and_all_occur(size, options, wanted):
+    torch.manual_seed(0)
+    image = random_volume(size)
+    batch = torch.from_numpy(image).expand(400, -1, -1)
+    out, out_label = emseg.augment(batch, batch, RAW, **options)
+    candidates = symmetries(image.astype(float))
+    found = [which(view, candidates) for view in out[:, 0].double().numpy()]
+    assert found == [which(view, candidates) for view in out_label.double().numpy()]
+    assert set(found) == set(wanted)
+    counts = np.bincount(found, minlength=8)[list(wanted)]
+    assert np.ptp(counts) < 6 * math.sqrt(counts.mean())
+
+
+GEOMETRY = {
+    "symmetries": dict(flip=True, rot90=True),
+    "rotation": dict(rotation=180.0),
+    "scale": dict(scale=0.3),
+    "shear": dict(shear=20.0),
+    "piecewise": dict(displacement=emseg.piecewise_affine_displacement),
+    "elastic": dict(displacement=emseg.elastic_displacement),
+    "all": dict(flip=True, rot90=True, rotation=180.0, scale=0.2, shear=10.0,
+                displacement=emseg.elastic_displacement),
+}
+
+
+def geometry(name, batch, size):
+    options = dict(GEOMETRY[name])
+    if "displacement" in options:
+        options["displacement"] = options["displacement"](batch, size, CPU)
+    return options
+
+
+@pytest.mark.parametrize("size", [(48, 48), (40, 56)])
+@pytest.mark.parametrize("name", GEOMETRY)
+def test_image_and_label_stay_a_pair(name, size):
+    torch.manual_seed(1)
+    blobs = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(8, *size)), (0, 5, 5)) > 0
+    batch = torch.from_numpy((200 * blobs).astype(np.uint8))
+    image, label = emseg.augment(batch, batch, RAW, **geometry(name, 8, size))
+    image, label = image[:, 0].round(), label.float()
+    pure = (image == 0) | (image == 200)            # all neighbours agree: nearest is one of them
+    assert pure.float().mean() > 0.75
+    assert torch.equal(image[pure], label[pure])
+    assert ((label - batch).abs() > 0).float().mean() > 0.02
+
+
+@pytest.mark.parametrize("name", GEOMETRY)
+def test_labels_keep_their_values(name):
+    torch.manual_seed(0)
+    label = torch.tensor([0, 1, 7, emseg.IGNORE], dtype=torch.uint8)[torch.randint(4, (4, 24, 24))]
+    _, out = emseg.augment(label, label, RAW, **geometry(name, 4, (24, 24)))
+    assert out.dtype == torch.int64 and out.unique().tolist() == [0, 1, 7, emseg.IGNORE]
+
+
+@pytest.mark.parametrize("size", [(41, 41), (41, 61)])
+def test_rotation_against_scipy(size):
+    torch.manual_seed(0)
+    image = ndimage.gaussian_filter(random_volume(size).astype(float), 2)
+    grid = emseg.sampling_grid(3, size, CPU, rotation=180.0)
+    out = emseg.warp(torch.from_numpy(image).expand(3, -1, -1), grid, "bilinear").numpy()
+    inside = np.hypot(*np.ogrid[-20:21, -(size[1] // 2):size[1] // 2 + 1]) < 19
+    for view, part in zip(out, linear_parts(grid)):
+        angle = math.degrees(math.atan2(part[1, 0], part[0, 0]))
+        wanted = ndimage.rotate(image, angle, reshape=False, order=1)
+        np.testing.assert_allclose(view[inside], wanted[inside], atol=0.05)
+
+
+def test_rotation_is_uniform_within_its_range_and_changes_no_size():
+    torch.manual_seed(0)
+    part = linear_parts(emseg.sampling_grid(2000, (5, 9), CPU, rotation=30.0))
+    angle = np.degrees(np.arctan2(part[:, 1, 0], part[:, 0, 0]))
+    assert stats.kstest(angle, stats.uniform(-30, 60).cdf).pvalue > 1e-3
+    np.testing.assert_allclose(part.swapaxes(1, 2) @ part, np.broadcast_to(np.eye(2), part.shape),
+                               atol=1e-5)
+
+
+def test_scale_is_a_zoom_uniform_around_one():
+    torch.manual_seed(0)
+    part = linear_parts(emseg.sampling_grid(2000, (5, 9), CPU, scale=0.2))
+    zoom = 1 / part[:, 0, 0]                        # above 1: things get larger
+    assert stats.kstest(zoom, stats.uniform(0.8, 0.4).cdf).pvalue > 1e-3
+    np.testing.assert_allclose(part, np.eye(2) / zoom[:, None, None], atol=1e-5)
+
+
+def test_scale_above_one_magnifies():
+    torch.manual_seed(0)
+    image = np.zeros((41, 41), np.uint8)
+    image[16:25, 16:25] = 1                         # area 81
+    grid = emseg.sampling_grid(20, (41, 41), CPU, scale=0.4)
+    area = emseg.warp(torch.from_numpy(image).expand(20, -1, -1), grid, "bilinear").sum((1, 2))
+    zoom = 1 / linear_parts(grid)[:, 0, 0]
+    np.testing.assert_allclose(area, 81 * zoom**2, rtol=0.15)
+    assert zoom.max() > 1.2 and zoom.min() < 0.8
+
+
+def test_shear_leans_one_axis_only():
+    torch.manual_seed(0)
+    part = linear_parts(emseg.sampling_grid(2000, (5, 9), CPU, shear=20.0))
+    angle = np.degrees(np.arctan(part[:, 0, 1]))
+    assert stats.kstest(angle, stats.uniform(-20, 40).cdf).pvalue > 1e-3
+    part[:, 0, 1] = 0
+    np.testing.assert_allclose(part, np.broadcast_to(np.eye(2), part.shape), atol=1e-5)
+
+
+def test_displacement_is_in_pixels_x_first():
+    image = torch.from_numpy(random_volume((1, 10, 14)))
+    shift = torch.tensor([3.0, -2.0]).expand(1, 10, 14, 2)
+    out = emseg.warp(image, emseg.sampling_grid(1, (10, 14), CPU, displacement=shift), "bilinear")
+    np.testing.assert_allclose(out[0, 2:, :11], image[0, :8, 3:], atol=1e-2)
+
+
+def test_outside_is_mirrored_for_image_and_label():
+    image = torch.from_numpy(random_volume((1, 6, 8)))
+    shift = torch.tensor([5.0, 4.0]).expand(1, 6, 8, 2)
+    grid = emseg.sampling_grid(1, (6, 8), CPU, displacement=shift)
+    wanted = np.pad(image[0], ((0, 4), (0, 5)), mode="symmetric")[4:, 5:]
+    np.testing.assert_allclose(emseg.warp(image, grid, "bilinear")[0], wanted, atol=1e-2)
+    np.testing.assert_array_equal(emseg.warp(image, grid, "nearest")[0], wanted)
+
+
+def test_flip_and_turn_act_on_each_image_by_itself():
+    torch.manual_seed(0)
+    part = linear_parts(emseg.sampling_grid(64, (8, 8), CPU, flip=True, rot90=True, rotation=10.0,
+                                            scale=0.1, shear=5.0))
+    assert len(np.unique(part.round(4), axis=0)) == 64
+
+
+def test_augmentation_is_reproducible_from_the_seed():
+    image = torch.from_numpy(random_volume((4, 16, 16)))
+    options = dict(brightness=0.1, contrast=0.1, flip=True, rotation=180.0)
+    outs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outs.append(emseg.augment(image, None, RAW, **options)[0])
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+# -- displacement fields
+
+
+def test_piecewise_affine_moves_knots_by_a_share_of_the_side():
+    torch.manual_seed(0)
+    field = emseg.piecewise_affine_displacement(800, (31, 61), CPU, scale=(0.05, 0.05)).numpy()
+    knots = field[:, ::10, ::20]                    # 4 x 4 knots, corners included
+    assert knots.shape == (800, 4, 4, 2)
+    for axis, side in ((0, 61), (1, 31)):           # x first
+        assert knots[..., axis].std() == pytest.approx(0.05 * side, rel=0.03)
+    assert abs(np.corrcoef(knots[..., 0].flatten(), knots[..., 1].flatten())[0, 1]) < 0.05
+    between = (field[:, 10:20, 20:40] - ndimage.zoom(knots[:, 1:3, 1:3], (1, 11 / 2, 21 / 2, 1),
+                                                     order=1)[:, :10, :20])
+    assert np.abs(between).max() < 1e-3             # linear between the knots
+
+
+def test_piecewise_affine_strength_is_drawn_for_each_image():
+    torch.manual_seed(0)
+    field = emseg.piecewise_affine_displacement(800, (31, 31), CPU, scale=(0.01, 0.05))
+    knots = field[:, ::10, ::10] / 31
+    assert knots.var() == pytest.approx((0.05**3 - 0.01**3) / 3 / 0.04, rel=0.1)
+    strength = knots.flatten(1).std(1)
+    assert strength.min() < 0.015 and strength.max() > 0.045
+
+
+def test_elastic_statistics_at_the_knots():
+    torch.manual_seed(0)
+    k = 6                                           # knots every 20 pixels: 7 x 7
+    field = emseg.elastic_displacement(800, (121, 121), CPU, amplitude=10.0, pitch=21)
+    knots = field[:, ::20, ::20].numpy()
+    assert field.shape == (800, 121, 121, 2)
+    delta = np.zeros((2 * k + 1, 2 * k + 1))
+    delta[k, k] = 1
+    kernel = ndimage.gaussian_filter(delta, 0.6)
+    std = 10 / math.sqrt(3) * math.sqrt((kernel**2).sum())
+    assert knots[:, 3, 3].std() == pytest.approx(std, rel=0.06)
+    assert np.abs(knots).max() < 10
+    neighbour = (kernel * np.roll(kernel, 1, axis=0)).sum() / (kernel**2).sum()
+    for other in knots[:, 3, 4], knots[:, 4, 3]:
+        found = np.corrcoef(knots[:, 3, 3].ravel(), other.ravel())[0, 1]
+        assert found == pytest.approx(neighbour, abs=0.08)
+    assert abs(np.corrcoef(knots[:, 3, 3, 0], knots[:, 3, 3, 1])[0, 1]) < 0.12
+
+
+def test_elastic_field_is_smooth_and_bounded_on_any_size():
+    torch.manual_seed(0)
+    field = emseg.elastic_displacement(20, (90, 130), CPU)
+    assert field.shape == (20, 90, 130, 2) and 5 < field.abs().max() < 25
+    for axis in (1, 2):
+        assert field.diff(n=2, dim=axis).abs().max() < 0.15
+    assert not torch.equal(field[0], field[1])
+
+
+# -- grey levels
+
+
+def test_contrast_is_a_factor_uniform_around_one():
+    torch.manual_seed(0)
+    image = torch.tensor([50, 200], dtype=torch.uint8).expand(2000, 1, 2)
+    out, _ = emseg.augment(image, None, {"mean": 100.0, "std": 50.0}, contrast=0.2)
+    low, high = out[:, 0, 0].T
+    assert stats.kstest(high / 2, stats.uniform(0.8, 0.4).cdf).pvalue > 1e-3
+    torch.testing.assert_close(low * -2, high)      # about the mean grey level
+
+
+def test_brightness_is_a_share_of_the_grey_range():
+    torch.manual_seed(0)
+    image = torch.tensor([50, 200], dtype=torch.uint8).expand(2000, 1, 2)
+    out, _ = emseg.augment(image, None, {"mean": 100.0, "std": 50.0}, brightness=0.12)
+    grey = out[:, 0, 0] * 50 + 100
+    shift = grey - torch.tensor([50.0, 200.0])
+    assert stats.kstest(shift[:, 0] / 255, stats.uniform(-0.12, 0.24).cdf).pvalue > 1e-3
+    torch.testing.assert_close(shift[:, 0], shift[:, 1], atol=1e-3, rtol=0)
+
+
+def test_contrast_comes_before_brightness():
+    torch.manual_seed(0)
+    image = torch.full((500, 1, 1), 200, dtype=torch.uint8)
+    out, _ = emseg.augment(image, None, {"mean": 0.0, "std": 1.0}, brightness=0.1, contrast=0.5)
+    assert out.max() <= 200 * 1.5 + 25.5 + 1e-3 and out.max() > 310
+    assert out.min() >= 200 * 0.5 - 25.5 - 1e-3 and out.min() < 90
+
+
+# -- CutMix
+
+
+def corners(boxes):
+    """top, left, height, width of each of the boxes (B, 1, H, W), which must be rectangles."""
+    parts = []
+    for box in boxes[:, 0].numpy():
+        rows, columns = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
+        part = rows[0], columns[0], np.ptp(rows) + 1, np.ptp(columns) + 1
+        assert box.sum() == part[2] * part[3]       # one full rectangle
+        parts.append(part)
+    return np.array(parts).T
+
+
+def test_cutmix_boxes_have_the_papers_sizes_and_places():
+    torch.manual_seed(0)
+    H, W = 200, 300
+    boxes = emseg.cutmix_boxes(500, (H, W), CPU)
+    assert boxes.shape == (500, 1, H, W) and boxes.dtype == torch.bool
+    top, left, height, width = corners(boxes)
+    share = height * width / (H * W)
+    assert share.min() > 0.245 and share.max() < 0.505
+    loose = (height < H - 20) & (width < W - 20)    # room enough to call a place uniform
+    for values, low, span in ((share, 0.25, 0.25), (np.log(height / H) / np.log(share), 0, 1),
+                              ((top + 0.5)[loose] / (H - height + 1)[loose], 0, 1),
+                              ((left + 0.5)[loose] / (W - width + 1)[loose], 0, 1)):
+        assert stats.kstest(values, stats.uniform(low, span).cdf).pvalue > 1e-3
+
+
+def test_cutmix_boxes_reach_all_borders_of_a_small_image():
+    torch.manual_seed(0)
+    top, left, height, width = corners(emseg.cutmix_boxes(500, (8, 12), CPU))
+    assert top.min() == left.min() == 0
+    assert (top + height).max() == 8 and (left + width).max() == 12
+    assert {8, 2} <= set(height) and {12, 3} <= set(width)
+
+
+def test_cutmix_area_can_be_chosen():
+    boxes = emseg.cutmix_boxes(50, (100, 100), CPU, area=(0.1, 0.1))
+    share = boxes.float().mean((1, 2, 3))
+    assert share.min() > 0.09 and share.max() < 0.11

@@ -1,0 +1,468 @@
+"""train_cps.py: its equations, and whole runs on small and real data."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import emseg
+import train_cps
+
+ROOT = Path(train_cps.__file__).resolve().parent
+TINY = ["--model", "unet", "--width", "4", "--patch-size", "32", "32", "--batch-size", "4",
+        "--epochs", "2", "--steps-per-epoch", "4", "--downsample", "1", "--device", "cpu"]
+
+
+def run(*arguments):
+    train_cps.main(train_cps.parse_args([str(a) for a in arguments]))
+
+
+def train(cells, out, *more):
+    run("--volume", cells / "image.tif@0:8", "--label", cells / "mito.tif@0:8",
+        "--label-slices", "0,3,7", "--test-volume", cells / "image.tif@8:12",
+        "--test-label", cells / "mito.tif@8:12", "--out-dir", out, *TINY, *more)
+
+
+def weights(path):
+    modules = torch.load(path, weights_only=True)["modules"]
+    return torch.cat([v.flatten().double() for k in sorted(modules) if k.startswith("network")
+                      for v in modules[k].values()])
+
+
+def log_without_seconds(folder):
+    rows = list(csv.DictReader(open(folder / "log.csv")))
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def metrics(folder):
+    def no_constant(text):
+        raise AssertionError(f"metrics.json holds {text}")
+    return json.loads((folder / "metrics.json").read_text(), parse_constant=no_constant)
+
+
+@pytest.fixture(scope="module")
+def trained(cells, tmp_path_factory):
+    """A finished tiny run: binary, CPS and CutMix."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    train(cells, folder)
+    return folder
+
+
+# -- the paper's functions -------------------------------------------------------------------------
+
+
+def test_cps_weight_is_the_authors_schedule():
+    weights = [train_cps.cps_weight(epoch, 500, 1.0) for epoch in (0, 5, 6, 10, 15, 20, 499)]
+    assert np.allclose(weights, [0, 0, 1 / 15, 1 / 3, 2 / 3, 1, 1])
+
+
+def test_cps_weight_reaches_its_end_in_a_short_run():
+    assert train_cps.cps_weight(1.9, 4, 2.0) == 0
+    assert train_cps.cps_weight(2.5, 4, 2.0) == 1.0
+    assert train_cps.cps_weight(3, 4, 2.0) == 2.0
+
+
+def test_learning_rate_warms_up_and_decays():
+    rates = [train_cps.learning_rate(step, 1000, 0.1) for step in range(1000)]
+    peak = int(np.argmax(rates))
+    assert 60 <= peak <= 75 and 0.09 < rates[peak] <= 0.1
+    assert rates[0] == pytest.approx(0.1 / 70) and rates[-1] == pytest.approx(0.1 / 1000)
+    assert np.all(np.diff(rates[:peak]) > 0) and np.all(np.diff(rates[peak:]) < 0)
+
+
+def test_cps_loss_crosses_the_networks():
+    a, b = torch.full((1, 1, 4, 4), 20.0), torch.full((1, 1, 4, 4), -20.0)
+    pseudo_a, pseudo_b = torch.ones(1, 4, 4).long(), torch.zeros(1, 4, 4).long()
+    assert train_cps.cps_loss(a, b, pseudo_a, pseudo_b) == pytest.approx(2, abs=1e-3)
+    assert train_cps.cps_loss(a, b, pseudo_b, pseudo_a) == pytest.approx(0, abs=1e-3)
+
+
+def test_cutmix_pastes_the_second_half_into_the_first():
+    labelled, unlabelled = torch.arange(4.0), torch.arange(10.0, 14.0)
+    labelled, unlabelled = [x.view(4, 1, 1, 1).expand(4, 1, 2, 2) for x in (labelled, unlabelled)]
+    box = torch.zeros(4, 1, 2, 2, dtype=torch.bool)
+    box[:, :, 0, 0] = True
+    mixed = train_cps.cutmix(labelled, unlabelled, box)
+    assert mixed[:, 0, 0, 0].tolist() == [2, 3, 12, 13]         # inside the box
+    assert mixed[:, 0, 1, 1].tolist() == [0, 1, 10, 11]         # outside
+
+
+class Recorder(torch.nn.Module):
+    """A network that notes what it sees: its mean, and whether gradients were on."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.seen = torch.nn.Parameter(torch.ones(())), []
+
+    def forward(self, image):
+        self.seen.append((len(image), torch.is_grad_enabled()))
+        return image * self.scale
+
+
+class Plain:
+    def autocast(self):
+        return torch.autocast("cpu", enabled=False)
+
+
+@pytest.mark.parametrize("mix, last", [(True, (4, True)), (False, (4, True))])
+def test_cps_losses_teach_without_gradient_only_under_cutmix(mix, last):
+    torch.manual_seed(0)
+    a, b = Recorder(), Recorder()
+    image_l, image_u = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    label = (torch.rand(4, 8, 8) > 0.5).long()
+    loss_sup, loss_cps = train_cps.cps_losses(Plain(), a, b, image_l, label, image_u, mix)
+    assert a.seen == ([(4, True), (4, False), (4, True)] if mix else [(4, True), (4, True)])
+    expected = 2 * emseg.soft_dice_loss(image_l, label, squared=True)
+    assert torch.allclose(loss_sup, expected)
+    loss_cps.backward()
+    assert a.scale.grad != 0 and b.scale.grad != 0
+
+
+def test_without_unlabelled_images_the_cps_loss_is_zero():
+    a, b = Recorder(), Recorder()
+    image, label = torch.randn(2, 1, 8, 8), torch.ones(2, 8, 8).long()
+    loss_sup, loss_cps = train_cps.cps_losses(Plain(), a, b, image, label, None, True)
+    assert loss_cps == 0 and len(a.seen) == 1 and loss_sup > 0
+
+
+# -- whole runs ------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_what_the_readme_says(trained):
+    assert {"config.json", "log.csv", "best.pt", "last.pt", "prediction.tif", "metrics.json",
+            "figure.png", "curves.png"} == {path.name for path in trained.iterdir()}
+    result = metrics(trained)
+    assert {"schema", "script", "model", "seed", "selected_on", "classes", "volumes", "mean",
+            "train_seconds", "predict_seconds", "predict_voxels_per_second", "peak_memory_gib",
+            "parameters"} == set(result)
+    assert result["selected_on"] == "last epoch" and result["script"] == "train_cps.py"
+    volume = result["volumes"][0]
+    assert volume["voxels"] == 4 * 112 * 128 and volume["ignored"] == 0
+    scores = volume["per_class"]["class 1"]
+    assert {"dice", "iou", "precision", "recall", "tp", "fp", "fn", "dice_slices", "dice_nonempty",
+            "dice_slices_nonempty"} == set(scores)
+    config = json.loads((trained / "config.json").read_text())
+    assert config["args"]["width"] == 4 and len(config["sha256"]["emseg.py"]) == 64
+
+
+def test_the_metrics_are_those_of_the_prediction_file(trained, cells):
+    prediction = emseg.open_volume(trained / "prediction.tif")
+    truth = emseg.open_volume(str(cells / "mito.tif@8:12"))[:] == 255
+    predicted = prediction[:] == 1
+    assert prediction.voxel_size == pytest.approx((20, 8, 8))
+    tp = int((predicted & truth).sum())
+    scores = metrics(trained)["volumes"][0]["per_class"]["class 1"]
+    assert scores["tp"] == tp and scores["fn"] == truth.sum() - tp
+    assert scores["fp"] == predicted.sum() - tp
+
+
+def test_same_seed_same_weights_other_seed_other_weights(trained, cells, tmp_path):
+    train(cells, tmp_path / "same")
+    train(cells, tmp_path / "other", "--seed", 1)
+    assert torch.equal(weights(trained / "last.pt"), weights(tmp_path / "same" / "last.pt"))
+    assert not torch.equal(weights(trained / "last.pt"), weights(tmp_path / "other" / "last.pt"))
+
+
+def test_workers_change_nothing(trained, cells, tmp_path):
+    train(cells, tmp_path / "workers", "--workers", 2)
+    assert torch.equal(weights(trained / "last.pt"), weights(tmp_path / "workers" / "last.pt"))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6])
+def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monkeypatch, capsys,
+                                                  steps):
+    log, calls = emseg.Run.log, []
+
+    def interrupting_log(self, **values):
+        log(self, **values)
+        calls.append(1)
+        if len(calls) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(emseg.Run, "log", interrupting_log)
+    with pytest.raises(SystemExit) as stopped:
+        train(cells, tmp_path / "stopped")
+    assert stopped.value.code == 130 and "--resume --out-dir" in capsys.readouterr().out
+    assert not (tmp_path / "stopped" / "metrics.json").exists()
+    monkeypatch.undo()
+    run("--resume", "--out-dir", tmp_path / "stopped")
+    assert torch.equal(weights(trained / "last.pt"), weights(tmp_path / "stopped" / "last.pt"))
+    assert log_without_seconds(trained) == log_without_seconds(tmp_path / "stopped")
+    assert metrics(tmp_path / "stopped")["mean"] == metrics(trained)["mean"]
+
+
+def test_killed_and_resumed_is_bit_identical(trained, cells, tmp_path):
+    out = tmp_path / "killed"
+    command = [sys.executable, ROOT / "train_cps.py", "--volume", f"{cells}/image.tif@0:8",
+               "--label", f"{cells}/mito.tif@0:8", "--label-slices", "0,3,7", "--test-volume",
+               f"{cells}/image.tif@8:12", "--test-label", f"{cells}/mito.tif@8:12",
+               "--out-dir", out, *TINY]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    while not (out / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    run("--resume", "--out-dir", out)
+    assert torch.equal(weights(trained / "last.pt"), weights(out / "last.pt"))
+
+
+def test_two_processes_train_and_predict_together(cells, tmp_path):
+    out = tmp_path / "two"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               ROOT / "train_cps.py", "--volume", f"{cells}/image.tif@0:8",
+               "--label", f"{cells}/label.tif@0:8", "--label-map", "3=1,2=2,*=0",
+               "--label-slices", "0,3,7", "--val-slices", "3", "--test-volume",
+               f"{cells}/image.tif@7:12", "--test-label", f"{cells}/label.tif@7:12",
+               "--save-probability", "--out-dir", out, *TINY]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 processes") == 1
+    whole = emseg.open_volume(out / "prediction.tif")[:]
+    run("--checkpoint", out / "best.pt", "--test-volume", cells / "image.tif@7:12", "--device",
+        "cpu", "--out-dir", tmp_path / "one")
+    assert np.array_equal(whole, emseg.open_volume(tmp_path / "one" / "prediction.tif")[:])
+    assert metrics(out)["volumes"][0]["ignored"] == 112 * 128      # slice 7 was trained on
+
+
+def test_ranks_average_their_gradients(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import torch, emseg\n"
+        "torch.distributed.init_process_group('gloo')\n"
+        "rank = torch.distributed.get_rank()\n"
+        "network = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.BatchNorm1d(1))\n"
+        "for p in network.parameters():\n"
+        "    p.grad = torch.full_like(p, 1.0 + 2 * rank)\n"
+        "emseg.average_gradients(network)\n"
+        "assert all((p.grad == 2).all() for p in network.parameters())\n"
+        "network[1].running_mean.fill_(rank + 5)\n"
+        "emseg.share_buffers(network)\n"
+        "assert network[1].running_mean == 5\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               str(script)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_supervised_multi_class_with_validation(cells, tmp_path):
+    run("--volume", cells / "image.tif", "--label", cells / "label.tif", "--classes", "background",
+        "membrane", "nucleus", "mitochondrion", "vesicle", "--val-slices", "n=2",
+        "--test-volume", cells / "image.tif", "--out-dir", tmp_path / "run", *TINY,
+        "--method", "supervised", "--epochs", 3, "--tta")
+    rows = log_without_seconds(tmp_path / "run")
+    best = max(rows, key=lambda row: float(row["val_dice"]))
+    checkpoint = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert checkpoint["step"] == int(best["step"])
+    assert set(checkpoint["modules"]) == {"network_a"}
+    result = metrics(tmp_path / "run")
+    assert result["selected_on"] == "validation" and result["mean"] is None
+    assert emseg.open_volume(tmp_path / "run" / "prediction.tif")[:].max() <= 4
+
+
+def test_training_slices_are_not_scored(cells, tmp_path):
+    run("--volume", cells / "image.tif@2:10", "--label", cells / "mito.tif@2:10",
+        "--label-slices", "0,3", "--test-volume", cells / "image.tif", "--test-label",
+        cells / "mito.tif", "--out-dir", tmp_path / "run", *TINY, "--epochs", 1)
+    assert metrics(tmp_path / "run")["volumes"][0]["ignored"] == 2 * 112 * 128
+
+
+def test_downsample_predicts_at_full_size(cells, tmp_path):
+    run("--volume", cells / "image.tif@0:8,0:109,0:127", "--label",
+        cells / "mito.tif@0:8,0:109,0:127", "--label-slices", "n=2", "--out-dir",
+        tmp_path / "run", *TINY, "--downsample", 2, "--epochs", 1, "--no-cutmix")
+    assert emseg.open_volume(tmp_path / "run" / "prediction.tif").shape == (8, 109, 127)
+
+
+def test_unlabelled_volume_is_used(cells, tmp_path, monkeypatch):
+    asked = []
+    original = emseg.Patches.__init__
+
+    def noting(self, images, labels=None, *args, **kwargs):
+        original(self, images, labels, *args, **kwargs)
+        asked.append((labels is None, len(self.slices)))
+
+    monkeypatch.setattr(emseg.Patches, "__init__", noting)
+    run("--volume", cells / "image.tif@0:3", "--label", cells / "mito.tif@0:3",
+        "--unlabeled-volume", cells / "image.tif@4:12", "--out-dir", tmp_path / "run", *TINY,
+        "--epochs", 1)
+    assert asked == [(False, 3), (True, 8)]
+
+
+def test_a_checkpoint_predicts_as_its_run_did(trained, cells, tmp_path):
+    run("--checkpoint", trained / "best.pt", "--test-volume", cells / "image.tif@8:12",
+        "--test-label", cells / "mito.tif@8:12", "--out-dir", tmp_path / "again", "--device", "cpu",
+        "--save-probability")
+    assert metrics(tmp_path / "again")["mean"] == metrics(trained)["mean"]
+    probability = emseg.open_volume(tmp_path / "again" / "probability.tif")[:]
+    prediction = emseg.open_volume(tmp_path / "again" / "prediction.tif")[:]
+    assert np.array_equal(probability > 0.5, prediction == 1)
+    assert 0 <= probability.min() and probability.max() <= 1
+
+
+def test_prediction_does_not_depend_on_slab_or_tile(trained, cells, tmp_path, monkeypatch):
+    monkeypatch.setattr(emseg, "MAX_TILE", 64)
+    run("--checkpoint", trained / "best.pt", "--test-volume", cells / "image.tif@8:12",
+        "--out-dir", tmp_path / "tiled", "--device", "cpu", "--no-amp")
+    run("--checkpoint", trained / "best.pt", "--test-volume", cells / "image.tif@8:9",
+        "--out-dir", tmp_path / "slab", "--device", "cpu", "--no-amp")
+    tiled = emseg.open_volume(tmp_path / "tiled" / "prediction.tif")[:]
+    assert np.array_equal(tiled[:1], emseg.open_volume(tmp_path / "slab" / "prediction.tif")[:])
+    whole = emseg.open_volume(trained / "prediction.tif")[:]
+    assert (tiled == whole).mean() > 0.95
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments):
+    """The one line with which the command refuses its arguments."""
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--volume", "missing.tif"], "missing.tif: no such file"),
+    (["--patch-size", "30", "32"], "nearest to 30: 24 or 32"),
+    (["--patch-size", "512", "512"], "do not fit into 8 x 112 x 128"),
+    (["--batch-size", "6"], "multiple of 4"),
+    (["--width", "0"], "0 is not above 0"),
+    (["--lr", "nan"], "--lr"),
+    (["--epochs", "-1"], "--epochs"),
+    (["--model", "vgg"], "--model"),
+    (["--label-slices", "0,99"], "99"),
+    (["--label-slices", "n=0"], "n=0"),
+    (["--val-slices", "1"], "slice 1 of"),
+    (["--val-slices", "0,3,7"], "no slice is left to train on"),
+    (["--label-map", "0=0"], "255"),
+    (["--foreground", "2"], "between 0 and 1"),
+    (["--classes", "only"], "two names"),
+    (["--device", "cuda:77"], "--device cuda:77"),
+    (["--checkpoint", "x.pt"], "x.pt: no such checkpoint"),
+    (["--resume"], "no config"),
+    (["--seed", "-1"], "--seed"),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, change, message):
+    out = tmp_path / "out"
+    arguments = ["--volume", f"{cells}/image.tif@0:8", "--label", f"{cells}/mito.tif@0:8",
+                 "--label-slices", "0,3,7", "--out-dir", out, *TINY, *change]
+    assert message in refused(capsys, *arguments)
+    assert not out.exists()
+
+
+def test_every_slice_labelled_is_refused_for_cps(cells, tmp_path, capsys):
+    line = refused(capsys, "--volume", cells / "image.tif", "--label", cells / "mito.tif",
+                   "--out-dir", tmp_path / "out", *TINY)
+    assert "every slice is labelled" in line
+
+
+def test_a_used_folder_is_refused_and_overwritten_on_demand(trained, cells, tmp_path, capsys):
+    out = tmp_path / "out"
+    train(cells, out)
+    (out / "notes.txt").write_text("mine")
+    before = (out / "metrics.json").stat().st_mtime_ns
+    arguments = ["--volume", cells / "image.tif@0:8", "--label", cells / "mito.tif@0:8",
+                 "--label-slices", "0,3,7", "--out-dir", out, *TINY]
+    assert "is not empty" in refused(capsys, *arguments)
+    assert (out / "metrics.json").stat().st_mtime_ns == before
+    run(*arguments, "--overwrite")
+    assert (out / "notes.txt").read_text() == "mine"
+    assert metrics(out)["volumes"][0]["volume"].endswith("image.tif@0:8")
+
+
+def test_resume_refuses_other_arguments(trained, capsys):
+    assert "--width was 4 and is now 8" in refused(
+        capsys, "--resume", "--out-dir", trained, "--width", "8")
+
+
+def test_a_checkpoint_keeps_its_network(trained, cells, capsys, tmp_path):
+    line = refused(capsys, "--checkpoint", trained / "best.pt", "--test-volume",
+                   cells / "image.tif", "--width", "8", "--out-dir", tmp_path / "out")
+    assert "--width cannot differ" in line
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/emseg-was-here",)
+
+
+def test_foreign_checkpoints_are_refused_and_run_no_code(cells, capsys, tmp_path):
+    arguments = ["--test-volume", cells / "image.tif", "--out-dir", tmp_path / "out"]
+    torch.save({"script": "train_cps.py", "args": Malicious()}, tmp_path / "malicious.pt")
+    torch.save({"script": "train_sparse.py"}, tmp_path / "sparse.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    for name, message in (("malicious.pt", "not a checkpoint that is safe"),
+                          ("sparse.pt", "a checkpoint of train_sparse.py"),
+                          ("text.pt", "not a checkpoint")):
+        assert message in refused(capsys, "--checkpoint", tmp_path / name, *arguments)
+    assert not Path("/tmp/emseg-was-here").exists()
+
+
+def test_a_non_finite_loss_stops_with_epoch_and_step(cells, tmp_path, capsys, monkeypatch):
+    original, calls = emseg.soft_dice_loss, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs) * (float("nan") if len(calls) == 6 else 1)
+
+    monkeypatch.setattr(emseg, "soft_dice_loss", broken)
+    line = refused(capsys, "--volume", cells / "image.tif", "--label", cells / "mito.tif",
+                   "--method", "supervised", "--out-dir", tmp_path / "out", *TINY)
+    assert "loss is nan at epoch 1, step 5" in line
+    assert torch.isfinite(weights(tmp_path / "out" / "last.pt")).all()
+
+
+# -- README and real data --------------------------------------------------------------------------
+
+
+def readme_commands():
+    """The commands of the README that call train_cps.py, with continued lines joined."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    return [line.split("train_cps.py", 1)[1].split() for line in text.splitlines()
+            if line.startswith("    ") and "train_cps.py" in line and "cp " not in line]
+
+
+def test_every_readme_command_parses(trained, monkeypatch, tmp_path):
+    commands = readme_commands()
+    assert len(commands) >= 5
+    monkeypatch.setattr(emseg, "load_checkpoint", lambda path, script: torch.load(
+        trained / "best.pt", weights_only=True))
+    for command in commands:
+        if "--resume" not in command:
+            train_cps.parse_args(command)
+
+
+def test_the_demo_does_what_the_readme_says(tmp_path):
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, ROOT / "train_cps.py", "--demo"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "train_cps-unet-seed0-demo"
+    assert f"wrote {folder.relative_to(tmp_path)}/" in done.stdout
+    assert metrics(folder)["mean"]["dice"] > 0.7
+    assert time.monotonic() - started < 300
+    assert {p.name for p in (folder / "demo").iterdir()} == {
+        "train.tif", "train_label.tif", "test.mrc", "test_label.mrc"}
+
+
+def test_real_mitochondria_from_seven_slices(real_data, tmp_path):
+    run("--volume", real_data / "lucchi/Train_In@0:110", "--label",
+        real_data / "lucchi/Train_Out@0:110", "--label-slices", "n=7", "--test-volume",
+        real_data / "lucchi/Train_In@120:124", "--test-label",
+        real_data / "lucchi/Train_Out@120:124", "--model", "unet", "--width", "8", "--patch-size",
+        "128", "128", "--batch-size", "8", "--epochs", "4", "--steps-per-epoch", "40",
+        "--downsample", "2", "--lr", "3e-3", "--out-dir", tmp_path / "run", "--device", "cpu")
+    assert metrics(tmp_path / "run")["mean"]["iou"] > 0.5
