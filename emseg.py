@@ -2421,8 +2421,8 @@ def choose_device(name):
     if name is None:
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        if name == "cuda":
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.empty(1, device=name)
         return torch.device(name)
@@ -2436,8 +2436,9 @@ def choose_precision(device, amp):
         return torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
-                                       or torch.cpu._is_amx_tile_supported())
+    native = device.type == "cpu" and any(
+        getattr(torch.cpu, name, bool)()        # names that PyTorch may change
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return torch.bfloat16 if native or amp else torch.float32
 
 
@@ -2557,6 +2558,9 @@ class Run:
             self._check_folder()
         if self.device.type == "cpu":
             keep_freed_memory()
+        elif self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True
         torch.manual_seed(args.seed)
         self.step, self.seconds, self.best, self.sums, self.pending = 0, 0.0, None, {}, None
         self.predicted_voxels, self.predict_seconds, self.interrupted = 0, 0.0, False
@@ -2572,7 +2576,7 @@ class Run:
             raise InputError(f"--out-dir {self.folder} is not empty; give --overwrite, --resume or "
                              f"another folder")
         if self.args.resume and not (self.folder / "last.pt").exists():
-            raise InputError(f"--resume: {self.folder} holds no last.pt; start without --resume")
+            raise InputError(f"--resume: {self.folder} holds no last.pt; start with --overwrite")
 
     def say(self, text):
         """Print a line, once for all processes."""
@@ -2619,6 +2623,7 @@ class Run:
             self._restore(load_checkpoint(self.folder / "last.pt", self.script))
         else:
             self._new_folder()
+            self.save("last.pt")
         self.session = (time.monotonic(), self.step)
         self.printed = 0.0
         signal.signal(signal.SIGINT, self._interrupt)
@@ -2653,10 +2658,15 @@ class Run:
             "sha256": sources,
             "git": git.stdout.strip() if git and git.returncode == 0 else None}
 
-    def _write_json(self, name, content):
+    def _write_text(self, name, text):
+        """Write a small file so that it is always whole."""
         temporary = self.folder / f".{name}.tmp"
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, self.folder / name)
+        with _disk_errors(self.folder / name):
+            temporary.write_text(text)
+            os.replace(temporary, self.folder / name)
+
+    def _write_json(self, name, content):
+        self._write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     # -- training
 
@@ -2677,6 +2687,9 @@ class Run:
             self.seconds += time.monotonic() - started
             if self.step % self.steps_per_epoch:         # else end_epoch saves
                 self._stop_if_interrupted()
+        for module in self.modules.values():
+            if isinstance(module, nn.Module):
+                share_buffers(module)
 
     def _interrupt(self, number, frame):
         """First Ctrl-C: finish the step and save. Second one: stop at once."""
@@ -2749,9 +2762,6 @@ class Run:
     def end_epoch(self, validation):
         """Write the epoch's row of log.csv, last.pt, and best.pt if the validation says so."""
         self._check_finite()
-        for module in self.modules.values():
-            if isinstance(module, nn.Module):
-                share_buffers(module)
         epoch = self.step // self.steps_per_epoch - 1
         row = {"epoch": epoch, "step": self.step, "seconds": round(self.seconds, 1), "lr": self.lr,
                **{k: v / self.steps_per_epoch for k, v in self.sums.items()}, **validation}
@@ -2797,7 +2807,7 @@ class Run:
         log, epoch = self.folder / "log.csv", self.step // self.steps_per_epoch
         if self.rank == 0 and log.exists():
             lines = log.read_text().splitlines(keepends=True)
-            log.write_text("".join(lines[: epoch + 1]))
+            self._write_text("log.csv", "".join(lines[: epoch + 1]))
         self.say(f"resuming {self.folder} at step {self.step} of {self.total}")
 
     # -- results

@@ -206,7 +206,7 @@ def test_killed_and_resumed_is_bit_identical(trained, cells, tmp_path):
                f"{cells}/image.tif@8:12", "--test-label", f"{cells}/mito.tif@8:12",
                "--out-dir", out, *TINY]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
-    while not (out / "last.pt").exists() and process.poll() is None:
+    while not (out / "log.csv").exists() and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     process.wait()
@@ -247,7 +247,9 @@ def test_ranks_average_their_gradients(tmp_path):
         "assert all((p.grad == 2).all() for p in network.parameters())\n"
         "network[1].running_mean.fill_(rank + 5)\n"
         "emseg.share_buffers(network)\n"
-        "assert network[1].running_mean == 5\n")
+        "assert network[1].running_mean == 5\n"
+        "torch.distributed.barrier()\n"
+        "torch.distributed.destroy_process_group()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                str(script)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)},
