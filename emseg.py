@@ -1314,9 +1314,10 @@ class Patches(torch.utils.data.Dataset):
     """Random crops of volumes and of their labels, both uint8: an endless, reproducible stream.
 
     images: lazy uint8 arrays (Z, Y, X). labels: lazy label arrays of the same shapes, or None.
-    patch_size: (Y, X) for 2D crops, (Z, Y, X) for 3D ones. slices: for each volume, the z that
-    crops are centred on (default: all). foreground: the share of crops that must hold at least one
-    foreground voxel, its class drawn uniformly, then the slice, then the voxel.
+    patch_size: (Y, X) for 2D crops, (Z, Y, X) for 3D ones. slices: for each volume, the z of which
+    a crop holds at least one (default: all). foreground: the share of crops that must hold at least
+    one foreground voxel, its class drawn uniformly, then the slice, then the voxel. Every place of
+    a crop that keeps this is as likely as any other.
 
     Item i is `image` or `(image, label)`, tensors of the patch's shape. It depends on (seed, i)
     alone: the number of workers and a resumed run change nothing.
@@ -1353,6 +1354,9 @@ class Patches(torch.utils.data.Dataset):
                 chosen = rng.choice(found, min(len(found), POINTS_PER_SLICE), replace=False)
                 yx = np.stack(np.unravel_index(chosen, label.shape), axis=1).astype(np.int32)
                 points.setdefault(int(value), []).append((v, z, yx))
+        if not points:
+            raise InputError("none of the slices to train on holds foreground; check "
+                             "--label-slices, --val-slices and --label-map")
         return [points[value] for value in sorted(points)]
 
     def __getitem__(self, index):
@@ -1360,13 +1364,17 @@ class Patches(torch.utils.data.Dataset):
         if self.points and rng.random() < self.foreground:
             of_class = self.points[rng.integers(len(self.points))]
             v, z, voxels = of_class[rng.integers(len(of_class))]
-            centre = np.array([z, *voxels[rng.integers(len(voxels))]])
+            inside = [z, *voxels[rng.integers(len(voxels))]]
         else:
             v, z = self.slices[rng.integers(len(self.slices))]
-            centre = np.array([z, *rng.integers(self.images[v].shape[1:])])
-        shape, size = np.array(self.images[v].shape), np.array(self.patch_size)
-        start = np.clip(centre - rng.integers(size), 0, shape - size)
-        window = tuple(slice(a, a + p) for a, p in zip(start.tolist(), self.patch_size))
+            inside = [z, None, None]
+        window = []
+        for point, size, side in zip(inside, self.patch_size, self.images[v].shape):
+            low = 0 if point is None else max(0, point - size + 1)
+            high = side - size if point is None else min(point, side - size)
+            start = int(rng.integers(low, high + 1))
+            window.append(slice(start, start + size))
+        window = tuple(window)
         image = self._crop(self.images[v], window)
         return (image, self._crop(self.labels[v], window)) if self.labels else image
 
@@ -1676,8 +1684,8 @@ def cross_entropy(logits, label, weight=None):
             logits[:, 0].float(), target.float(), reduction="none")
     else:
         loss = F.cross_entropy(logits.float(), target, reduction="none")
-    loss = torch.where(valid, loss if weight is None else loss * weight, 0.0)
-    return loss.sum() / valid.sum().clamp(min=1)
+    weight = valid.float() if weight is None else torch.where(valid, weight, 0.0)
+    return (loss * weight).sum() / valid.sum().clamp(min=1)
 
 
 # ==================================================================================================
@@ -1700,15 +1708,16 @@ def check_patch_size(network, patch_size, name):
     smallest = 2 * network.margin + 1
     wrong = [s for s in patch_size[-2:] if s % stride != offset or s < smallest]
     if wrong:
-        below = wrong[0] - (wrong[0] - offset) % stride
-        near = [s for s in (below, below + stride) if s >= max(smallest, stride)]
+        above = max(wrong[0], smallest)
+        above += (offset - above) % stride
+        near = [s for s in (above - stride, above) if s >= smallest]
         raise InputError(f"--patch-size {format_shape(patch_size)}: {name} takes sides of "
                          f"{offset} + a multiple of {stride}; nearest to {wrong[0]}: "
                          f"{' or '.join(map(str, near))}".replace("of 0 + a", "that are a"))
 
 
 def tile_starts(side, tile, overlap=OVERLAP):
-    """Evenly spaced starts of tiles that cover `side` and overlap by at least that share."""
+    """Evenly spaced starts of tiles that cover `side` and overlap by about that share or more."""
     if tile >= side:
         return [0]
     count = math.ceil((side - tile) / (tile * (1 - overlap))) + 1
@@ -1766,10 +1775,10 @@ def eight_views(predict, image):
     return total / 8
 
 
-def slabs(image, pixels):
-    """Ranges (z0, z1) of slices that hold about `pixels` pixels each, at least one slice."""
-    step = max(1, pixels // (image.shape[1] * image.shape[2]))
-    return [(z, min(z + step, len(image))) for z in range(0, len(image), step)]
+def slabs(shape, pixels):
+    """Slices along z that cut a volume (Z, Y, X) into slabs of about `pixels` pixels."""
+    step = max(1, pixels // (shape[1] * shape[2]))
+    return [slice(z, min(z + step, shape[0])) for z in range(0, shape[0], step)]
 
 
 def predict_volume(predict, image, writer, shape, downsample=1, probability=None, pixels=2**20,
@@ -1781,10 +1790,8 @@ def predict_volume(predict, image, writer, shape, downsample=1, probability=None
     probabilities are enlarged linearly. writer, probability: VolumeWriters of class ids and of
     probabilities (Z, Y, X) of the one channel or (Z, C, Y, X). Ranks share the slabs.
     """
-    step = max(1, pixels // (shape[1] * shape[2]))
-    starts = range(rank * step, shape[0], world * step)
-    for number, z in enumerate(starts):
-        slab = slice(z, min(z + step, shape[0]))
+    own = slabs(shape, pixels)[rank::world]
+    for number, slab in enumerate(own):
         prob = predict(torch.from_numpy(image[slab]))
         if downsample > 1:
             prob = F.interpolate(prob, scale_factor=downsample, mode="bilinear")
@@ -1793,7 +1800,7 @@ def predict_volume(predict, image, writer, shape, downsample=1, probability=None
         if probability is not None:
             probability[slab] = (prob[:, 0] if prob.shape[1] == 1 else prob).cpu().numpy()
         if progress:
-            progress(number + 1, len(starts))
+            progress(number + 1, len(own))
 
 
 def score_slices(predict, image, label, classes, rank=0, world=1, batch=4):
@@ -1902,11 +1909,13 @@ def evaluate(prediction, label, classes, pixels=2**24):
         raise InputError(f"{prediction.path}: the prediction has {format_shape(prediction.shape)} "
                          f"voxels, its label {format_shape(label.shape)}")
     counts, ignored = [], 0
-    for z0, z1 in slabs(label, pixels):
-        pred, truth = prediction[z0:z1], label[z0:z1]
-        if pred.max() >= len(classes):
-            raise InputError(f"{prediction.path}: holds class {pred.max()}, but there are "
-                             f"{len(classes)} classes")
+    for slab in slabs(label.shape, pixels):
+        pred, truth = prediction[slab], label[slab]
+        wrong = pred[(pred < 0) | (pred >= len(classes)) | (pred != pred.astype(np.uint8))]
+        if wrong.size:
+            raise InputError(f"{prediction.path}: holds {wrong[0]}, but class ids run from 0 to "
+                             f"{len(classes) - 1}")
+        pred = pred.astype(np.uint8)
         counts.append(confusion(pred, truth, len(classes)))
         ignored += truth.size - int(counts[-1].sum())
     result = scores(np.concatenate(counts), classes)
@@ -2305,7 +2314,7 @@ def open_data(args, checkpoint=None):
     return Data(
         names, measure_normalization(images, slices, args.normalize),
         [without_training_slices(item, volumes, labels) for item in test],
-        images, [shrink(label, args) for label in labels], slices,
+        images, [OnlySlices(shrink(label, args), zs) for label, zs in zip(labels, slices)], slices,
         images + extra,
         [np.setdiff1d(np.arange(len(v)), label.slices) for v, label in zip(volumes, labels)]
         + [np.arange(len(image)) for image in extra], val)

@@ -18,15 +18,15 @@ Equations:
 
 Differences from the paper:
     1. Soft Dice has squared terms in the denominator, as in the authors' code.
-    2. The warm-up of lambda is linear from epoch 5 to epoch 20, as in the authors' code, but at
-       the latest from one half to three quarters of the run, so that short runs work. Before it
-       starts, the authors weigh CPS with 1e-5; here its passes are left out.
+    2. Before the warm-up of lambda starts, the authors weigh CPS with 1e-5; here its passes are
+       left out. Epochs are counted in fractions, so that lambda grows with every step.
     3. Half of the batch is labelled, as in the authors' code; 99 % of those crops, the paper's
        figure, hold foreground.
     4. --downsample averages blocks of pixels; the authors interpolate bilinearly.
     5. Validation, if any, uses whole slices; the authors use random crops.
     6. Large slices are predicted in tiles that overlap by a quarter and blend smoothly; the
        authors' overlap by three quarters and count alike.
+    7. Slices are equalised (section 2.1.2) only with --normalize equalize.
 """
 
 import argparse
@@ -41,13 +41,14 @@ MODELS = {**emseg.NETWORKS}
 AUGMENTATION = {"flip": True, "rot90": True}        # section 2.2
 
 
-def cps_weight(epoch, epochs, weight):
-    """lambda at a (fractional) epoch: 0, then a linear warm-up to `weight` (section 2.4.1).
+def cps_weight(epoch, warmup, weight):
+    """lambda at a (fractional) epoch: 0, then linear up to `weight` (section 2.4.1).
 
-    At first the supervised loss must lead: pseudo-labels of untrained networks are background
-    only, and both networks would agree on that for good.
+    warmup: the epochs at which it leaves 0 and reaches `weight`. At first the supervised loss must
+    lead: pseudo-labels of untrained networks are background only, and both networks would agree on
+    that for good.
     """
-    start, end = min(5, epochs / 2), min(20, 3 * epochs / 4)
+    start, end = warmup
     return weight * min(max((epoch - start) / (end - start), 0.0), 1.0)
 
 
@@ -128,6 +129,8 @@ def parse_args(argv=None):
            help="mix the images of the CPS loss (section 2.4.2)")
     method("--cps-weight", type=emseg.positive(float), default=1.0, metavar="W",
            help="lambda of eq. 3 after its warm-up (section 2.4.1)")
+    method("--cps-warmup", nargs=2, type=float, metavar=("START", "END"), default=[5.0, 20.0],
+           help="epochs between which lambda grows from 0 (section 2.4.1; authors' code)")
     method("--clip", type=emseg.positive(float), default=1.0, metavar="C",
            help="largest norm of a network's gradient (authors' code)")
     method("--foreground", type=float, default=0.99, metavar="P",
@@ -136,10 +139,17 @@ def parse_args(argv=None):
                         downsample=4, lr=1e-3)
     demo = dict(model="unet", width=16, epochs=8, steps_per_epoch=20, batch_size=8,
                 patch_size=[128, 128], downsample=1, label_slices="n=7", lr=3e-3,
-                label_map="3=1,2=2,*=0", classes=["background", "mitochondrion", "nucleus"])
+                cps_warmup=[3.0, 8.0], label_map="3=1,2=2,*=0",
+                classes=["background", "mitochondrion", "nucleus"])
     args = emseg.parse(parser, argv, demo)
     if not 0 <= args.foreground <= 1:
         parser.error(f"--foreground {args.foreground} is not between 0 and 1")
+    start, end = args.cps_warmup
+    if not 0 <= start < end:
+        parser.error(f"--cps-warmup {start:g} {end:g}: START must be at least 0 and below END")
+    if args.method == "cps" and start >= args.epochs:
+        parser.error(f"--cps-warmup starts at epoch {start:g}, but there are {args.epochs} epochs; "
+                     f"start earlier, or give --method supervised")
     wanted = 1 if args.method == "supervised" else 4 if args.cutmix else 2
     if args.batch_size % wanted:
         parser.error(f"--batch-size {args.batch_size}: half of the crops are labelled and CutMix "
@@ -195,7 +205,7 @@ def main(args):
             lr = learning_rate(step, run.total, args.lr)
             image_l, label_l = emseg.augment(*next(batches_l), data.normalization, **AUGMENTATION)
             if cps:
-                weight = cps_weight(step / steps_per_epoch, args.epochs, args.cps_weight)
+                weight = cps_weight(step / steps_per_epoch, args.cps_warmup, args.cps_weight)
                 image_u, _ = emseg.augment(next(batches_u), None, data.normalization,
                                            **AUGMENTATION)
                 loss_sup, loss_cps = cps_losses(run, *networks, image_l, label_l,

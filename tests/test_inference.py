@@ -64,7 +64,7 @@ class Filter(Pointwise):
 
     def __init__(self, channels=1, **options):
         super().__init__(margin=2, **options)
-        self.kernel = torch.randn(channels, 1, 5, 5, generator=torch.Generator().manual_seed(0)) / 5
+        self.kernel = random_image(channels, 1, 5, 5) / 5
 
     def forward(self, x):
         super().forward(x)
@@ -113,7 +113,8 @@ def test_blending_window_peaks_in_the_centre_and_is_never_zero(size):
     np.testing.assert_allclose(window, np.outer(y, x), rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("pads", [(2, 3, 4, 1), (0, 7, 5, 0), (9, 9, 0, 0), (0, 0, 3, 10)])
+@pytest.mark.parametrize("pads", [(2, 3, 4, 1), (0, 7, 5, 0), (9, 9, 0, 0), (0, 0, 3, 10),
+                                  (0, 8, 0, 0), (7, 0, 6, 6), (0, 0, 7, 0)])
 def test_mirror_pad_against_numpy(pads):
     image = random_image(2, 1, 8, 7)
     top, bottom, left, right = pads
@@ -308,9 +309,9 @@ def test_ranks_write_every_slice_once(world):
 
 @pytest.mark.parametrize("pixels", [1, 100, 350, 10**6])
 def test_slabs_tile_the_volume(pixels):
-    found = emseg.slabs(np.empty((11, 10, 10)), pixels)
-    assert [z for a, b in found for z in range(a, b)] == list(range(11))
-    assert max(b - a for a, b in found) == min(11, max(1, pixels // 100))
+    found = emseg.slabs((11, 10, 10), pixels)
+    assert [z for slab in found for z in range(slab.start, slab.stop)] == list(range(11))
+    assert max(s.stop - s.start for s in found) == min(11, max(1, pixels // 100))
 
 
 def confusion_by_loops(pred, label, n):
@@ -458,7 +459,7 @@ def test_evaluate_refuses_another_shape():
 def test_evaluate_refuses_a_class_that_does_not_exist():
     pred = np.zeros((5, 4, 4), np.uint8)
     pred[3, 1, 1] = 3
-    with pytest.raises(emseg.InputError, match="memory.tif: holds class 3, .* 3 classes"):
+    with pytest.raises(emseg.InputError, match="memory.tif: holds 3, but class ids run from 0 to 2"):
         emseg.evaluate(InMemory(pred), InMemory(np.zeros_like(pred)), CLASSES, pixels=16)
 
 
@@ -585,6 +586,18 @@ def test_save_curves_draws_losses_and_validation(tmp_path):
     assert has_color(left, "#1f77b4") > 1e-3 and has_color(left, "#ff7f0e") > 1e-3
     assert has_color(right, "#1f77b4") > 1e-3 and has_color(right, "#ff7f0e") == 0
     assert left.shape[0] < left.shape[1] * 2
+
+
+def test_save_curves_leaves_gaps_where_nothing_was_measured(tmp_path, monkeypatch):
+    figures, new_figure = [], emseg._new_figure
+    monkeypatch.setattr(emseg, "_new_figure", lambda **options: figures.append(
+        new_figure(**options)) or figures[-1])
+    write_log(tmp_path / "log.csv", [["epoch", "loss", "val_iou"], [3, 1.5, ""], [4, 0.5, 0.6]])
+    emseg.save_curves(tmp_path / "curves.png", tmp_path / "log.csv")
+    (loss,), (iou,) = [axis.lines for axis in figures[0].axes]
+    assert loss.get_xdata().tolist() == [3, 4] and loss.get_ydata().tolist() == [1.5, 0.5]
+    np.testing.assert_array_equal(iou.get_ydata(), [np.nan, 0.6])
+    assert (loss.get_label(), iou.get_label()) == ("loss", "val_iou")
 
 
 def test_save_curves_without_validation_has_one_panel(tmp_path):

@@ -391,7 +391,8 @@ def geometry(name, batch, size):
 @pytest.mark.parametrize("name", GEOMETRY)
 def test_image_and_label_stay_a_pair(name, size):
     torch.manual_seed(1)
-    blobs = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(8, *size)), (0, 5, 5)) > 0
+    noise = np.random.default_rng(0).normal(size=(8, *size))
+    blobs = ndimage.gaussian_filter(noise, (0, 5, 5)) > 0
     batch = torch.from_numpy((200 * blobs).astype(np.uint8))
     image, label = emseg.augment(batch, batch, RAW, **geometry(name, 8, size))
     image, label = image[:, 0].round(), label.float()

@@ -18,7 +18,8 @@ import train_cps
 
 ROOT = Path(train_cps.__file__).resolve().parent
 TINY = ["--model", "unet", "--width", "4", "--patch-size", "32", "32", "--batch-size", "4",
-        "--epochs", "2", "--steps-per-epoch", "4", "--downsample", "1", "--device", "cpu"]
+        "--epochs", "2", "--steps-per-epoch", "4", "--downsample", "1", "--device", "cpu",
+        "--cps-warmup", "0.5", "1"]
 
 
 def run(*arguments):
@@ -60,14 +61,14 @@ def trained(cells, tmp_path_factory):
 
 
 def test_cps_weight_is_the_authors_schedule():
-    weights = [train_cps.cps_weight(epoch, 500, 1.0) for epoch in (0, 5, 6, 10, 15, 20, 499)]
+    warmup = train_cps.parse_args(["--demo", "--cps-warmup", "5", "20"]).cps_warmup
+    weights = [train_cps.cps_weight(epoch, warmup, 1.0) for epoch in (0, 5, 6, 10, 15, 20, 499)]
     assert np.allclose(weights, [0, 0, 1 / 15, 1 / 3, 2 / 3, 1, 1])
 
 
-def test_cps_weight_reaches_its_end_in_a_short_run():
-    assert train_cps.cps_weight(1.9, 4, 2.0) == 0
-    assert train_cps.cps_weight(2.5, 4, 2.0) == 1.0
-    assert train_cps.cps_weight(3, 4, 2.0) == 2.0
+def test_the_default_warmup_is_the_authors():
+    args = train_cps.parse_args(["--volume", "a", "--label", "b"])
+    assert args.cps_warmup == [5, 20] and args.cps_weight == 1 and args.epochs == 500
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -356,6 +357,8 @@ def refused(capsys, *arguments):
     (["--checkpoint", "x.pt"], "x.pt: no such checkpoint"),
     (["--resume"], "no config"),
     (["--seed", "-1"], "--seed"),
+    (["--cps-warmup", "3", "1"], "START must be"),
+    (["--cps-warmup", "5", "20"], "starts at epoch 5, but there are 2"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, change, message):
     out = tmp_path / "out"
@@ -466,5 +469,6 @@ def test_real_mitochondria_from_seven_slices(real_data, tmp_path):
         real_data / "lucchi/Train_In@120:124", "--test-label",
         real_data / "lucchi/Train_Out@120:124", "--model", "unet", "--width", "8", "--patch-size",
         "128", "128", "--batch-size", "8", "--epochs", "4", "--steps-per-epoch", "40",
-        "--downsample", "2", "--lr", "3e-3", "--out-dir", tmp_path / "run", "--device", "cpu")
+        "--downsample", "2", "--lr", "3e-3", "--cps-warmup", "2", "4", "--out-dir",
+        tmp_path / "run", "--device", "cpu")
     assert metrics(tmp_path / "run")["mean"]["iou"] > 0.5
