@@ -140,8 +140,11 @@ def test_no_crop_comes_from_a_slice_that_was_not_given(foreground):
 def test_foreground_of_other_slices_is_not_sought():
     label = np.zeros((4, 9, 9), np.uint8)
     label[3, 4, 4] = 1
+    with pytest.raises(emseg.InputError, match="none of the slices to train on"):
+        emseg.Patches([InMemory(label)], [InMemory(label)], (3, 3), [[0, 1]], 1.0)
+    label[1, 4, 4] = 1
     patches = emseg.Patches([InMemory(label)], [InMemory(label)], (3, 3), [[0, 1]], 1.0)
-    assert patches.points == [] and not any(crop.any() for crop, _ in draw(patches, 50))
+    assert {z for of_class in patches.points for _, z, _ in of_class} == {1}
 
 
 def test_3d_crop_holds_the_slice_that_it_was_drawn_for():
