@@ -554,7 +554,7 @@ def as_uint8(volume, equalize=False):
 
     uint8 stays, int8 is shifted by 128, anything else is stretched linearly so that the 0.1 and
     99.9 percentiles of a sample (at most 16 slices, about 4 million voxels) become 0 and 255.
-    equalize=True equalises the histogram of every slice (seed paper 004, section 2.1.2); the
+    equalize=True equalises the histogram of every slice (Pagano 2023, section 2.1.2); the
     table of a slice comes from the whole slice, so a crop equals the crop of the equalised slice.
     Raises InputError that names path and slice where voxels are NaN or infinite.
     """
@@ -879,7 +879,8 @@ def _values_error(path, values, problem):
         return InputError(f"{path}: {len(values)} different label values; looks like instance ids, "
                           'wanted class ids: --label-map "0=0,*=1" makes one foreground class')
     pairs = ",".join(f"{v}={i}" for i, v in enumerate(values[:12]))
-    advice = f'map them, for example --label-map "{pairs}{",*=0" if len(values) > 12 else ""}"'
+    pairs += ",*=0" if len(values) > 12 else ""
+    advice = f'map them, for example --label-map="{pairs}"'
     if IGNORE in values:
         advice += ", or --ignore-label 255 if that marks voxels nobody annotated"
     return InputError(f"{path}: label values {_listed(values)}: {problem}; {advice}")
@@ -2211,15 +2212,15 @@ def resume_args(parser, args, typed):
             raise InputError(f"--resume: {flag_name(name)} was {saved.get(name)} and is now "
                              f"{value}; leave it out, or start a new run in another --out-dir")
     own = {name: value for name, value in vars(args).items() if name in OF_THIS_CALL}
-    return argparse.Namespace(**{**saved, **own})
+    return argparse.Namespace(**{**vars(args), **saved, **own})
 
 
 def check_args(parser, args):
     """Errors that need no file: what must be given together."""
     if args.workers < 0:
         parser.error(f"--workers {args.workers} is negative")
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed} is negative")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed} is not between 0 and 2^63 - 1")
     if args.checkpoint and not args.test_volume:
         parser.error("--checkpoint needs --test-volume: the volumes to predict")
     if not (args.checkpoint or args.demo or args.volume):
@@ -2494,9 +2495,14 @@ def command(main):
         except InputError as error:
             print(f"{prog}: error: {error}", file=sys.stderr)
             raise SystemExit(2)
-        except torch.OutOfMemoryError:
-            print(f"{prog}: error: out of device memory; give a smaller --batch-size, --patch-size "
-                  f"or --width", file=sys.stderr)
+        except OSError as error:
+            print(f"{prog}: error: {error}", file=sys.stderr)
+            raise SystemExit(2)
+        except RuntimeError as error:
+            if not re.search("out of memory|allocate memory", str(error)):
+                raise
+            print(f"{prog}: error: out of memory; give a smaller --batch-size, --patch-size or "
+                  f"--width", file=sys.stderr)
             raise SystemExit(2)
         except KeyboardInterrupt:
             raise SystemExit(130)
@@ -2528,7 +2534,7 @@ def load_checkpoint(path, script):
         raise InputError(f"{path}: no such checkpoint")
     except Exception as error:     # torch.load raises what it likes on damaged or malicious files
         raise InputError(f"{path}: not a checkpoint that is safe to load ({type(error).__name__})")
-    if not isinstance(content, dict) or "script" not in content:
+    if not isinstance(content, dict) or not {"script", "args", "modules"} <= set(content):
         raise InputError(f"{path}: not a checkpoint of emseg")
     if content["script"] != Path(script).name:
         raise InputError(f"{path}: a checkpoint of {content['script']}, not of {Path(script).name}")

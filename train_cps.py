@@ -137,8 +137,8 @@ def parse_args(argv=None):
            help="share of labelled crops that must hold foreground (section 2.2)")
     parser.set_defaults(model="resunet", epochs=500, batch_size=20, patch_size=[512, 512],
                         downsample=4, lr=1e-3)
-    demo = dict(model="unet", width=16, epochs=8, steps_per_epoch=20, batch_size=8,
-                patch_size=[128, 128], downsample=1, label_slices="n=7", lr=3e-3,
+    demo = dict(model="unet", width=12, epochs=12, steps_per_epoch=20, batch_size=8,
+                patch_size=[128, 128], downsample=2, label_slices="n=7", lr=5e-3,
                 cps_warmup=[3.0, 8.0], label_map="3=1,2=2,*=0",
                 classes=["background", "mitochondrion", "nucleus"])
     args = emseg.parse(parser, argv, demo)

@@ -357,6 +357,9 @@ def refused(capsys, *arguments):
     (["--checkpoint", "x.pt"], "x.pt: no such checkpoint"),
     (["--resume"], "no config"),
     (["--seed", "-1"], "--seed"),
+    (["--seed", "9" * 30], "--seed"),
+    (["--width", "1" + "0" * 7], "out of memory"),
+    (["--out-dir", "x" * 300], "File name too long"),
     (["--cps-warmup", "3", "1"], "START must be"),
     (["--cps-warmup", "5", "20"], "starts at epoch 5, but there are 2"),
 ])
@@ -407,7 +410,7 @@ class Malicious:
 def test_foreign_checkpoints_are_refused_and_run_no_code(cells, capsys, tmp_path):
     arguments = ["--test-volume", cells / "image.tif", "--out-dir", tmp_path / "out"]
     torch.save({"script": "train_cps.py", "args": Malicious()}, tmp_path / "malicious.pt")
-    torch.save({"script": "train_sparse.py"}, tmp_path / "sparse.pt")
+    torch.save({"script": "train_sparse.py", "args": {}, "modules": {}}, tmp_path / "sparse.pt")
     (tmp_path / "text.pt").write_text("hello")
     for name, message in (("malicious.pt", "not a checkpoint that is safe"),
                           ("sparse.pt", "a checkpoint of train_sparse.py"),

@@ -567,7 +567,7 @@ def test_label_rules(tmp_path, dtype, raw, options, want, n):
 
 
 @pytest.mark.parametrize("raw, options, match", [
-    ([0, 1, 255, 0], {}, r'values 0, 1, 255: .*--label-map "0=0,1=1,255=2", or --ignore-label 255'),
+    ([0, 1, 255, 0], {}, r'values 0, 1, 255: .*--label-map="0=0,1=1,255=2", or --ignore-label 255'),
     ([0, 3, 5, 0], {"classes": 2}, "values 0, 3, 5"),
     ([0, 1, 3, 0], {"classes": 3}, "class ids 0 to 2"),
     ([0, 2, 0, 0], {"label_map": {0: 0, 2: 3}, "classes": 3}, "class 3 is outside"),
