@@ -952,7 +952,8 @@ class VolumeWriter:
     def __exit__(self, kind, error, traceback):
         if kind is None:
             return self.close()
-        self.stream.close()
+        with contextlib.suppress(OSError):      # closing flushes, which a full disk refuses again
+            self.stream.close()
         if self.owner:
             os.remove(self.temporary)
 
@@ -1400,8 +1401,8 @@ def batches(patches, batch_size, start, stop, workers=0, rank=0, world=1, pin_me
 def measure_normalization(images, slices, mode):
     """Mean and standard deviation of the training slices: {"mode", "mean", "std"}, in grey levels.
 
-    `zscore` and `equalize` average each slice's mean and standard deviation over at most 32 slices
-    (Pagano 2023, authors' code); `unit` maps 0..255 to 0..1.
+    `zscore` and `equalize` average each slice's mean and standard deviation (Pagano 2023, authors'
+    code) over at most 32 evenly spaced slices; `unit` maps 0..255 to 0..1.
     """
     if mode == "unit":
         return {"mode": mode, "mean": 0.0, "std": 255.0}
@@ -1575,10 +1576,10 @@ class UNet(nn.Module):
 
     | paper | options | parameters |
     | --- | --- | --- |
-    | train_sparse.py (default) | | 7,701,825 (1 in, 1 out) |
-    | train_partial.py | width=32, levels=5, norm=None | 7,759,653 (1 in, 5 out) |
-    | train_2d3d.py, baseline | levels=5, norm=None, padding=0 | 31,030,983 (1 in, 7 out) |
-    | train_cps.py, "ResUNet" | up="bilinear" | 4,283,201 (1 in, 1 out) |
+    | sparse slices, arXiv 2206.02392 | (default) | 7,701,825 (1 in, 1 out) |
+    | partial labels, soft X-ray | width=32, levels=5, norm=None | 7,759,653 (1 in, 5 out) |
+    | 2D-3D ensembles, Guay 2021 | levels=5, norm=None, padding=0 | 31,030,983 (1 in, 7 out) |
+    | Pagano 2023, "ResUNet" | up="bilinear" | 4,283,201 (1 in, 1 out) |
 
     up="bilinear" halves the deepest level and narrows before each enlargement instead of after it.
     padding=0 gives the original's valid convolutions: margin pixels are lost on each side.
@@ -1996,7 +1997,9 @@ def save_slices(path, items, classes, rows=4, max_side=768):
             axis.set_axis_off()
             if title in shown:
                 axis.imshow(shown[title], interpolation="antialiased")
-        row[0].text(0, 1.02, name, transform=row[0].transAxes, fontsize=7)
+        row[0].text(0.02, 0.97, name, transform=row[0].transAxes, fontsize=7, va="top",
+                    color="white", bbox={"facecolor": "black", "alpha": 0.6, "pad": 1.5,
+                                         "edgecolor": "none"})
         _scale_bar(row[0], image.voxel_size, step)
     _legend(figure, classes, columns == 4)
     figure.savefig(path)
@@ -2006,15 +2009,19 @@ def _scale_bar(axis, voxel_size, step):
     """A bar of a round length, about a quarter of the panel wide, where the voxel size is known."""
     if not voxel_size:
         return
+    from matplotlib.patheffects import withStroke
     (x0, x1), (y1, y0) = axis.get_xlim(), axis.get_ylim()
     nm = voxel_size[2] * step
     length = (x1 - x0) * nm / 4
     power = 10 ** math.floor(math.log10(length))
     length = power * max(f for f in (1, 2, 5) if f * power <= length)
     y, x = y1 - 0.06 * (y1 - y0), x0 + 0.05 * (x1 - x0)
-    axis.plot([x, x + length / nm], [y, y], color="white", linewidth=3)
     text = f"{length:g} nm" if length < 1000 else f"{length / 1000:g} µm"
-    axis.text(x, y - 0.02 * (y1 - y0), text, color="white", fontsize=7, va="bottom")
+    outline = [withStroke(linewidth=2, foreground="black")]
+    axis.plot([x, x + length / nm], [y, y], color="black", linewidth=4)
+    axis.plot([x, x + length / nm], [y, y], color="white", linewidth=2.5)
+    axis.text(x, y - 0.02 * (y1 - y0), text, color="white", fontsize=7, va="bottom",
+              path_effects=outline)
 
 
 def _legend(figure, classes, errors):
@@ -2024,8 +2031,9 @@ def _legend(figure, classes, errors):
                for k, name in enumerate(classes[1:])]
     if errors:
         handles += [Patch(color=color, label=name) for name, color in ERROR_COLORS.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6),
-                  fontsize=8, frameon=False)
+    columns = math.ceil(len(handles) / math.ceil(len(handles) / 6))     # rows of equal length
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8,
+                  frameon=False)
 
 
 def save_curves(path, log):
@@ -2035,7 +2043,8 @@ def save_curves(path, log):
     if not rows:
         return
     epoch = [int(row["epoch"]) for row in rows]
-    groups = {"loss": [key for key in rows[0] if key.startswith("loss")],
+    terms = [key for key in rows[0] if key.startswith("loss_")]     # the total moves with weights
+    groups = {"loss": terms or ["loss"],
               "validation": [key for key in rows[0] if key.startswith("val_")]}
     groups = {title: keys for title, keys in groups.items() if keys}
     figure = _new_figure(figsize=(5 * len(groups), 3.5), dpi=120)
@@ -2044,6 +2053,7 @@ def save_curves(path, log):
         for key in keys:
             axis.plot(epoch, [float(row[key] or "nan") for row in rows], marker=".", label=key)
         axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -2054,15 +2064,17 @@ def save_curves(path, log):
 # Runs: command line, data, run folder, checkpoints, progress
 # ==================================================================================================
 
-RUN_FILES = ("config.json", "log.csv", "best.pt", "last.pt", "metrics.json", "figure*.png",
-             "curves.png", "prediction*", "probability*")
+RUN_FILES = ("config.json", "log.csv", "best.pt", "last.pt", "metrics.json", "figure.png",
+             "curves.png", "prediction.*", "prediction_*", "probability.tif", "probability_*.tif")
 # A resumed run takes these from the command line, all else from its config.json.
 OF_THIS_CALL = {"out_dir", "overwrite", "resume", "checkpoint", "device", "amp", "compile",
                 "workers"}
-# A prediction from a checkpoint takes these from the command line too, and may change the second.
-OF_THIS_DATA = {"volume", "label", "label_slices", "unlabeled_volume", "val_volume", "val_label",
-                "val_slices", "test_volume", "test_label", "voxel_size", "demo"}
-OF_PREDICTION = {"tta", "save_probability", "label_map", "ignore_label", "seed"}
+# A prediction from a checkpoint takes these from the command line too, and may change the last.
+INPUTS = {"volume", "label", "unlabeled_volume", "val_volume", "val_label", "test_volume",
+          "test_label"}
+OF_THIS_DATA = INPUTS | {"label_slices", "val_slices", "voxel_size", "demo", "tta",
+                         "save_probability"}
+OF_PREDICTION = {"label_map", "ignore_label", "seed"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -2174,6 +2186,9 @@ def parse(parser, argv, demo):
                              f"{keep[changed[0]]}")
             args = argparse.Namespace(**{**vars(args), **keep, **typed})
         elif args.demo:
+            given = sorted(n for n in typed if n.endswith(("volume", "_label")) or n == "label")
+            if given:
+                parser.error(f"--demo makes its own data; leave {flag_name(given[0])} out")
             args = argparse.Namespace(**{**vars(args), **demo, **typed})
         args.out_dir = args.out_dir or default_folder(parser.prog, args)
         if args.resume:
@@ -2234,8 +2249,9 @@ def check_args(parser, args):
                          f"paths; give one label for each volume")
     if args.classes and len(args.classes) < 2:
         parser.error("--classes needs two names at least, the background's first")
-    if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite contradict each other")
+    for one, other in (("resume", "overwrite"), ("resume", "checkpoint"), ("demo", "checkpoint")):
+        if getattr(args, one) and getattr(args, other):
+            parser.error(f"--{one} and --{other} contradict each other")
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -2256,10 +2272,12 @@ class Data:
 
     images, labels: lazy uint8 (Z, Y, X), after --downsample; slices, val_slices: annotated z for
     training and for validation; unlabeled, unlabeled_slices: what has no label, for the
-    semi-supervised scripts; val, test: Items; classes: names; normalization: see normalize.
+    semi-supervised scripts; val, test: Items; classes: names; normalization: see normalize; seen:
+    see seen_slices.
     """
     classes: list
     normalization: dict
+    seen: list
     test: list
     images: list = field(default_factory=list)
     labels: list = field(default_factory=list)
@@ -2298,7 +2316,8 @@ def open_data(args, checkpoint=None):
         items[kind] = [Item(name, v, view(v, args), truth)
                        for name, v, truth in zip(unique_names(paths), opened, truths)]
     if checkpoint:
-        return Data(names, checkpoint["normalization"], items["test"])
+        return Data(names, checkpoint["normalization"], checkpoint["seen"],
+                    [without_seen_slices(item, checkpoint["seen"]) for item in items["test"]])
 
     held_out = [validation_slices(args.val_slices, label) for label in labels]
     images = [view(volume, args) for volume in volumes]
@@ -2312,9 +2331,11 @@ def open_data(args, checkpoint=None):
     extra = [view(open_input(path, args), args) for path in args.unlabeled_volume]
     test = items["test"] or [Item(name, v, image, None) for name, v, image
                              in zip(unique_names(args.volume), volumes, images)]
+    seen = seen_slices([*volumes, *(item.volume for item in items["val"])],
+                       [*labels, *(item.label for item in items["val"])])
     return Data(
-        names, measure_normalization(images, slices, args.normalize),
-        [without_training_slices(item, volumes, labels) for item in test],
+        names, measure_normalization(images, slices, args.normalize), seen,
+        [without_seen_slices(item, seen) for item in test],
         images, [OnlySlices(shrink(label, args), zs) for label, zs in zip(labels, slices)], slices,
         images + extra,
         [np.setdiff1d(np.arange(len(v)), label.slices) for v, label in zip(volumes, labels)]
@@ -2325,9 +2346,12 @@ def validation_slices(text, label):
     """The annotated slices that --val-slices keeps for validation; n=2 means two of these."""
     if not text:
         return []
-    if text.strip().startswith("n"):
-        return label.slices[parse_slices(text, len(label.slices))]
-    chosen = parse_slices(text, len(label))
+    try:
+        if text.strip().startswith("n"):
+            return label.slices[parse_slices(text, len(label.slices))]
+        chosen = parse_slices(text, len(label))
+    except InputError as error:
+        raise InputError(f"--val-slices, of {len(label.slices)} annotated slices: {error}")
     missing = np.setdiff1d(chosen, label.slices)
     if len(missing):
         raise InputError(f"--val-slices {text}: slice {missing[0]} of {label.path} is not "
@@ -2367,22 +2391,29 @@ class OnlySlices(LazyArray):
         return box
 
 
-def without_training_slices(item, volumes, labels):
+def seen_slices(volumes, labels):
+    """What a run trains and validates on, for its checkpoints: for each volume its file, the y and
+    x it is cropped to, and the annotated z, counted in the file."""
+    return [{"file": os.path.realpath(volume.file),
+             "yx": [[c.start, c.stop] for c in volume.crop[1:]],
+             "z": [int(z) + volume.crop[0].start for z in label.slices]}
+            for volume, label in zip(volumes, labels)]
+
+
+def without_seen_slices(item, seen):
     """The item, its label without the slices that were trained or validated on: they do not score.
 
-    Compares files and crops, so that a whole stack with dense labels can be the test volume of a
-    run that used a few of its slices (as in train_cps.py's paper).
+    So a whole stack with dense labels can be the test volume of a run that used a few of its slices
+    (as in train_cps.py's paper).
     """
     if item.label is None:
         return item
-    seen = set()
-    for volume, label in zip(volumes, labels):
-        overlap = all(a.start < b.stop and b.start < a.stop
-                      for a, b in zip(volume.crop[1:], item.volume.crop[1:]))
-        if overlap and os.path.samefile(volume.file, item.volume.file):
-            shift = volume.crop[0].start - item.volume.crop[0].start
-            seen |= {int(z) + shift for z in label.slices}
-    slices = [z for z in item.label.slices if z not in seen]
+    own, used = seen_slices([item.volume], [item.label])[0], set()
+    for other in seen:
+        overlap = all(a[0] < b[1] and b[0] < a[1] for a, b in zip(own["yx"], other["yx"]))
+        if overlap and own["file"] == other["file"]:
+            used |= set(other["z"])
+    slices = [z for z, in_file in zip(item.label.slices, own["z"]) if in_file not in used]
     if not slices:
         raise InputError(f"{item.volume.path}: every labelled slice was trained on; test on others")
     return Item(item.name, item.volume, item.image, OnlySlices(item.label, slices))
@@ -2396,10 +2427,11 @@ def class_names(names, n_classes):
 
 
 def unique_names(paths):
-    """A short name for each path, for file names: the stem, numbered where two are alike."""
-    stems = [re.sub(r"[^\w.-]+", "_", Path(path.split("@")[0]).stem) or "volume" for path in paths]
-    return [f"{stem}_{stems[:i].count(stem) + 1}" if stems.count(stem) > 1 else stem
-            for i, stem in enumerate(stems)]
+    """A short name for each path, for file names: the stem, all numbered where two are alike."""
+    stems = [re.sub(r"[^\w.-]+", "_", Path(_split_crop(path)[0]).stem) for path in paths]
+    if len(set(stems)) == len(stems):
+        return stems
+    return [f"{number}_{stem}" for number, stem in enumerate(stems, 1)]
 
 
 def write_demo(run, shape, voxel_size=(20.0, 8.0, 8.0)):
@@ -2505,6 +2537,7 @@ def command(main):
                   f"--width", file=sys.stderr)
             raise SystemExit(2)
         except KeyboardInterrupt:
+            print(f"{prog}: interrupted", file=sys.stderr)
             raise SystemExit(130)
         finally:
             if torch.distributed.is_initialized():
@@ -2534,10 +2567,12 @@ def load_checkpoint(path, script):
         raise InputError(f"{path}: no such checkpoint")
     except Exception as error:     # torch.load raises what it likes on damaged or malicious files
         raise InputError(f"{path}: not a checkpoint that is safe to load ({type(error).__name__})")
-    if not isinstance(content, dict) or not {"script", "args", "modules"} <= set(content):
+    if not isinstance(content, dict) or "script" not in content:
         raise InputError(f"{path}: not a checkpoint of emseg")
     if content["script"] != Path(script).name:
         raise InputError(f"{path}: a checkpoint of {content['script']}, not of {Path(script).name}")
+    if not {"args", "modules", "classes", "normalization", "seen"} <= set(content):
+        raise InputError(f"{path}: a checkpoint of another version; train again")
     return content
 
 
@@ -2579,6 +2614,8 @@ class Run:
         torch.manual_seed(args.seed)
         self.step, self.seconds, self.best, self.sums, self.pending = 0, 0.0, None, {}, None
         self.predicted_voxels, self.predict_seconds, self.interrupted = 0, 0.0, False
+        if self.checkpoint:
+            self.best, self.seconds = self.checkpoint["best"], self.checkpoint["seconds"]
         self.say(f"{self.device}, {str(self.dtype)[6:]}" + (f", {self.world} processes"
                                                             if self.world > 1 else ""))
 
@@ -2590,6 +2627,9 @@ class Run:
         if used and not (self.args.overwrite or self.args.resume):
             raise InputError(f"--out-dir {self.folder} is not empty; give --overwrite, --resume or "
                              f"another folder")
+        if self.checkpoint and (self.folder / "last.pt").exists():
+            raise InputError(f"--out-dir {self.folder} holds a training run; predict into another "
+                             f"folder")
         if self.args.resume and not (self.folder / "last.pt").exists():
             raise InputError(f"--resume: {self.folder} holds no last.pt; start with --overwrite")
 
@@ -2648,10 +2688,17 @@ class Run:
         """Make the run folder, without the files of an earlier run, and write config.json."""
         if self.rank:
             return
+        old = [file for pattern in RUN_FILES for file in self.folder.glob(pattern)]
+        inputs = {os.path.realpath(_split_crop(path)[0])
+                  for name in INPUTS for path in getattr(self.args, name)}
+        for file in old:
+            if os.path.realpath(file) in inputs:
+                raise InputError(f"--overwrite would delete {file}, which this run reads; choose "
+                                 f"another --out-dir")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for old in (f for pattern in RUN_FILES for f in self.folder.glob(pattern)):
-                old.unlink()
+            for file in old:
+                file.unlink()
             self._write_json("config.json", self._config())
         except OSError as error:
             raise InputError(f"--out-dir {self.folder}: {error.strerror}")
@@ -2784,7 +2831,7 @@ class Run:
         if self.rank == 0:
             new = epoch == 0
             with open(self.folder / "log.csv", "w" if new else "a", newline="") as file:
-                writer = csv.DictWriter(file, row)
+                writer = csv.DictWriter(file, row, lineterminator="\n")
                 if new:
                     writer.writeheader()
                 writer.writerow(row)
@@ -2810,8 +2857,8 @@ class Run:
         save_checkpoint(self.folder / name, {
             "script": self.script.name, "model": self.args.model, "args": vars(self.args),
             "classes": self.data.classes, "normalization": self.data.normalization,
-            "step": self.step, "seconds": self.seconds, "best": self.best, "sums": self.sums,
-            "modules": keep})
+            "seen": self.data.seen, "step": self.step, "seconds": self.seconds, "best": self.best,
+            "sums": self.sums, "modules": keep})
 
     def _restore(self, checkpoint):
         """Take over the state of an interrupted run."""

@@ -20,13 +20,16 @@ Differences from the paper:
     1. Soft Dice has squared terms in the denominator, as in the authors' code.
     2. Before the warm-up of lambda starts, the authors weigh CPS with 1e-5; here its passes are
        left out. Epochs are counted in fractions, so that lambda grows with every step.
-    3. Half of the batch is labelled, as in the authors' code; 99 % of those crops, the paper's
-       figure, hold foreground.
-    4. --downsample averages blocks of pixels; the authors interpolate bilinearly.
+    3. A crop that must hold foreground is placed around a voxel of it (class, slice and voxel drawn
+       in turn); the authors crop again until there is some.
+    4. --downsample averages blocks of pixels; the authors interpolate bilinearly. A crop larger
+       than the slice is refused; the authors mirror the slice.
     5. Validation, if any, uses whole slices; the authors use random crops.
     6. Large slices are predicted in tiles that overlap by a quarter and blend smoothly; the
        authors' overlap by three quarters and count alike.
     7. Slices are equalised (section 2.1.2) only with --normalize equalize.
+    8. Several foreground classes are one softmax; the authors train one network for each.
+    9. Of the paper's networks there is "ResUNet" (resunet) so far; unet is not in the paper.
 """
 
 import argparse
@@ -206,8 +209,9 @@ def main(args):
             image_l, label_l = emseg.augment(*next(batches_l), data.normalization, **AUGMENTATION)
             if cps:
                 weight = cps_weight(step / steps_per_epoch, args.cps_warmup, args.cps_weight)
-                image_u, _ = emseg.augment(next(batches_u), None, data.normalization,
-                                           **AUGMENTATION)
+                image_u = next(batches_u)
+                if weight:
+                    image_u, _ = emseg.augment(image_u, None, data.normalization, **AUGMENTATION)
                 loss_sup, loss_cps = cps_losses(run, *networks, image_l, label_l,
                                                 image_u if weight else None, args.cutmix)
                 losses = {"loss": loss_sup + weight * loss_cps, "loss_sup": loss_sup,

@@ -578,13 +578,14 @@ def write_log(path, rows):
 
 
 def test_save_curves_draws_losses_and_validation(tmp_path):
-    write_log(tmp_path / "log.csv", [["epoch", "step", "lr", "loss", "loss_cps", "val_dice"],
-                                     [0, 10, 0.1, 1.0, 0.5, ""], [1, 20, 0.1, 0.5, 0.2, 0.6],
-                                     [2, 30, 0.1, 0.2, 0.1, 0.8]])
+    write_log(tmp_path / "log.csv", [["epoch", "loss", "loss_sup", "loss_cps", "val_dice"],
+                                     [0, 9.0, 1.0, 0.5, ""], [1, 9.0, 0.5, 0.2, 0.6],
+                                     [2, 9.0, 0.2, 0.1, 0.8]])
     emseg.save_curves(tmp_path / "curves.png", tmp_path / "log.csv")
     left, right = np.array_split(imread(tmp_path / "curves.png"), 2, axis=1)
     assert has_color(left, "#1f77b4") > 1e-3 and has_color(left, "#ff7f0e") > 1e-3
     assert has_color(right, "#1f77b4") > 1e-3 and has_color(right, "#ff7f0e") == 0
+    assert has_color(left, "#2ca02c") == 0         # the total of two terms is not drawn
     assert left.shape[0] < left.shape[1] * 2
 
 

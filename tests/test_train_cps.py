@@ -152,6 +152,7 @@ def test_a_run_writes_what_the_readme_says(trained):
             "dice_slices_nonempty"} == set(scores)
     config = json.loads((trained / "config.json").read_text())
     assert config["args"]["width"] == 4 and len(config["sha256"]["emseg.py"]) == 64
+    assert b"\r" not in (trained / "log.csv").read_bytes()
 
 
 def test_the_metrics_are_those_of_the_prediction_file(trained, cells):
@@ -361,6 +362,8 @@ def refused(capsys, *arguments):
     (["--width", "1" + "0" * 7], "out of memory"),
     (["--out-dir", "x" * 300], "File name too long"),
     (["--cps-warmup", "3", "1"], "START must be"),
+    (["--demo"], "leave --label out"),
+    (["--val-slices", "n=9"], "of 3 annotated slices"),
     (["--cps-warmup", "5", "20"], "starts at epoch 5, but there are 2"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, change, message):
@@ -391,6 +394,58 @@ def test_a_used_folder_is_refused_and_overwritten_on_demand(trained, cells, tmp_
     assert metrics(out)["volumes"][0]["volume"].endswith("image.tif@0:8")
 
 
+def test_overwrite_never_deletes_an_input(trained, cells, tmp_path, capsys):
+    out = tmp_path / "out"
+    train(cells, out)
+    line = refused(capsys, "--volume", cells / "image.tif", "--label", cells / "mito.tif",
+                   "--unlabeled-volume", out / "prediction.tif", "--out-dir", out, "--overwrite",
+                   *TINY)
+    assert "would delete" in line and "prediction.tif" in line
+    assert (out / "prediction.tif").exists() and (out / "best.pt").exists()
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_a_prediction_never_replaces_its_training_run(cells, tmp_path, capsys, flag):
+    out = tmp_path / "out"
+    train(cells, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    refused(capsys, "--checkpoint", out / "best.pt", "--test-volume", cells / "image.tif",
+            "--out-dir", out, flag)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_volumes_of_the_same_name_get_predictions_of_their_own(trained, cells, tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.tif").write_bytes((cells / "image.tif").read_bytes())
+    (tmp_path / "a_1.tif").write_bytes((cells / "image.tif").read_bytes())
+    paths = [tmp_path / "x/a.tif@0:1", tmp_path / "y/a.tif@0:2", tmp_path / "a_1.tif@0:3"]
+    run("--checkpoint", trained / "best.pt", "--device", "cpu", "--out-dir", tmp_path / "out",
+        "--test-volume", *paths)
+    volumes = metrics(tmp_path / "out")["volumes"]
+    assert [len(emseg.open_volume(v["prediction"])) for v in volumes] == [1, 2, 3]
+    assert len({v["prediction"] for v in volumes}) == 3
+
+
+def test_a_checkpoint_does_not_score_what_it_was_trained_on(trained, cells, tmp_path):
+    run("--checkpoint", trained / "best.pt", "--device", "cpu", "--out-dir", tmp_path / "out",
+        "--test-volume", cells / "image.tif", "--test-label", cells / "mito.tif")
+    assert metrics(tmp_path / "out")["volumes"][0]["ignored"] == 3 * 112 * 128
+
+
+def test_validation_volumes_are_not_scored(cells, tmp_path):
+    run("--volume", cells / "image.tif@0:4", "--label", cells / "mito.tif@0:4", "--label-slices",
+        "0,2", "--val-volume", cells / "image.tif@6:8", "--val-label", cells / "mito.tif@6:8",
+        "--test-volume", cells / "image.tif", "--test-label", cells / "mito.tif", "--out-dir",
+        tmp_path / "out", *TINY, "--epochs", 1)
+    result = metrics(tmp_path / "out")
+    assert result["volumes"][0]["ignored"] == 4 * 112 * 128
+    assert result["selected_on"] == "validation"
+    run("--checkpoint", tmp_path / "out" / "best.pt", "--test-volume", cells / "image.tif",
+        "--out-dir", tmp_path / "again", "--device", "cpu")
+    assert metrics(tmp_path / "again")["selected_on"] == "validation"
+
+
 def test_resume_refuses_other_arguments(trained, capsys):
     assert "--width was 4 and is now 8" in refused(
         capsys, "--resume", "--out-dir", trained, "--width", "8")
@@ -410,11 +465,13 @@ class Malicious:
 def test_foreign_checkpoints_are_refused_and_run_no_code(cells, capsys, tmp_path):
     arguments = ["--test-volume", cells / "image.tif", "--out-dir", tmp_path / "out"]
     torch.save({"script": "train_cps.py", "args": Malicious()}, tmp_path / "malicious.pt")
-    torch.save({"script": "train_sparse.py", "args": {}, "modules": {}}, tmp_path / "sparse.pt")
+    torch.save({"script": "train_sparse.py"}, tmp_path / "sparse.pt")
+    torch.save({"script": "train_cps.py"}, tmp_path / "old.pt")
     (tmp_path / "text.pt").write_text("hello")
     for name, message in (("malicious.pt", "not a checkpoint that is safe"),
                           ("sparse.pt", "a checkpoint of train_sparse.py"),
-                          ("text.pt", "not a checkpoint")):
+                          ("text.pt", "not a checkpoint"),
+                          ("old.pt", "a checkpoint of another version")):
         assert message in refused(capsys, "--checkpoint", tmp_path / name, *arguments)
     assert not Path("/tmp/emseg-was-here").exists()
 
