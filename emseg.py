@@ -97,6 +97,8 @@ class LazyArray:
     array[z], array[z0:z1, y0:y1, x0:x1]: integers and slices of step 1, trailing axes optional;
     the answer is a fresh NumPy array. shape, dtype (native byte order), voxel_size ((z, y, x) in nm
     or None) and path are attributes. Copies in other processes (fork or pickle) are independent.
+    Subclasses define read(z, y, x): the box of three slices, 0 <= start <= stop <= size, as a 3D
+    array.
     """
 
     ndim = 3
@@ -127,10 +129,6 @@ class LazyArray:
                 box.append(slice(i % size, i % size + 1))
                 keep.append(0)
         return self.read(*box)[tuple(keep)]
-
-    def read(self, z, y, x):
-        """The box of three slices, each with 0 <= start <= stop <= size, as a 3D NumPy array."""
-        raise NotImplementedError
 
 
 class Volume(LazyArray):

@@ -459,7 +459,7 @@ def test_evaluate_refuses_another_shape():
 def test_evaluate_refuses_a_class_that_does_not_exist():
     pred = np.zeros((5, 4, 4), np.uint8)
     pred[3, 1, 1] = 3
-    with pytest.raises(emseg.InputError, match="memory.tif: holds 3, but class ids run from 0 to 2"):
+    with pytest.raises(emseg.InputError, match="tif: holds 3, but class ids run from 0 to 2"):
         emseg.evaluate(InMemory(pred), InMemory(np.zeros_like(pred)), CLASSES, pixels=16)
 
 

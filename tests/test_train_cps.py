@@ -518,7 +518,7 @@ def test_the_demo_does_what_the_readme_says(tmp_path):
     folder = tmp_path / "runs" / "train_cps-unet-seed0-demo"
     assert f"wrote {folder.relative_to(tmp_path)}/" in done.stdout
     assert metrics(folder)["mean"]["dice"] > 0.7
-    assert time.monotonic() - started < 300
+    assert time.monotonic() - started < 600
     assert {p.name for p in (folder / "demo").iterdir()} == {
         "train.tif", "train_label.tif", "test.mrc", "test_label.mrc"}
 
