@@ -458,13 +458,19 @@ def test_a_checkpoint_keeps_its_network(trained, cells, capsys, tmp_path):
 
 
 class Malicious:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/emseg-was-here",)
+        return os.mkdir, (str(self.folder),)
 
 
 def test_foreign_checkpoints_are_refused_and_run_no_code(cells, capsys, tmp_path):
     arguments = ["--test-volume", cells / "image.tif", "--out-dir", tmp_path / "out"]
-    torch.save({"script": "train_cps.py", "args": Malicious()}, tmp_path / "malicious.pt")
+    malicious = {"script": "train_cps.py", "args": Malicious(tmp_path / "here")}
+    torch.save(malicious, tmp_path / "malicious.pt")
     torch.save({"script": "train_sparse.py"}, tmp_path / "sparse.pt")
     torch.save({"script": "train_cps.py"}, tmp_path / "old.pt")
     (tmp_path / "text.pt").write_text("hello")
@@ -473,7 +479,9 @@ def test_foreign_checkpoints_are_refused_and_run_no_code(cells, capsys, tmp_path
                           ("text.pt", "not a checkpoint"),
                           ("old.pt", "a checkpoint of another version")):
         assert message in refused(capsys, "--checkpoint", tmp_path / name, *arguments)
-    assert not Path("/tmp/emseg-was-here").exists()
+    assert not (tmp_path / "here").exists()
+    torch.load(tmp_path / "malicious.pt", weights_only=False)
+    assert (tmp_path / "here").exists()             # so the file was dangerous
 
 
 def test_a_non_finite_loss_stops_with_epoch_and_step(cells, tmp_path, capsys, monkeypatch):
