@@ -3001,6 +3001,11 @@ def peak_memory_gib(device):
     """Most memory used so far: of the GPU, else of this process; None where it is not known."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    try:        # Linux; getrusage there includes the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return round(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20, 2)
+    except (OSError, TypeError):
+        pass
     if resource is None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
