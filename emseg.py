@@ -1421,18 +1421,30 @@ def normalize(image, normalization):
 # ==================================================================================================
 
 
-def piecewise_affine_displacement(batch, size, device, scale=(0.01, 0.05), cells=4):
-    """Displacement (B, H, W, 2) in pixels (x, y) of a jittered coarse grid of points.
+def piecewise_affine_displacement(batch, size, device, scale=(0.01, 0.05), points=4, share=1.0):
+    """Displacement (B, H, W, 2) in pixels (x, y): affine on the triangles of a jittered grid.
 
-    Each of cells x cells points moves by N(0, s * side); s is drawn from `scale` for each image.
-    Between the points the displacement is interpolated linearly.
+    Each of points x points regular points, the corners of the image among them, moves by
+    N(0, s * side) in y and x, s drawn from `scale` for each image. Each cell between four points is
+    cut into two triangles, and each triangle moves as its three corners do. share: the probability
+    that an image moves at all. (imgaug's PiecewiseAffine, as in the sparse-slice paper, section
+    2.2, but what it would clip to the image may point outside of it here.)
     """
     H, W = size
     strength = torch.empty(batch, 1, 1, 1, device=device).uniform_(*scale)
+    strength = strength * (torch.rand(batch, 1, 1, 1, device=device) < share)
     side = torch.tensor([W, H], device=device).view(1, 2, 1, 1)
-    jitter = torch.randn(batch, 2, cells, cells, device=device) * strength * side
-    field = F.interpolate(jitter, size=size, mode="bilinear", align_corners=True)
-    return field.permute(0, 2, 3, 1)
+    corner = torch.randn(batch, 2, points, points, device=device) * strength * side
+    y = torch.linspace(0, points - 1, H, device=device)
+    x = torch.linspace(0, points - 1, W, device=device)
+    row, column = y.long().clamp(max=points - 2), x.long().clamp(max=points - 2)
+    v, u = (y - row)[:, None], x - column                   # place inside a cell, 0 to 1
+    row = row[:, None]
+    top_left, top_right = corner[..., row, column], corner[..., row, column + 1]
+    low_left, low_right = corner[..., row + 1, column], corner[..., row + 1, column + 1]
+    upper = top_left + u * (top_right - top_left) + v * (low_left - top_left)
+    lower = low_right + (1 - u) * (low_left - low_right) + (1 - v) * (top_right - low_right)
+    return torch.where(u + v < 1, upper, lower).permute(0, 2, 3, 1)
 
 
 def elastic_displacement(batch, size, device, amplitude=20.0, sigma=0.6, pitch=40):
@@ -1485,29 +1497,32 @@ def sampling_grid(batch, size, device, flip=False, rot90=False, rotation=0.0, sc
 def warp(image, grid, mode):
     """Sample image (B, H, W) at grid (B, H, W, 2), float32; mode bilinear, or nearest for labels.
 
-    What lies outside is mirrored, so that image and label stay a true pair up to the border.
+    All slices of a crop (B, Z, H, W) are sampled alike. What lies outside is mirrored, so that
+    image and label stay a true pair up to the border.
     """
-    return F.grid_sample(image[:, None].float(), grid, mode=mode, padding_mode="reflection",
-                         align_corners=False)[:, 0]
+    slices = image.reshape(len(image), -1, *image.shape[-2:]).float()
+    return F.grid_sample(slices, grid, mode=mode, padding_mode="reflection",
+                         align_corners=False).reshape(image.shape)
 
 
 def augment(image, label, normalization, brightness=0.0, contrast=0.0, **geometry):
     """A batch of uint8 crops -> normalised, augmented network input, all on the crops' device.
 
-    image (B, H, W) uint8; label (B, H, W) uint8 or None; geometry: see sampling_grid.
+    image (B, H, W) or (B, Z, H, W) uint8; label alike, or None; geometry: see sampling_grid.
     brightness: shift drawn from +- this share of the grey range; contrast: factor from 1 +- this.
-    Returns image (B, 1, H, W) float32 and label (B, H, W) int64 or None.
+    Returns image (B, 1, ...) float32 and label (B, ...) int64 or None.
     """
-    B, H, W = image.shape
+    B, H, W = len(image), *image.shape[-2:]
     if geometry:
         grid = sampling_grid(B, (H, W), image.device, **geometry)
         image = warp(image, grid, "bilinear")
         label = None if label is None else warp(label, grid, "nearest")
     image = normalize(image, normalization)
+    one_each = (B, *[1] * (image.dim() - 1))
     if contrast:
-        image = image * (1 + image.new_empty(B, 1, 1, 1).uniform_(-contrast, contrast))
+        image = image * (1 + image.new_empty(one_each).uniform_(-contrast, contrast))
     if brightness:
-        shift = image.new_empty(B, 1, 1, 1).uniform_(-brightness, brightness)
+        shift = image.new_empty(one_each).uniform_(-brightness, brightness)
         image = image + shift * (255 / normalization["std"])
     return image, None if label is None else label.long()
 
@@ -1547,6 +1562,28 @@ def conv_block(channels, norm="batch", padding=1):
     return nn.Sequential(*layers)
 
 
+class Conv3d(nn.Conv3d):
+    """A convolution with kernel 3 and padding 1 whose gradient can be trusted.
+
+    On a CPU PyTorch (seen in 2.13) fills the gradient of a bf16 convolution's weights with garbage
+    where its input is two slices deep. A third slice, of zeros, changes nothing but that.
+    """
+
+    def forward(self, x):
+        if x.shape[2] != 2:
+            return super().forward(x)
+        return super().forward(F.pad(x, (0, 0, 0, 0, 0, 1)))[:, :, :2]
+
+
+def norm_conv_block_3d(*channels):
+    """GroupNorm of up to 8 groups + 3x3x3 convolution + ReLU for each step of (in, ..., out)."""
+    layers = []
+    for c_in, c_out in zip(channels[:-1], channels[1:]):
+        layers += [nn.GroupNorm(math.gcd(8, c_in), c_in),
+                   Conv3d(c_in, c_out, 3, padding=1, bias=False), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
 class BilinearUp(nn.Module):
     """(B, C, H, W) -> (B, C, 2H, 2W), bilinear with aligned corners."""
 
@@ -1562,7 +1599,7 @@ def crop_like(x, reference):
 
 
 # ==================================================================================================
-# Networks: (in_channels, out_channels, width=None) -> module; attributes stride, margin, offset
+# Networks: (in_channels, out_channels, width=None) -> module with dims, stride, margin, offset
 # ==================================================================================================
 
 
@@ -1582,6 +1619,8 @@ class UNet(nn.Module):
     up="bilinear" halves the deepest level and narrows before each enlargement instead of after it.
     padding=0 gives the original's valid convolutions: margin pixels are lost on each side.
     """
+
+    dims = 2
 
     def __init__(self, in_channels, out_channels, width=None, levels=4, norm="batch",
                  up="transposed", padding=1):
@@ -1628,7 +1667,43 @@ def ResUNet(in_channels, out_channels, width=None):
     return UNet(in_channels, out_channels, width, up="bilinear")
 
 
+class UNet3D(nn.Module):
+    """3D U-Net (Çiçek 2016) with GroupNorm before each convolution: 16,318,691 parameters.
+
+    (B, in_channels, Z, H, W) -> logits (B, out_channels, Z, H, W), sides of 8 or more. The baseline
+    of the sparse-slice paper (arXiv 2206.02392, sections 2.4 and 3): 4 levels, width filters
+    doubling with each, nearest enlargement. Slices that nobody annotated are IGNORE in its labels,
+    which is Çiçek's training from sparse annotation.
+    """
+
+    dims, stride, offset, margin = 3, 8, 0, 0
+
+    def __init__(self, in_channels, out_channels, width=None):
+        super().__init__()
+        widths = [(width or 64) * 2**level for level in range(4)]
+        self.encoder = nn.ModuleList(
+            norm_conv_block_3d(c_in, max(c // 2, c_in), c)
+            for c_in, c in zip([in_channels, *widths], widths))
+        self.pool = nn.MaxPool3d(2)
+        self.decoder = nn.ModuleList(
+            norm_conv_block_3d(below + c, c, c)
+            for below, c in zip(widths[:0:-1], widths[-2::-1]))
+        self.head = nn.Conv3d(widths[0], out_channels, 1)
+
+    def forward(self, x):
+        skips = []
+        for block in self.encoder:
+            x = block(self.pool(x) if skips else x)
+            skips.append(x)
+        skips.pop()
+        for block in self.decoder:
+            skip = skips.pop()
+            x = block(torch.cat([skip, F.interpolate(x, size=skip.shape[2:])], dim=1))
+        return self.head(x)
+
+
 NETWORKS = {"unet": UNet, "resunet": ResUNet}
+NETWORKS_3D = {"unet3d": UNet3D}
 
 
 def count_parameters(network):
@@ -1705,6 +1780,11 @@ def network_side(network, side):
 def check_patch_size(network, patch_size, name):
     """Raise InputError, naming the nearest sides that fit, for sides the network cannot take."""
     stride, offset = network.stride, network.offset
+    if len(patch_size) != network.dims:
+        raise InputError(f"--patch-size {format_shape(patch_size)}: {name} takes "
+                         f"{'two sides, Y X' if network.dims == 2 else 'three sides, Z Y X'}")
+    if network.dims == 3 and patch_size[0] < 8:
+        raise InputError(f"--patch-size {format_shape(patch_size)}: {name} needs 8 slices or more")
     smallest = 2 * network.margin + 1
     wrong = [s for s in patch_size[-2:] if s % stride != offset or s < smallest]
     if wrong:
@@ -1724,44 +1804,49 @@ def tile_starts(side, tile, overlap=OVERLAP):
     return np.linspace(0, side - tile, count).round().astype(int).tolist()
 
 
-def blending_window(height, width, device=None):
-    """Weights (height, width) of a tile: squared sines, largest in the centre, never zero."""
-    sides = [torch.sin(math.pi * (torch.arange(n, device=device) + 0.5) / n) ** 2
-             for n in (height, width)]
-    return sides[0][:, None] * sides[1]
+def blending_window(*sides, device=None):
+    """Weights of a tile or window of these sides: squared sines, largest in the centre, above 0."""
+    window = torch.ones((), device=device)
+    for side in sides:
+        place = (torch.arange(side, device=device) + 0.5) / side
+        window = window[..., None] * torch.sin(math.pi * place) ** 2
+    return window
 
 
-def predict_slices(network, image, max_tile=MAX_TILE):
-    """Probabilities (B, C, H, W) float32 of normalised slices (B, 1, H, W) of any size.
+def predict_slices(network, image, max_tile=None):
+    """Probabilities (B, C, ..., H, W) float32 of network input (B, C', ..., H, W) of any H, W.
 
-    Sides up to max_tile are predicted whole, longer ones in overlapping tiles that are blended.
-    Borders are mirrored up to a size that the network takes and cut off again.
+    Sides up to max_tile (y, x; default: MAX_TILE) are predicted whole, longer ones in overlapping
+    tiles that are blended. Borders are mirrored up to a size that the network takes and cut off.
     """
     H, W = image.shape[-2:]
     margin = network.margin
-    tile_h, tile_w = [network_side(network, min(side, max_tile)) for side in (H, W)]
+    tile_h, tile_w = [network_side(network, min(side, most))
+                      for side, most in zip((H, W), max_tile or (MAX_TILE, MAX_TILE))]
     bottom, right = max(tile_h - H, 0), max(tile_w - W, 0)
     image = mirror_pad(image, margin, bottom + margin, margin, right + margin)
     starts = [(y, x) for y in tile_starts(H, tile_h) for x in tile_starts(W, tile_w)]
     if len(starts) == 1:
         return probabilities(network(image))[..., :H, :W]
-    window = blending_window(tile_h, tile_w, image.device)
-    total, weight = 0, torch.zeros(H + bottom, W + right, device=image.device)
+    window = blending_window(tile_h, tile_w, device=image.device)
+    total, weight = None, torch.zeros(H + bottom, W + right, device=image.device)
     for y, x in starts:
         prob = probabilities(network(
             image[..., y : y + tile_h + 2 * margin, x : x + tile_w + 2 * margin]))
-        if weight.count_nonzero() == 0:
-            total = prob.new_zeros(*prob.shape[:2], *weight.shape)
+        if total is None:
+            total = prob.new_zeros(*prob.shape[:-2], *weight.shape)
         total[..., y : y + tile_h, x : x + tile_w] += prob * window
         weight[y : y + tile_h, x : x + tile_w] += window
     return (total / weight)[..., :H, :W]
 
 
 def mirror_pad(image, top, bottom, left, right):
-    """Pad (B, C, H, W) by mirroring, or by the border's values where the image is too small."""
+    """Pad (B, C, ..., H, W) by mirroring, or with the border's values where it is too small."""
     H, W = image.shape[-2:]
     fits = max(top, bottom) < H and max(left, right) < W
-    return F.pad(image, (left, right, top, bottom), mode="reflect" if fits else "replicate")
+    slices = F.pad(image.flatten(1, -3), (left, right, top, bottom),
+                   mode="reflect" if fits else "replicate")
+    return slices.view(*image.shape[:-2], *slices.shape[-2:])
 
 
 def eight_views(predict, image):
@@ -1781,37 +1866,100 @@ def slabs(shape, pixels):
     return [slice(z, min(z + step, shape[0])) for z in range(0, shape[0], step)]
 
 
-def predict_volume(predict, image, writer, shape, downsample=1, probability=None, pixels=2**20,
-                   rank=0, world=1, progress=None):
-    """Predict a lazy uint8 volume slab by slab: memory depends on the slab, not on the volume.
+class EdgePadded(LazyArray):
+    """A volume with its first slice repeated `below` times under it and the last `above` times."""
 
-    predict: uint8 tensor (B, H, W) -> probabilities (B, C, H, W). image: what the network sees,
+    def __init__(self, array, below, above):
+        shape = (len(array) + below + above, *array.shape[1:])
+        super().__init__(array.path, shape, array.dtype, array.voxel_size)
+        self.array, self.below = array, below
+
+    def read(self, z, y, x):
+        zs = np.clip(np.arange(z.start, z.stop) - self.below, 0, len(self.array) - 1)
+        if not len(zs):
+            return self.array.read(slice(0, 0), y, x)
+        return self.array.read(slice(zs[0], zs[-1] + 1), y, x)[zs - zs[0]]
+
+
+def with_context(array, context):
+    """Nearest padding along z, so that slice z is the middle of slices z : z + context."""
+    return EdgePadded(array, context // 2, context - 1 - context // 2) if context > 1 else array
+
+
+def predict_by_slabs(predict, image, shape, context=1, pixels=2**20, rank=0, world=1):
+    """Yield (slab, probabilities (n, C, H, W)) of a network that sees `context` slices at a time.
+
+    predict: uint8 tensor (n + context - 1, H, W) -> the n slices in whose middle it could look.
+    """
+    image = with_context(image, context)
+    for slab in slabs(shape, pixels)[rank::world]:
+        yield slab, predict(torch.from_numpy(image[slab.start : slab.stop + context - 1]))
+
+
+def predict_by_windows(predict, image, depth, overlap=1 / 3, rank=0, world=1):
+    """Yield (slab, probabilities (n, C, H, W)) of a 3D network, blended along z.
+
+    predict: uint8 tensor (depth, H, W) -> (depth, C, H, W). Windows overlap by `overlap` or more;
+    only as many slices as a window has are held at a time. Ranks share the slices in equal parts.
+    """
+    image = EdgePadded(image, 0, max(depth - len(image), 0))
+    starts = tile_starts(len(image), depth, overlap)
+    ends = [*starts[1:], len(image)]                # slices start:end are done after their window
+    first, last = [rank_ * len(starts) // world for rank_ in (rank, rank + 1)]
+    total = None
+    for start, end in list(zip(starts, ends))[:last]:
+        if first == last or start + depth <= starts[first]:     # none of this process's slices
+            continue
+        prob = predict(torch.from_numpy(image[start : start + depth]))
+        window = blending_window(depth, device=prob.device).view(-1, 1, 1, 1)
+        if total is None:
+            total, weight = torch.zeros_like(prob), torch.zeros_like(window)
+        total, weight = total + prob * window, weight + window
+        if start >= starts[first]:
+            yield slice(start, end), total[: end - start] / weight[: end - start]
+        total, weight = [F.pad(x[end - start :], (0, 0) * 3 + (0, end - start))
+                         for x in (total, weight)]
+
+
+def predict_volume(stream, writer, shape, downsample=1, probability=None, threshold=0.5,
+                   progress=None):
+    """Write a stream of predictions: memory depends on its slabs, not on the volume.
+
+    stream: yields (slab, probabilities (n, C, H, W)), see predict_by_slabs and predict_by_windows,
     `downsample` times smaller in y and x than `shape` (Z, Y, X), the shape of the prediction;
     probabilities are enlarged linearly. writer, probability: VolumeWriters of class ids and of
-    probabilities (Z, Y, X) of the one channel or (Z, C, Y, X). Ranks share the slabs.
+    probabilities (Z, Y, X) of the one channel or (Z, C, Y, X). progress: called with the slices
+    done and the slices of the volume.
     """
-    own = slabs(shape, pixels)[rank::world]
-    for number, slab in enumerate(own):
-        prob = predict(torch.from_numpy(image[slab]))
+    done = 0
+    for slab, prob in stream:
+        slab = slice(slab.start, min(slab.stop, shape[0]))
+        prob = prob[: slab.stop - slab.start]
         if downsample > 1:
             prob = F.interpolate(prob, scale_factor=downsample, mode="bilinear")
             prob = prob[..., : shape[1], : shape[2]]
-        writer[slab] = class_ids(prob).to(torch.uint8).cpu().numpy()
+        writer[slab] = class_ids(prob, threshold).to(torch.uint8).cpu().numpy()
         if probability is not None:
             probability[slab] = (prob[:, 0] if prob.shape[1] == 1 else prob).cpu().numpy()
+        done += slab.stop - slab.start
         if progress:
-            progress(number + 1, len(own))
+            progress(done, shape[0])
 
 
-def score_slices(predict, image, label, classes, rank=0, world=1, batch=4):
-    """Confusion counts (N, K, K) of the N annotated slices of a lazy image and its Labels."""
+def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=0, world=1):
+    """Confusion counts (N, K, K) of the N annotated slices of a lazy image and its Labels.
+
+    predict: uint8 tensor (context, H, W) around a slice -> probabilities (n, C, H, W), of which the
+    middle one is the slice's.
+    """
     counts = np.zeros((len(label.slices), len(classes), len(classes)), dtype=np.int64)
-    for start in range(rank * batch, len(label.slices), world * batch):
-        zs = label.slices[start : start + batch]
-        pred = class_ids(predict(torch.from_numpy(np.stack([image[z] for z in zs]))))
-        truth = np.stack([label[z] for z in zs])
-        counts[start : start + batch] = confusion(
-            pred.to(torch.uint8).cpu().numpy(), truth, len(classes))
+    image = with_context(image, context)
+    for row in range(rank, len(label.slices), world):
+        z = label.slices[row]
+        prob = predict(torch.from_numpy(image[z : z + context]))
+        pred = class_ids(prob[len(prob) // 2][None], threshold)
+        counts[row] = confusion(pred.to(torch.uint8).cpu().numpy(), label[z][None],
+                                len(classes))[0]
     if world > 1:
         total = torch.from_numpy(counts)
         torch.distributed.all_reduce(total)
@@ -1967,30 +2115,25 @@ def error_overlay(image, label, pred):
 def save_slices(path, items, classes, rows=4, max_side=768):
     """figure.png: slices as image | truth | prediction | errors, without truth image | prediction.
 
-    items: list of (name, image, label or None, prediction), lazy volumes. The rows are spread
-    evenly over the items and over the slices that are annotated.
+    items: list of (name, image, label or None, {stage: prediction}), lazy volumes. Of a method in
+    stages, the errors of each stage are shown side by side. The rows are spread evenly over the
+    items and over the slices that are annotated.
     """
     panels = []
-    for name, image, label, prediction in items:
+    for name, image, label, predictions in items:
         zs = label.slices if label is not None else np.arange(len(image))
         count = min(len(zs), max(1, rows // len(items)))
         for z in zs[((np.arange(count) + 0.5) * len(zs) / count).astype(int)]:
-            panels.append((f"{name}  z = {z}", z, image, label, prediction))
-    columns = 4 if any(label is not None for _, _, label, _ in items) else 2
-    titles = ["image", "truth", "prediction", "errors"] if columns == 4 else ["image", "prediction"]
-    height = 3.1 * np.mean([min(1.6, i.shape[1] / i.shape[2]) for _, _, i, _, _ in panels]) + 0.25
-    figure = _new_figure(figsize=(3.1 * columns, height * len(panels) + 0.4), dpi=120)
-    axes = figure.subplots(len(panels), columns, squeeze=False)
+            shown = _panels(z, image, label, predictions, classes,
+                            step=max(1, math.ceil(max(image.shape[1:]) / max_side)))
+            panels.append((f"{name}  z = {z}", image, shown))
+    titles = max((list(shown) for *_, shown in panels), key=len)
+    height = 3.1 * np.mean([min(1.6, i.shape[1] / i.shape[2]) for _, i, _ in panels]) + 0.25
+    figure = _new_figure(figsize=(3.1 * len(titles), height * len(panels) + 0.4), dpi=120)
+    axes = figure.subplots(len(panels), len(titles), squeeze=False)
     for title, axis in zip(titles, axes[0]):
         axis.set_title(title)
-    for row, (name, z, image, label, prediction) in zip(axes, panels):
-        step = max(1, math.ceil(max(image.shape[1:]) / max_side))
-        grey, pred = image[z][::step, ::step], prediction[z][::step, ::step]
-        shown = {"image": overlay(grey, [], []), "prediction": class_overlay(grey, pred, classes)}
-        if label is not None:
-            truth = label[z][::step, ::step]
-            shown["truth"] = class_overlay(grey, truth, classes)
-            shown["errors"] = error_overlay(grey, truth, pred)
+    for row, (name, image, shown) in zip(axes, panels):
         for axis, title in zip(row, titles):
             axis.set_axis_off()
             if title in shown:
@@ -1998,9 +2141,26 @@ def save_slices(path, items, classes, rows=4, max_side=768):
         row[0].text(0.02, 0.97, name, transform=row[0].transAxes, fontsize=7, va="top",
                     color="white", bbox={"facecolor": "black", "alpha": 0.6, "pad": 1.5,
                                          "edgecolor": "none"})
-        _scale_bar(row[0], image.voxel_size, step)
-    _legend(figure, classes, columns == 4)
+        shrunk = image.shape[2] / shown["image"].shape[1]
+        _scale_bar(row[0], image.voxel_size, shrunk)
+    _legend(figure, classes, "truth" in titles)
     figure.savefig(path)
+
+
+def _panels(z, image, label, predictions, classes, step):
+    """{title: RGB} of slice z, every step-th pixel; see save_slices."""
+    grey = image[z][::step, ::step]
+    shown = {"image": overlay(grey, [], [])}
+    preds = {name: prediction[z][::step, ::step] for name, prediction in predictions.items()}
+    if label is None:
+        return shown | {name: class_overlay(grey, pred, classes) for name, pred in preds.items()}
+    truth = label[z][::step, ::step]
+    shown["truth"] = class_overlay(grey, truth, classes)
+    if len(preds) == 1:
+        shown |= {name: class_overlay(grey, pred, classes) for name, pred in preds.items()}
+        return shown | {"errors": error_overlay(grey, truth, *preds.values())}
+    return shown | {f"{name}: errors": error_overlay(grey, truth, pred)
+                    for name, pred in preds.items()}
 
 
 def _scale_bar(axis, voxel_size, step):
@@ -2040,7 +2200,7 @@ def save_curves(path, log):
         rows = list(csv.DictReader(file))
     if not rows:
         return
-    epoch = [int(row["epoch"]) for row in rows]
+    stages = list(dict.fromkeys(row.get("stage", "") for row in rows))
     terms = [key for key in rows[0] if key.startswith("loss_")]     # the total moves with weights
     groups = {"loss": terms or ["loss"],
               "validation": [key for key in rows[0] if key.startswith("val_")]}
@@ -2049,7 +2209,10 @@ def save_curves(path, log):
     for axis, (title, keys) in zip(figure.subplots(1, len(groups), squeeze=False)[0],
                                    groups.items()):
         for key in keys:
-            axis.plot(epoch, [float(row[key] or "nan") for row in rows], marker=".", label=key)
+            for stage in stages:
+                points = [(int(row["epoch"]), float(row[key] or "nan")) for row in rows
+                          if row.get("stage", "") == stage]
+                axis.plot(*zip(*points), marker=".", label=f"{key} {stage}".strip())
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylabel(title)
@@ -2063,7 +2226,8 @@ def save_curves(path, log):
 # ==================================================================================================
 
 RUN_FILES = ("config.json", "log.csv", "best.pt", "last.pt", "metrics.json", "figure.png",
-             "curves.png", "prediction.*", "prediction_*", "probability.tif", "probability_*.tif")
+             "curves.png", "prediction.*", "prediction_*", "probability.tif", "probability_*.tif",
+             "stages/*.tif", "stages/*/*.tif")
 # A resumed run takes these from the command line, all else from its config.json.
 OF_THIS_CALL = {"out_dir", "overwrite", "resume", "checkpoint", "device", "amp", "compile",
                 "workers"}
@@ -2072,7 +2236,7 @@ INPUTS = {"volume", "label", "unlabeled_volume", "val_volume", "val_label", "tes
           "test_label"}
 OF_THIS_DATA = INPUTS | {"label_slices", "val_slices", "voxel_size", "demo", "tta",
                          "save_probability"}
-OF_PREDICTION = {"label_map", "ignore_label", "seed"}
+OF_PREDICTION = {"label_map", "ignore_label", "seed", "threshold"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -2139,8 +2303,8 @@ def add_common_args(parser, models, sources):
     training("--epochs", type=positive(int), metavar="N", help="rounds of --steps-per-epoch")
     training("--steps-per-epoch", type=positive(int), metavar="N", help="optimiser steps per epoch")
     training("--batch-size", type=positive(int), metavar="N", help="crops in a step of one process")
-    training("--patch-size", type=positive(int), nargs=2, metavar=("Y", "X"),
-             help="side of the crops in pixels, after --downsample")
+    training("--patch-size", type=positive(int), nargs="+", metavar="N",
+             help="sides Y X of the crops in pixels, after --downsample; Z Y X for a 3D network")
     training("--lr", type=positive(float), metavar="R", help="highest learning rate")
     training("--workers", type=int, metavar="N", default=4 if torch.cuda.is_available() else 0,
              help="processes that read crops")
@@ -2268,10 +2432,10 @@ class Item:
 class Data:
     """The opened volumes of a run. Lists run in the order of the command line.
 
-    images, labels: lazy uint8 (Z, Y, X), after --downsample; slices, val_slices: annotated z for
-    training and for validation; unlabeled, unlabeled_slices: what has no label, for the
-    semi-supervised scripts; val, test: Items; classes: names; normalization: see normalize; seen:
-    see seen_slices.
+    images, labels: lazy uint8 (Z, Y, X), after --downsample; slices: annotated z for training;
+    unlabeled, unlabeled_slices: what has no label, for the semi-supervised scripts; train, val,
+    test: Items, train holding the training volumes with the labels to train on and the unlabelled
+    ones without; classes: names; normalization: see normalize; seen: see seen_slices.
     """
     classes: list
     normalization: dict
@@ -2282,6 +2446,7 @@ class Data:
     slices: list = field(default_factory=list)
     unlabeled: list = field(default_factory=list)
     unlabeled_slices: list = field(default_factory=list)
+    train: list = field(default_factory=list)
     val: list = field(default_factory=list)
 
     @property
@@ -2322,11 +2487,17 @@ def open_data(args, checkpoint=None):
     slices = [np.setdiff1d(label.slices, zs) for label, zs in zip(labels, held_out)]
     if not sum(map(len, slices)):
         raise InputError(f"--val-slices {args.val_slices}: no slice is left to train on")
-    val = [Item(item.name, item.volume, item.image, shrink(item.label, args))
+    val = [Item(f"val/{item.name}", item.volume, item.image, shrink(item.label, args))
            for item in items["val"]]
-    val += [Item(v.path, v, image, OnlySlices(shrink(label, args), zs))
-            for v, image, label, zs in zip(volumes, images, labels, held_out) if len(zs)]
-    extra = [view(open_input(path, args), args) for path in args.unlabeled_volume]
+    names_in = [f"train/{name}" for name in unique_names([*args.volume, *args.unlabeled_volume])]
+    val += [Item(name, v, image, OnlySlices(shrink(label, args), zs))
+            for name, v, image, label, zs in zip(names_in, volumes, images, labels, held_out)
+            if len(zs)]
+    train = [Item(name, v, image, OnlySlices(label, zs))
+             for name, v, image, label, zs in zip(names_in, volumes, images, labels, slices)]
+    for name, path in zip(names_in[len(train):], args.unlabeled_volume):
+        volume = open_input(path, args)
+        train.append(Item(name, volume, view(volume, args), None))
     test = items["test"] or [Item(name, v, image, None) for name, v, image
                              in zip(unique_names(args.volume), volumes, images)]
     seen = seen_slices([*volumes, *(item.volume for item in items["val"])],
@@ -2335,9 +2506,9 @@ def open_data(args, checkpoint=None):
         names, measure_normalization(images, slices, args.normalize), seen,
         [without_seen_slices(item, seen) for item in test],
         images, [OnlySlices(shrink(label, args), zs) for label, zs in zip(labels, slices)], slices,
-        images + extra,
+        [item.image for item in train],
         [np.setdiff1d(np.arange(len(v)), label.slices) for v, label in zip(volumes, labels)]
-        + [np.arange(len(image)) for image in extra], val)
+        + [np.arange(len(item.image)) for item in train[len(volumes):]], train, val)
 
 
 def validation_slices(text, label):
@@ -2535,7 +2706,10 @@ def command(main):
                   f"--width", file=sys.stderr)
             raise SystemExit(2)
         except KeyboardInterrupt:
-            print(f"{prog}: interrupted", file=sys.stderr)
+            resumable = (Path(args.out_dir) / "last.pt").exists()
+            print(f"{prog}: interrupted" + (f"; continue with: python {prog} --resume --out-dir "
+                                            f"{args.out_dir}" if resumable else ""),
+                  file=sys.stderr)
             raise SystemExit(130)
         finally:
             if torch.distributed.is_initialized():
@@ -2612,6 +2786,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.step, self.seconds, self.best, self.sums, self.pending = 0, 0.0, None, {}, None
         self.predicted_voxels, self.predict_seconds, self.interrupted = 0, 0.0, False
+        self.stage, self.threshold = None, getattr(args, "threshold", 0.5)
         if self.checkpoint:
             self.best, self.seconds = self.checkpoint["best"], self.checkpoint["seconds"]
         self.say(f"{self.device}, {str(self.dtype)[6:]}" + (f", {self.world} processes"
@@ -2646,8 +2821,9 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def prepare(self, network):
-        """Move a 2D network to the device, channels last, and compile it if asked."""
-        network = network.to(self.device, memory_format=torch.channels_last)
+        """Move a network to the device, channels last, and compile it if asked."""
+        network = network.to(self.device, memory_format=torch.channels_last
+                             if network.dims == 2 else torch.channels_last_3d)
         if self.args.compile:
             network.compile()
         return network
@@ -2668,10 +2844,16 @@ class Run:
         self.data = open_data(self.args, self.checkpoint)
         return self.data
 
-    def begin(self, steps_per_epoch, **modules):
-        """Start or resume: modules are the networks, optimisers and scalers to save."""
+    def begin(self, steps_per_epoch, stages=None, **modules):
+        """Start or resume: modules are the networks, optimisers and scalers to save.
+
+        stages: {name: epochs} of a training in stages; default: one stage of --epochs.
+        """
         self.modules, self.steps_per_epoch = modules, steps_per_epoch
-        self.total = self.args.epochs * steps_per_epoch
+        self.stages, self.total = {}, 0                 # name -> its first step, its last + 1
+        for name, epochs in (stages or {None: self.args.epochs}).items():
+            start, self.total = self.total, self.total + epochs * steps_per_epoch
+            self.stages[name] = start, self.total
         if self.args.resume:
             self._restore(load_checkpoint(self.folder / "last.pt", self.script))
         else:
@@ -2679,8 +2861,6 @@ class Run:
             self.save("last.pt")
         self.session = (time.monotonic(), self.step)
         self.printed = 0.0
-        signal.signal(signal.SIGINT, self._interrupt)
-        signal.signal(signal.SIGTERM, self._interrupt)
 
     def _new_folder(self):
         """Make the run folder, without the files of an earlier run, and write config.json."""
@@ -2730,10 +2910,21 @@ class Run:
 
     # -- training
 
-    def epochs(self):
-        """The epochs that are left; none without training."""
-        first = self.step // self.steps_per_epoch if self.training else self.args.epochs
-        return range(first, self.args.epochs)
+    def epochs(self, stage=None):
+        """The epochs of a stage that are left; none without training. Catches Ctrl-C meanwhile."""
+        if not self.training or self.step >= self.stages[stage][1]:
+            return
+        self.stage = stage
+        if self.step == self.stages[stage][0]:
+            self.best = None
+        handlers = {number: signal.signal(number, self._interrupt)
+                    for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while self.step < self.stages[stage][1]:
+                yield self.step // self.steps_per_epoch
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def steps(self, epoch):
         """The steps of an epoch that are left. Seeds each step by itself, so that a run continues
@@ -2809,13 +3000,17 @@ class Run:
                 f"{duration(rate * (self.total - self.step))} left")
         print(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n", flush=True)
 
-    def validate(self, predict):
-        """val_dice and val_iou, means over foreground classes and validation volumes; or {}."""
-        if not self.data.val:
+    def validate(self, predict, items=None, context=1):
+        """val_dice and val_iou, means over foreground classes and validation volumes; or {}.
+
+        items: Items to score in place of data.val; predict, context: see score_slices.
+        """
+        items = self.data.val if items is None else items
+        if not items:
             return {}
-        results = [scores(score_slices(predict, item.image, item.label, self.data.classes,
-                                       self.rank, self.world), self.data.classes)
-                   for item in self.data.val]
+        results = [scores(score_slices(predict, item.image, item.label, self.data.classes, context,
+                                       self.threshold, self.rank, self.world), self.data.classes)
+                   for item in items]
         mean = mean_scores(results)
         return {"val_dice": mean["dice"], "val_iou": mean["iou"]}
 
@@ -2823,8 +3018,9 @@ class Run:
         """Write the epoch's row of log.csv, last.pt, and best.pt if the validation says so."""
         self._check_finite()
         epoch = self.step // self.steps_per_epoch - 1
-        row = {"epoch": epoch, "step": self.step, "seconds": round(self.seconds, 1), "lr": self.lr,
-               **{k: v / self.steps_per_epoch for k, v in self.sums.items()}, **validation}
+        row = {"stage": self.stage} if self.stage else {}
+        row |= {"epoch": epoch, "step": self.step, "seconds": round(self.seconds, 1), "lr": self.lr,
+                **{k: v / self.steps_per_epoch for k, v in self.sums.items()}, **validation}
         self.sums = {}
         if self.rank == 0:
             new = epoch == 0
@@ -2837,7 +3033,7 @@ class Run:
         better = dice is not None and (self.best is None or dice > self.best)
         if better:
             self.best = dice
-        if better or (self.step == self.total and self.best is None):
+        if better or (self.step == self.stages[self.stage][1] and self.best is None):
             self.save("best.pt")
         self.save("last.pt")
         terminal = sys.stdout.isatty()
@@ -2855,7 +3051,8 @@ class Run:
         save_checkpoint(self.folder / name, {
             "script": self.script.name, "model": self.args.model, "args": vars(self.args),
             "classes": self.data.classes, "normalization": self.data.normalization,
-            "seen": self.data.seen, "step": self.step, "seconds": self.seconds, "best": self.best,
+            "seen": self.data.seen, "stage": self.stage, "step": self.step,
+            "seconds": self.seconds, "best": self.best,
             "sums": self.sums, "modules": keep})
 
     def _restore(self, checkpoint):
@@ -2876,8 +3073,6 @@ class Run:
         """Load the weights to predict with: best.pt, or the checkpoint of the command line."""
         self.networks = networks
         if self.training:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             path = self.folder / "best.pt"
             self.barrier()
             checkpoint = load_checkpoint(path, self.script)
@@ -2888,42 +3083,75 @@ class Run:
             load_weights(network, checkpoint, name, path)
 
     @torch.inference_mode()
-    def predict_slices(self, network, image):
-        """uint8 slices (B, H, W) -> probabilities (B, C, H, W): normalised, tiled, eight views."""
+    def predict_slices(self, network, image, prepare=None):
+        """uint8 slices (B, H, W) -> probabilities (B, C, H, W): prepared, tiled, eight views.
+
+        prepare: slices on the device -> network input, in place of the normalisation. For a 3D
+        network the slices are a window (Z, H, W), tiled like the crops that it was trained on.
+        """
         network.eval()
-        image = normalize(image.to(self.device), self.data.normalization)
+        image = image.to(self.device)
+        image = prepare(image) if prepare else normalize(image, self.data.normalization)
+        max_tile = None
+        if network.dims == 3:
+            image, max_tile = image.transpose(0, 1)[None], self.args.patch_size[1:]
 
         def once(view):
             with self.autocast():
-                return predict_slices(network, view)
-        return eight_views(once, image) if self.args.tta else once(image)
+                return predict_slices(network, view, max_tile)
+        prob = eight_views(once, image) if self.args.tta else once(image)
+        return prob if network.dims == 2 else prob[0].transpose(0, 1)
 
-    def predict(self, predict, item):
-        """Write the prediction of an Item, and its probabilities if asked. Returns its path.
-
-        predict: uint8 slices (B, H, W) -> probabilities (B, C, H, W). All processes share the work.
-        """
-        started = time.monotonic()
-        name = f"_{item.name}" if len(self.data.test) > 1 else ""
+    def output(self, item, stage=None):
+        """The path of an Item's prediction, or of its result at an earlier stage, always TIFF."""
+        if stage:
+            return self.folder / "stages" / f"{item.name}_{stage}.tif"
         ending = "mrc" if item.volume.format == "mrc" else "tif"
-        path = self.folder / f"prediction{name}.{ending}"
-        shape, channels = item.volume.shape, self.data.out_channels
-        outputs = [(path, shape, np.uint8)]
-        if self.args.save_probability:
-            stacked = shape if channels == 1 else (shape[0], channels, *shape[1:])
-            outputs.append((self.folder / f"probability{name}.tif", stacked, np.float32))
+        name = f"_{item.name}" if len(self.data.test) > 1 else ""
+        return self.folder / f"prediction{name}.{ending}"
+
+    @contextlib.contextmanager
+    def writers(self, item, *outputs):
+        """VolumeWriters of (path, shape, dtype), filled by all processes, whole when all are done.
+        """
         options = {"voxel_size": item.volume.voxel_size, "max_value": len(self.data.classes) - 1}
         with contextlib.ExitStack() as files:
             if self.rank == 0:
+                for path, *_ in outputs:
+                    path.parent.mkdir(parents=True, exist_ok=True)
                 writers = [files.enter_context(create_volume(*o, **options)) for o in outputs]
             self.barrier()
             if self.rank:
                 writers = [files.enter_context(create_volume(*o, **options, attach=True))
                            for o in outputs]
-            predict_volume(predict, item.image, *writers[:1], shape, self.args.downsample,
-                           *writers[1:], pixels=2**22 if self.device.type == "cuda" else 2**20,
-                           rank=self.rank, world=self.world, progress=self._predicting)
+            yield writers
             self.barrier()
+        self.barrier()
+
+    def predict(self, predict, item, image=None, stage=None, context=1, depth=None):
+        """Write the prediction of an Item, and its probabilities if asked. Returns its path.
+
+        predict: uint8 slices (B, H, W) -> probabilities (B, C, H, W). All processes share the work.
+        image: what the network sees, in place of item.image; stage: see output; context: see
+        predict_by_slabs; depth: of the windows of a 3D network.
+        """
+        started = time.monotonic()
+        image = item.image if image is None else image
+        shape, channels, path = item.volume.shape, self.data.out_channels, self.output(item, stage)
+        outputs = [(path, shape, np.uint8)]
+        if self.args.save_probability and not stage:
+            stacked = shape if channels == 1 else (shape[0], channels, *shape[1:])
+            name = path.stem.replace("prediction", "probability", 1)
+            outputs.append((self.folder / f"{name}.tif", stacked, np.float32))
+        share = {"rank": self.rank, "world": self.world}
+        if depth:
+            stream = predict_by_windows(predict, image, depth, **share)
+        else:
+            stream = predict_by_slabs(predict, image, shape, context, **share,
+                                      pixels=2**22 if self.device.type == "cuda" else 2**20)
+        with self.writers(item, *outputs) as writers:
+            predict_volume(stream, writers[0], shape, self.args.downsample, *writers[1:],
+                           threshold=self.threshold, progress=self._predicting)
         self.predicted_voxels += math.prod(shape)
         self.predict_seconds += time.monotonic() - started
         return path
@@ -2931,7 +3159,7 @@ class Run:
     def _predicting(self, done, total):
         """Progress of a prediction, on a terminal only."""
         if self.rank == 0 and sys.stdout.isatty():
-            text = f"predicting  slab {done}/{total}" if done < total else ""
+            text = f"predicting  slice {done}/{total}" if done < total else ""
             print(f"\r{text}\x1b[K", end="", flush=True)
 
     def barrier(self):
@@ -2941,28 +3169,33 @@ class Run:
 
     def report(self, predictions, stages=None):
         """Score the predictions (paths, one per test Item); write metrics.json, figure.png and
-        curves.png; print the scores and what was written. stages: {name: mean scores}."""
+        curves.png; print the scores and what was written. stages: {name: paths} of a method in
+        stages, the last of which are the predictions; each is scored and shown."""
         if self.rank:
             return
+        stages = stages or {"prediction": predictions}
+        results = {name: [] for name in stages}             # the `scores` of every labelled Item
         volumes, shown = [], []
-        for item, path in zip(self.data.test, predictions):
-            prediction = open_volume(str(path))
+        for number, item in enumerate(self.data.test):
+            opened = {name: open_volume(str(paths[number])) for name, paths in stages.items()}
             entry = {"volume": item.volume.path, "label": item.label and item.label.path,
-                     "prediction": str(path), "voxels": math.prod(item.volume.shape),
+                     "prediction": str(predictions[number]), "voxels": math.prod(item.volume.shape),
                      **dict.fromkeys(("ignored", "per_class", "dice", "iou", "miou", "accuracy"))}
             if item.label is not None:
-                entry.update(evaluate(prediction, item.label, self.data.classes))
+                for name, prediction in opened.items():
+                    results[name].append(evaluate(prediction, item.label, self.data.classes))
+                    self._say_scores(predictions[number].name, name if len(stages) > 1 else "",
+                                     results[name][-1])
+                entry.update(results[name][-1])
             volumes.append(entry)
-            shown.append((Path(item.volume.path).name, as_uint8(item.volume), item.label,
-                          prediction))
-        scored = [entry for entry in volumes if entry["per_class"]]
+            shown.append((Path(item.volume.path).name, as_uint8(item.volume), item.label, opened))
+        mean = {name: mean_scores(each) if each else None for name, each in results.items()}
         self._write_json("metrics.json", {
             "schema": 1, "script": self.script.name, "model": self.args.model,
             "seed": self.args.seed,
             "selected_on": "last epoch" if self.best is None else "validation",
-            "classes": self.data.classes, "volumes": volumes,
-            "mean": mean_scores(scored) if scored else None,
-            **({"stages": stages} if stages else {}),
+            "classes": self.data.classes, "volumes": volumes, "mean": list(mean.values())[-1],
+            **({"stages": mean} if len(stages) > 1 else {}),
             "train_seconds": round(self.seconds, 1),
             "predict_seconds": round(self.predict_seconds, 1),
             "predict_voxels_per_second": round(self.predicted_voxels / self.predict_seconds),
@@ -2971,13 +3204,16 @@ class Run:
         save_slices(self.folder / "figure.png", shown, self.data.classes)
         if (self.folder / "log.csv").exists():
             save_curves(self.folder / "curves.png", self.folder / "log.csv")
-        for entry in scored:
-            for name, score in entry["per_class"].items():
-                self.say(f"{Path(entry['prediction']).name}  {name}: " + "  ".join(
-                    f"{key} {'undefined' if score[key] is None else format(score[key], '.4f')}"
-                    for key in ("dice", "iou", "precision", "recall")))
         written = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
         self.say(f"wrote {self.folder}/: {', '.join(written)}")
+
+    def _say_scores(self, prediction, stage, result):
+        """One line for each class of a prediction."""
+        for name, score in result["per_class"].items():
+            values = [(key, score[key]) for key in ("dice", "iou", "precision", "recall")]
+            self.say(f"{prediction}  {stage}{': ' * bool(stage)}{name}: " + "  ".join(
+                f"{key} {'undefined' if value is None else format(value, '.4f')}"
+                for key, value in values))
 
 
 def duration(seconds):

@@ -1,13 +1,18 @@
-"""Small files and real data that the tests share."""
+"""Small files and real data that the tests share; how they run a command and read its results."""
 
+import csv
+import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import tifffile
+import torch
 
 import emseg
 
+ROOT = Path(emseg.__file__).resolve().parent
 DATA = Path(os.environ["EMSEG_DATA"]) if os.environ.get("EMSEG_DATA") else None
 
 
@@ -32,3 +37,58 @@ def cells(tmp_path_factory):
             writer[:] = array
     tifffile.imwrite(folder / "small.tif", image[:, :24, :24])
     return folder
+
+
+def run(script, *arguments):
+    """Run a training script (a module) with these arguments."""
+    script.main(script.parse_args([str(a) for a in arguments]))
+
+
+def refused(script, capsys, *arguments):
+    """The one line with which a script refuses its arguments."""
+    with pytest.raises(SystemExit) as stopped:
+        run(script, *arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def interrupt_after(monkeypatch, steps):
+    """Press Ctrl-C after that many training steps."""
+    log, calls = emseg.Run.log, []
+
+    def interrupting_log(self, **values):
+        log(self, **values)
+        calls.append(1)
+        if len(calls) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(emseg.Run, "log", interrupting_log)
+
+
+def weights(path, start=""):
+    """All weights of a checkpoint's modules whose names start so, in one vector."""
+    modules = torch.load(path, weights_only=True)["modules"]
+    chosen = [v for name in sorted(modules) if name.startswith(start)
+              and not name.startswith(("optimizer", "scaler")) for v in modules[name].values()]
+    return torch.cat([v.flatten().double() for v in chosen])
+
+
+def log_without_seconds(folder):
+    """The rows of log.csv."""
+    with open(folder / "log.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def metrics(folder):
+    """metrics.json, which must be strict JSON."""
+    def no_constant(text):
+        raise AssertionError(f"metrics.json holds {text}")
+    return json.loads((folder / "metrics.json").read_text(), parse_constant=no_constant)
+
+
+def readme_commands(script):
+    """The arguments of the README's commands that call this script, continued lines joined."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    return [line.split(script, 1)[1].split() for line in text.splitlines()
+            if line.startswith("    ") and script in line and "cp " not in line]

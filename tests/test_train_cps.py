@@ -1,52 +1,32 @@
 """train_cps.py: its equations, and whole runs on small and real data."""
 
-import csv
+import functools
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import conftest
 import emseg
 import train_cps
+from conftest import ROOT, log_without_seconds, metrics, weights
 
-ROOT = Path(train_cps.__file__).resolve().parent
+run = functools.partial(conftest.run, train_cps)
+refused = functools.partial(conftest.refused, train_cps)
 TINY = ["--model", "unet", "--width", "4", "--patch-size", "32", "32", "--batch-size", "4",
         "--epochs", "2", "--steps-per-epoch", "4", "--downsample", "1", "--device", "cpu",
         "--cps-warmup", "0.5", "1"]
-
-
-def run(*arguments):
-    train_cps.main(train_cps.parse_args([str(a) for a in arguments]))
 
 
 def train(cells, out, *more):
     run("--volume", cells / "image.tif@0:8", "--label", cells / "mito.tif@0:8",
         "--label-slices", "0,3,7", "--test-volume", cells / "image.tif@8:12",
         "--test-label", cells / "mito.tif@8:12", "--out-dir", out, *TINY, *more)
-
-
-def weights(path):
-    modules = torch.load(path, weights_only=True)["modules"]
-    return torch.cat([v.flatten().double() for k in sorted(modules) if k.startswith("network")
-                      for v in modules[k].values()])
-
-
-def log_without_seconds(folder):
-    rows = list(csv.DictReader(open(folder / "log.csv")))
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
-def metrics(folder):
-    def no_constant(text):
-        raise AssertionError(f"metrics.json holds {text}")
-    return json.loads((folder / "metrics.json").read_text(), parse_constant=no_constant)
 
 
 @pytest.fixture(scope="module")
@@ -181,15 +161,7 @@ def test_workers_change_nothing(trained, cells, tmp_path):
 @pytest.mark.parametrize("steps", [1, 4, 6])
 def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monkeypatch, capsys,
                                                   steps):
-    log, calls = emseg.Run.log, []
-
-    def interrupting_log(self, **values):
-        log(self, **values)
-        calls.append(1)
-        if len(calls) == steps:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(emseg.Run, "log", interrupting_log)
+    conftest.interrupt_after(monkeypatch, steps)
     with pytest.raises(SystemExit) as stopped:
         train(cells, tmp_path / "stopped")
     assert stopped.value.code == 130 and "--resume --out-dir" in capsys.readouterr().out
@@ -327,15 +299,6 @@ def test_prediction_does_not_depend_on_slab_or_tile(trained, cells, tmp_path, mo
 
 
 # -- bad input -------------------------------------------------------------------------------------
-
-
-def refused(capsys, *arguments):
-    """The one line with which the command refuses its arguments."""
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -501,15 +464,8 @@ def test_a_non_finite_loss_stops_with_epoch_and_step(cells, tmp_path, capsys, mo
 # -- README and real data --------------------------------------------------------------------------
 
 
-def readme_commands():
-    """The commands of the README that call train_cps.py, with continued lines joined."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    return [line.split("train_cps.py", 1)[1].split() for line in text.splitlines()
-            if line.startswith("    ") and "train_cps.py" in line and "cp " not in line]
-
-
 def test_every_readme_command_parses(trained, monkeypatch, tmp_path):
-    commands = readme_commands()
+    commands = conftest.readme_commands("train_cps.py")
     assert len(commands) >= 5
     monkeypatch.setattr(emseg, "load_checkpoint", lambda path, script: torch.load(
         trained / "best.pt", weights_only=True))

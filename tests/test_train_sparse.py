@@ -1,0 +1,591 @@
+"""train_sparse.py: its three stages by themselves, and whole runs on small and real data."""
+
+import functools
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+import conftest
+import emseg
+import train_sparse
+from conftest import ROOT, log_without_seconds, metrics, weights
+
+IGNORE = emseg.IGNORE
+CLASSES = ["background", "mitochondrion"]
+CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], dtype=bool)
+run = functools.partial(conftest.run, train_sparse)
+refused = functools.partial(conftest.refused, train_sparse)
+TINY = ["--width", "4", "--patch-size", "32", "32", "--batch-size", "4", "--epochs", "2",
+        "--steps-per-epoch", "3", "--scm-epochs", "2", "--context", "5", "--min-size", "20",
+        "--no-tta", "--lr", "3e-3", "--device", "cpu"]
+
+
+def training_data(cells):
+    return ["--volume", cells / "image.tif@0:8", "--label", cells / "mito.tif@0:8",
+            "--label-slices", "0,3,7"]
+
+
+def train(cells, out, *more):
+    run(*training_data(cells), "--test-volume", cells / "image.tif@8:12", "--test-label",
+        cells / "mito.tif@8:12", "--out-dir", out, *TINY, *more)
+
+
+@pytest.fixture(scope="module")
+def trained(cells, tmp_path_factory):
+    """A finished tiny run of all three stages."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    train(cells, folder)
+    return folder
+
+
+class InMemory(emseg.LazyArray):
+    """An array as a lazy volume; of an annotation, the annotated slices."""
+
+    def __init__(self, array, slices=None):
+        super().__init__("memory", array.shape, array.dtype, None)
+        self.array, self.slices = array, None if slices is None else np.array(slices)
+
+    def read(self, z, y, x):
+        return self.array[z, y, x].copy()
+
+
+def blobs(shape, classes=2, seed=0):
+    """Random class ids (Z, Y, X) uint8 with objects of all sizes that change along z."""
+    rng = np.random.default_rng(seed)
+    field = ndimage.gaussian_filter(rng.standard_normal((classes - 1, *shape)), (0, 0.7, 2, 2))
+    result = np.zeros(shape, np.uint8)
+    for k, one in enumerate(field, 1):
+        result[one > np.quantile(one, 0.7)] = k
+    return result
+
+
+def annotation(shape, slices, classes=2, seed=1, ignored=0.0):
+    """An annotation of these slices, IGNORE elsewhere and on a share of their pixels."""
+    label = blobs(shape, classes, seed)
+    label[np.setdiff1d(np.arange(shape[0]), slices)] = IGNORE
+    label[np.random.default_rng(seed).random(shape) < ignored] = IGNORE
+    return InMemory(label, slices)
+
+
+# -- stage 2: an independent implementation, slice by slice and erosion by erosion -----------------
+
+
+def slow_remove_small(mask, min_size):
+    objects, count = ndimage.label(mask, CROSS)
+    for number in range(1, count + 1):
+        if (objects == number).sum() < min_size:
+            mask = mask & (objects != number)
+    return mask
+
+
+def slow_stage_2(ids, label, slices, classes, erosions, min_size):
+    """Section 2.3, each slice from its neighbours, in loops."""
+    Z, claims = len(ids), []
+    for k in range(1, classes):
+        stack = [ids[z] == k for z in range(Z)]
+
+        def restored(stack):
+            return [np.where(label[z] == IGNORE, stack[z], label[z] == k) for z in range(Z)]
+
+        def cleaned(stack):
+            return restored([slow_remove_small(mask, min_size) for mask in stack])
+
+        reached = []
+        for z in range(Z):
+            mask = stack[z].copy()
+            for j in ([max(s for s in slices if s <= z)] if min(slices, default=Z) <= z else []) + (
+                    [min(s for s in slices if s >= z)] if max(slices, default=-1) >= z else []):
+                eroded = label[j] == k
+                for _ in range(erosions * abs(z - j)):
+                    eroded = ndimage.binary_erosion(eroded, CROSS, border_value=1)
+                mask |= eroded
+            reached.append(mask)
+        stack = cleaned(reached)
+        for reach in (1, 2):
+            pairs = [(max(0, z - reach), min(Z - 1, z + reach)) for z in range(Z)]
+            stack = restored([stack[z] & (stack[a] | stack[b]) for z, (a, b) in enumerate(pairs)])
+            stack = cleaned([stack[z] | (stack[a] & stack[b]) for z, (a, b) in enumerate(pairs)])
+        claims.append(stack)
+    result = np.zeros_like(ids)
+    for place in np.ndindex(ids.shape):
+        claiming = [k + 1 for k in range(classes - 1) if claims[k][place[0]][place[1:]]]
+        if claiming:
+            result[place] = ids[place] if ids[place] in claiming else claiming[0]
+    return result
+
+
+@pytest.mark.parametrize("slices, classes, ignored", [
+    ([], 2, 0), ([0, 5, 10], 2, 0), ([3], 2, 0), ([2, 3, 11], 2, 0.2), ([1, 7], 4, 0), ([], 3, 0)])
+@pytest.mark.parametrize("erosions, min_size", [(1, 12), (3, 0)])
+def test_stage_2_equals_loops(slices, classes, ignored, erosions, min_size):
+    shape = (12, 30, 34)
+    ids, label = blobs(shape, classes), annotation(shape, slices, classes, ignored=ignored)
+    rules = {"erosions": erosions, "min_size": min_size}
+    wanted = slow_stage_2(ids, label.array, slices, classes, erosions, min_size)
+    found = train_sparse.postprocess(InMemory(ids), label if slices else None, slice(0, 12),
+                                     range(classes), rules)
+    np.testing.assert_array_equal(found, wanted)
+    assert found.dtype == np.uint8 and (found != ids).any()
+
+
+@pytest.mark.parametrize("slices", [[], [4, 20, 31]])
+@pytest.mark.parametrize("step", [1, 7])
+def test_stage_2_in_slabs_equals_the_whole_stack(slices, step):
+    shape = (40, 24, 26)
+    ids, label = InMemory(blobs(shape, 3)), annotation(shape, slices, 3) if slices else None
+    rules = {"erosions": 1, "min_size": 10}
+    whole = train_sparse.postprocess(ids, label, slice(0, 40), range(3), rules)
+    for z in range(0, 40, step):
+        slab = slice(z, min(40, z + step))
+        found = train_sparse.postprocess(ids, label, slab, range(3), rules)
+        np.testing.assert_array_equal(found, whole[slab])
+
+
+def test_annotated_pixels_stay_exactly_as_annotated():
+    shape, slices = (13, 40, 40), [0, 6, 12]
+    label = annotation(shape, slices, 3, ignored=0.1)
+    known = label.array != IGNORE
+    for rules in ({"erosions": 2, "min_size": 500}, None):
+        found = train_sparse.postprocess(InMemory(blobs(shape, 3)), label, slice(0, 13), range(3),
+                                         rules)
+        np.testing.assert_array_equal(found[known], label.array[known])
+
+
+def test_without_rules_all_else_stays_as_it_was():
+    ids, label = blobs((5, 9, 9)), annotation((5, 9, 9), [2])
+    found = train_sparse.postprocess(InMemory(ids), label, slice(0, 5), CLASSES, None)
+    np.testing.assert_array_equal(found[[0, 1, 3, 4]], ids[[0, 1, 3, 4]])
+
+
+def column(*values):
+    """A stack of single-pixel slices, bool (Z, 1, 1)."""
+    return np.array(values, dtype=bool)[:, None, None]
+
+
+def test_equation_2_removes_what_neither_neighbour_has():
+    masks = column(0, 1, 0, 1, 1, 0, 0, 1)
+    # slice 1 stands alone; 3 and 4 hold each other; 7 is the last slice, which is its own neighbour
+    assert train_sparse.continuity(masks, 1, "and")[:, 0, 0].tolist() == [0, 0, 0, 1, 1, 0, 0, 1]
+
+
+def test_equation_3_fills_what_both_neighbours_have():
+    masks = column(0, 1, 0, 1, 0, 0, 1, 0)
+    assert train_sparse.continuity(masks, 1, "or")[:, 0, 0].tolist() == [0, 1, 1, 1, 0, 0, 1, 0]
+
+
+def test_two_slices_up_and_down():
+    gap = column(1, 1, 0, 0, 1, 1)
+    assert train_sparse.continuity(gap, 1, "or")[:, 0, 0].tolist() == [1, 1, 0, 0, 1, 1]
+    assert train_sparse.continuity(gap, 2, "or").all()
+    wide = column(1, 1, 0, 0, 1, 1, 1)          # slice 2 lies between 0 and 4, slice 3 between 1, 5
+    assert train_sparse.continuity(wide, 2, "or").all()
+    ends = column(1, 0, 0, 1, 0)                # beyond the ends the last slices count: 1 has 0, 3
+    assert train_sparse.continuity(ends, 2, "or")[:, 0, 0].tolist() == [1, 1, 0, 1, 0]
+    assert train_sparse.continuity(column(0, 0, 1, 1, 0, 0), 2, "and").sum() == 0
+
+
+def test_equation_1_erodes_by_the_distance():
+    square = np.zeros((21, 21), dtype=bool)
+    square[5:16, 5:16] = True                                           # 11 x 11
+    reached = train_sparse.propagate({3: square}, np.arange(7), (7, 21, 21), 2)
+    assert reached.sum((1, 2)).tolist() == [0, 9, 49, 121, 49, 9, 0]    # sides 11, 7, 3, gone
+    assert reached[1, 9:12, 9:12].all()
+
+
+def test_both_neighbouring_annotations_reach_a_slice_but_no_farther_one():
+    left, right = np.zeros((2, 9, 9), dtype=bool)
+    left[:, :4], right[:, 5:] = True, True
+    whole = np.ones((9, 9), dtype=bool)
+    reached = train_sparse.propagate({0: whole, 2: left, 4: right}, np.arange(6), (6, 9, 9), 1)
+    assert reached[3].any(0).tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1]    # one column less on each
+    assert not reached[5][:, :6].any() and reached[1].all()
+
+
+def test_small_objects_are_counted_slice_by_slice():
+    masks = np.zeros((3, 8, 8), dtype=bool)
+    masks[:, :2, :2] = True                             # 12 voxels, but 4 pixels in each slice
+    masks[1, 4:7, 4:7] = True
+    masks[1, 7, 7] = True                               # touches the square at a corner only
+    assert train_sparse.remove_small(masks, 5).sum() == 9
+    assert train_sparse.remove_small(masks, 0).sum() == masks.sum()
+
+
+# -- stage 3 ---------------------------------------------------------------------------------------
+
+
+def test_the_networks_have_the_papers_sizes():
+    args = train_sparse.parse_args(["--volume", "a", "--label", "b"])
+    coarse = train_sparse.MODELS[args.model](1, 1, args.width)
+    assert emseg.count_parameters(coarse) == 7_701_825
+    assert emseg.count_parameters(emseg.UNet(args.context, 1)) == 7_709_889
+    assert emseg.count_parameters(train_sparse.MODELS["unet3d"](1, 1)) == 16_318_691
+    assert set(emseg.NETWORKS) < set(train_sparse.MODELS)
+
+
+def test_the_defaults_are_the_papers():
+    args = train_sparse.parse_args(["--volume", "a", "--label", "b"])
+    assert (args.epochs, args.scm_epochs, args.batch_size, args.lr) == (100, 100, 16, 5e-4)
+    assert (args.context, args.erosions, args.threshold, args.tta) == (15, 3, 0.5, True)
+    assert args.affine and args.mpp and args.scm and args.patch_size == [512, 512]
+
+
+def test_neighbour_masks_are_one_channel_for_each_class_and_slice():
+    ids = torch.tensor([[0, 1, 2], [2, 2, 0]])[..., None, None]         # B 2, context 3
+    masks = train_sparse.neighbour_masks(ids, ["background", "a", "b"])
+    assert masks.dtype == torch.float32
+    assert masks[..., 0, 0].tolist() == [[0, 1, 0, 0, 0, 1], [0, 0, 0, 1, 1, 0]]
+
+
+def test_augmented_masks_stay_class_ids_and_pairs():
+    torch.manual_seed(0)
+    stack = torch.from_numpy(blobs((64 * 3, 16, 16), 4)).view(64, 3, 16, 16)
+    coarse, soft = train_sparse.augment_masks(stack, stack.clone())
+    assert torch.equal(coarse, soft)
+    assert set(coarse.unique().tolist()) == {0, 1, 2, 3}
+    for before, after in zip(stack, coarse):
+        assert torch.equal(before.flatten().bincount(), after.flatten().long().bincount())
+    views = {(axes, turns): lambda x, axes=axes, turns=turns: torch.rot90(
+        x.flip(axes), turns, (1, 2)) for axes in ((), (0,), (2,), (0, 2)) for turns in range(4)}
+    seen = {name for before, after in zip(stack, coarse) for name, view in views.items()
+            if torch.equal(view(before).float(), after)}
+    assert len(views) == 16 and seen == set(views)
+
+
+# -- whole runs ------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_all_stages(trained, cells):
+    assert {"config.json", "log.csv", "best.pt", "last.pt", "prediction.tif", "metrics.json",
+            "figure.png", "curves.png", "stages"} == {path.name for path in trained.iterdir()}
+    files = {str(p.relative_to(trained)) for p in trained.glob("stages/**/*.tif")}
+    assert files == {"stages/train/image_coarse.tif", "stages/train/image_soft.tif",
+                     "stages/image_coarse.tif", "stages/image_mpp.tif"}
+    result, truth = metrics(trained), emseg.open_volume(f"{cells}/mito.tif@8:12")[:] == 255
+    assert list(result["stages"]) == ["coarse", "mpp", "scm"]
+    assert result["mean"] == result["stages"]["scm"]
+    for stage, path in (("coarse", "stages/image_coarse.tif"), ("mpp", "stages/image_mpp.tif"),
+                        ("scm", "prediction.tif")):
+        pred = emseg.open_volume(str(trained / path))[:] == 1
+        iou = (pred & truth).sum() / (pred | truth).sum()
+        assert result["stages"][stage]["iou"] == pytest.approx(iou)
+    counts = [emseg.count_parameters(emseg.UNet(c, 1, 4)) for c in (1, 5)]
+    assert result["parameters"] == sum(counts)
+
+
+def test_the_log_has_both_trainings(trained):
+    rows = log_without_seconds(trained)
+    assert [row["stage"] for row in rows] == ["coarse", "coarse", "scm", "scm"]
+    assert [row["step"] for row in rows] == ["3", "6", "9", "12"]
+
+
+def test_soft_labels_hold_the_annotation_and_the_rules(trained, cells):
+    soft = emseg.open_volume(str(trained / "stages/train/image_soft.tif"))[:]
+    coarse = emseg.open_volume(str(trained / "stages/train/image_coarse.tif"))[:]
+    truth = (emseg.open_volume(f"{cells}/mito.tif@0:8")[:] == 255).astype(np.uint8)
+    np.testing.assert_array_equal(soft[[0, 3, 7]], truth[[0, 3, 7]])
+    assert (coarse[[0, 3, 7]] != truth[[0, 3, 7]]).any()
+    label = truth.copy()
+    label[[1, 2, 4, 5, 6]] = IGNORE
+    np.testing.assert_array_equal(soft, slow_stage_2(coarse, label, [0, 3, 7], 2, 3, 20))
+
+
+def test_stage_3_sees_the_masks_around_each_slice(trained):
+    """The prediction, computed again slice by slice from the coarse masks and the weights."""
+    network = emseg.UNet(5, 1, 4).eval()
+    checkpoint = torch.load(trained / "best.pt", weights_only=True)
+    network.load_state_dict(checkpoint["modules"]["scm"])
+    coarse = emseg.open_volume(str(trained / "stages/image_coarse.tif"))[:]
+    wanted = []
+    for z in range(4):
+        masks = np.stack([coarse[min(max(z + d, 0), 3)] for d in (-2, -1, 0, 1, 2)])
+        with torch.no_grad():
+            wanted.append(network(torch.from_numpy(masks)[None].float())[0, 0] > 0)
+    found = emseg.open_volume(str(trained / "prediction.tif"))[:]
+    assert (np.stack(wanted) == found).mean() > 0.995           # but for bf16
+
+
+@pytest.mark.parametrize("flags, stages", [
+    (["--no-scm"], ["coarse", "mpp"]), (["--no-scm", "--no-mpp", "--no-affine"], None),
+    (["--no-mpp"], ["coarse", "scm"])])
+def test_the_ablation_leaves_stages_out(trained, cells, tmp_path, flags, stages):
+    train(cells, tmp_path / "run", *flags)
+    result = metrics(tmp_path / "run")
+    assert list(result.get("stages", [])) == (stages or [])
+    coarse = result["stages"]["coarse"] if stages else result["mean"]
+    same = coarse == metrics(trained)["stages"]["coarse"]
+    assert same == ("--no-affine" not in flags)
+    if "--no-mpp" in flags and stages:
+        soft, coarse = [emseg.open_volume(str(tmp_path / f"run/stages/train/image_{kind}.tif"))[:]
+                        for kind in ("soft", "coarse")]
+        np.testing.assert_array_equal(soft[[1, 2, 4, 5, 6]], coarse[[1, 2, 4, 5, 6]])
+
+
+def test_same_seed_same_weights_and_workers_change_nothing(trained, cells, tmp_path):
+    train(cells, tmp_path / "same", "--workers", 2)
+    train(cells, tmp_path / "other", "--seed", 1)
+    assert torch.equal(weights(trained / "last.pt"), weights(tmp_path / "same" / "last.pt"))
+    assert not torch.equal(weights(trained / "last.pt"), weights(tmp_path / "other" / "last.pt"))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6, 8, 12])
+def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monkeypatch, capsys,
+                                                  steps):
+    conftest.interrupt_after(monkeypatch, steps)
+    with pytest.raises(SystemExit) as stopped:
+        train(cells, tmp_path / "stopped")
+    assert stopped.value.code == 130 and "--resume --out-dir" in capsys.readouterr().out
+    monkeypatch.undo()
+    run("--resume", "--out-dir", tmp_path / "stopped")
+    assert_same_run(trained, tmp_path / "stopped")
+
+
+def assert_same_run(one, other):
+    assert torch.equal(weights(one / "last.pt"), weights(other / "last.pt"))
+    assert log_without_seconds(one) == log_without_seconds(other)
+    assert metrics(one)["stages"] == metrics(other)["stages"]
+    for path in one.glob("**/*.tif"):
+        assert path.read_bytes() == (other / path.relative_to(one)).read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["train/image_coarse", "train/image_soft", "image_coarse",
+                                   "image_mpp"])
+def test_resumed_between_trainings_is_identical(trained, cells, tmp_path, monkeypatch, capsys,
+                                                stage):
+    original = emseg.VolumeWriter.__setitem__
+
+    def interrupted(self, index, slab):
+        original(self, index, slab)
+        if f"stages/{stage}.tif" in self.path:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(emseg.VolumeWriter, "__setitem__", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train(cells, tmp_path / "run")
+    assert stopped.value.code == 130
+    assert f"--resume --out-dir {tmp_path / 'run'}" in capsys.readouterr().err
+    assert not (tmp_path / f"run/stages/{stage}.tif").exists()
+    monkeypatch.undo()
+    run("--resume", "--out-dir", tmp_path / "run")
+    assert_same_run(trained, tmp_path / "run")
+
+
+def test_killed_in_stage_3_and_resumed_is_identical(trained, cells, tmp_path):
+    out = tmp_path / "killed"
+    command = [sys.executable, ROOT / "train_sparse.py", *training_data(cells), "--test-volume",
+               f"{cells}/image.tif@8:12", "--test-label", f"{cells}/mito.tif@8:12", "--out-dir",
+               out, *TINY]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    while not (out / "stages/train/image_soft.tif").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (out / "metrics.json").exists()
+    run("--resume", "--out-dir", out)
+    assert_same_run(trained, out)
+
+
+def test_a_checkpoint_predicts_through_all_stages(trained, cells, tmp_path):
+    run("--checkpoint", trained / "best.pt", "--test-volume", cells / "image.tif@8:12",
+        "--test-label", cells / "mito.tif@8:12", "--out-dir", tmp_path / "again", "--device", "cpu",
+        "--save-probability", "--no-tta")
+    assert metrics(tmp_path / "again")["stages"] == metrics(trained)["stages"]
+    probability = emseg.open_volume(tmp_path / "again" / "probability.tif")[:]
+    prediction = emseg.open_volume(tmp_path / "again" / "prediction.tif")[:]
+    np.testing.assert_array_equal(probability > 0.5, prediction == 1)
+
+
+def test_the_threshold_works_in_both_networks(trained, cells, tmp_path):
+    run("--checkpoint", trained / "best.pt", "--test-volume", cells / "image.tif@8:12",
+        "--out-dir", tmp_path / "low", "--device", "cpu", "--save-probability", "--no-tta",
+        "--threshold", "0.05")
+    low, high = [emseg.open_volume(str(folder / "stages/image_coarse.tif"))[:].sum()
+                 for folder in (tmp_path / "low", trained)]
+    assert low > high
+    probability = emseg.open_volume(tmp_path / "low" / "probability.tif")[:]
+    prediction = emseg.open_volume(tmp_path / "low" / "prediction.tif")[:]
+    np.testing.assert_array_equal(probability > 0.05, prediction == 1)
+
+
+def test_the_training_stack_is_refined_with_its_annotation(trained, cells, tmp_path):
+    run(*training_data(cells), "--out-dir", tmp_path / "run", *TINY)
+    assert torch.equal(weights(trained / "last.pt"), weights(tmp_path / "run" / "last.pt"))
+    folder = tmp_path / "run" / "stages"
+    assert {p.name for p in folder.glob("*.tif")} == {"image_mpp.tif"}      # coarse is in train/
+    assert (folder / "image_mpp.tif").read_bytes() == (folder / "train/image_soft.tif").read_bytes()
+    assert len(emseg.open_volume(tmp_path / "run" / "prediction.tif")) == 8
+
+
+def test_eight_views_in_both_networks(trained, cells, tmp_path, monkeypatch):
+    shapes, original = [], emseg.predict_slices
+
+    def noting(network, image, max_tile=None):
+        shapes.append((image.shape[1], tuple(image.flatten()[:9].tolist())))
+        return original(network, image, max_tile)
+
+    monkeypatch.setattr(emseg, "predict_slices", noting)
+    run("--checkpoint", trained / "best.pt", "--test-volume", cells / "image.tif@8:9",
+        "--out-dir", tmp_path / "out", "--device", "cpu", "--tta")
+    assert [channels for channels, _ in shapes] == [1] * 8 + [5] * 8
+    assert len(set(shapes[:8])) == 8                                    # eight distinct views
+
+
+def test_validation_chooses_the_epoch_of_each_network(cells, tmp_path):
+    run(*training_data(cells), "--val-slices", "3", "--val-volume", cells / "image.tif@8:10",
+        "--val-label", cells / "mito.tif@8:10", "--test-volume", cells / "image.tif@10:12",
+        "--test-label", cells / "mito.tif@10:12", "--out-dir", tmp_path / "run", *TINY,
+        "--epochs", 4, "--scm-epochs", 3)
+    rows = log_without_seconds(tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    best = max((row for row in rows if row["stage"] == "scm"), key=lambda r: float(r["val_dice"]))
+    assert checkpoint["step"] == int(best["step"])
+    assert metrics(tmp_path / "run")["selected_on"] == "validation"
+    soft = emseg.open_volume(str(tmp_path / "run/stages/train/image_soft.tif"))[:]
+    truth = (emseg.open_volume(f"{cells}/mito.tif@0:8")[:] == 255).astype(np.uint8)
+    assert (soft[3] != truth[3]).any()          # a validation slice does not leak into soft labels
+
+
+def test_many_classes_and_downsampling_go_through_all_stages(cells, tmp_path):
+    run("--volume", cells / "image.tif@0:8,0:109,0:127", "--label",
+        cells / "label.tif@0:8,0:109,0:127", "--label-slices", "0,3,7", "--label-map",
+        "3=1,2=2,*=0", "--test-volume", cells / "image.tif@8:12", "--test-label",
+        cells / "label.tif@8:12", "--out-dir", tmp_path / "run", *TINY, "--downsample", 2,
+        "--patch-size", 32, 32)
+    result = metrics(tmp_path / "run")
+    assert result["classes"] == ["background", "class 1", "class 2"]
+    assert set(result["stages"]["mpp"]["per_class"]) == {"class 1", "class 2"}
+    assert emseg.open_volume(tmp_path / "run" / "prediction.tif").shape == (4, 112, 128)
+    soft = emseg.open_volume(str(tmp_path / "run/stages/train/image_soft.tif"))[:]
+    truth = emseg.open_volume(f"{cells}/label.tif@0:8,0:109,0:127")[:]
+    np.testing.assert_array_equal(soft[3] == 2, truth[3] == 2)
+
+
+def test_unlabelled_volumes_teach_stage_3(cells, tmp_path):
+    run(*training_data(cells), "--unlabeled-volume", cells / "image.tif@8:12", "--test-volume",
+        cells / "image.tif@8:9", "--out-dir", tmp_path / "run", *TINY)
+    folder = tmp_path / "run/stages/train"
+    coarse = emseg.open_volume(str(folder / "2_image_coarse.tif"))[:]
+    soft = emseg.open_volume(str(folder / "2_image_soft.tif"))[:]
+    assert len(soft) == 4
+    np.testing.assert_array_equal(soft, slow_stage_2(coarse, np.full_like(coarse, IGNORE), [], 2,
+                                                     3, 20))
+
+
+@pytest.mark.parametrize("model", sorted(train_sparse.MODELS))
+def test_every_network_can_be_stage_1(cells, tmp_path, model):
+    volumetric = model in emseg.NETWORKS_3D
+    run(*training_data(cells), "--val-slices", "3", "--test-volume", cells / "image.tif@8:12",
+        "--test-label", cells / "mito.tif@8:12", "--out-dir", tmp_path / "run", *TINY, "--model",
+        model, "--epochs", 1, "--scm-epochs", 1, "--patch-size", *[8, 32, 32][not volumetric:])
+    result = metrics(tmp_path / "run")
+    assert result["model"] == model and list(result["stages"]) == ["coarse", "mpp", "scm"]
+
+
+def test_a_3d_network_learns_from_sparse_slices_of_its_windows(cells, tmp_path):
+    run("--volume", cells / "image.tif", "--label", cells / "mito.tif", "--label-slices", "0:12:4",
+        "--test-volume", cells / "image.tif", "--test-label", cells / "mito.tif", "--out-dir",
+        tmp_path / "run", "--model", "unet3d", "--no-mpp", "--no-scm", "--width", 8, "--epochs", 4,
+        "--steps-per-epoch", 15, "--batch-size", 2, "--patch-size", 8, 64, 64, "--lr", "1e-3",
+        "--device", "cpu", "--no-tta", "--foreground", 1)
+    assert metrics(tmp_path / "run")["mean"]["iou"] > 0.3
+
+
+def test_two_processes_do_all_stages_together(cells, tmp_path):
+    out = tmp_path / "two"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               ROOT / "train_sparse.py", *training_data(cells), "--val-slices", "3",
+               "--test-volume", f"{cells}/image.tif@8:12", "--test-label",
+               f"{cells}/mito.tif@8:12", "--save-probability", "--out-dir", out, *TINY]
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    run("--checkpoint", out / "best.pt", "--test-volume", cells / "image.tif@8:12", "--test-label",
+        cells / "mito.tif@8:12", "--no-tta", "--device", "cpu", "--out-dir", tmp_path / "one")
+    assert metrics(out)["stages"] == metrics(tmp_path / "one")["stages"]
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--context", "4"], "no middle slice"),
+    (["--threshold", "1.5"], "between 0 and 1"),
+    (["--min-size", "-1"], "--min-size -1"),
+    (["--erosions", "0"], "0 is not above 0"),
+    (["--foreground", "2"], "between 0 and 1"),
+    (["--patch-size", "32"], "unet takes two sides, Y X"),
+    (["--patch-size", "30", "32"], "nearest to 30: 24 or 32"),
+    (["--model", "unet3d"], "unet3d takes three sides, Z Y X"),
+    (["--model", "unet3d", "--patch-size", "4", "32", "32"], "needs 8 slices"),
+    (["--model", "unet3d", "--patch-size", "16", "32", "32"], "do not fit into 8 x 112 x 128"),
+    (["--no-scm", "--save-probability"], "gives no probabilities"),
+    (["--label", "missing.tif"], "missing.tif: no such file"),
+    (["--label-slices", "0,99"], "99"),
+    (["--val-slices", "0,3,7"], "no slice is left to train on"),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, change, message):
+    out = tmp_path / "out"
+    assert message in refused(capsys, *training_data(cells), "--out-dir", out, *TINY, *change)
+    assert not out.exists()
+
+
+def test_a_threshold_needs_two_classes(cells, tmp_path, capsys):
+    line = refused(capsys, "--volume", cells / "image.tif", "--label", cells / "label.tif",
+                   "--threshold", "0.2", "--out-dir", tmp_path / "out", *TINY)
+    assert "--threshold is for two classes" in line
+
+
+def test_a_checkpoint_before_stage_3_is_refused(cells, tmp_path, capsys, monkeypatch):
+    conftest.interrupt_after(monkeypatch, 8)
+    with pytest.raises(SystemExit):
+        train(cells, tmp_path / "run")
+    monkeypatch.undo()
+    capsys.readouterr()
+    line = refused(capsys, "--checkpoint", tmp_path / "run" / "best.pt", "--test-volume",
+                   cells / "image.tif", "--out-dir", tmp_path / "out")
+    assert "has not reached stage 3" in line and not (tmp_path / "out").exists()
+
+
+def test_overwrite_leaves_no_stage_of_the_old_run(trained, cells, tmp_path):
+    train(cells, tmp_path / "run", "--seed", 1)
+    train(cells, tmp_path / "run", "--overwrite")
+    assert_same_run(trained, tmp_path / "run")
+
+
+# -- README, demo, real data -----------------------------------------------------------------------
+
+
+def test_every_readme_command_parses(trained, monkeypatch):
+    commands = conftest.readme_commands("train_sparse.py")
+    assert len(commands) >= 4
+    monkeypatch.setattr(emseg, "load_checkpoint", lambda path, script: torch.load(
+        trained / "best.pt", weights_only=True))
+    for command in commands:
+        if "--resume" not in command:
+            train_sparse.parse_args(command)
+
+
+def test_the_demo_improves_from_stage_to_stage(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train_sparse.py", "--demo"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = metrics(tmp_path / "runs" / "train_sparse-unet-seed0-demo")
+    assert result["mean"]["dice"] > 0.75
+    assert result["stages"]["scm"]["dice"] > result["stages"]["coarse"]["dice"]
+
+
+def test_real_mitochondria_from_sparse_slices(real_data, tmp_path):
+    run("--volume", real_data / "lucchi/Train_In@0:40", "--label",
+        real_data / "lucchi/Train_Out@0:40", "--label-slices", "0:40:5", "--test-volume",
+        real_data / "lucchi/Train_In@120:128", "--test-label",
+        real_data / "lucchi/Train_Out@120:128", "--width", "8", "--patch-size", "128", "128",
+        "--batch-size", "8", "--epochs", "4", "--steps-per-epoch", "40", "--scm-epochs", "1",
+        "--downsample", "2", "--lr", "2e-3", "--no-tta", "--out-dir", tmp_path / "run", "--device",
+        "cpu")
+    stages = metrics(tmp_path / "run")["stages"]
+    assert stages["scm"]["iou"] > 0.5 and stages["mpp"]["iou"] > 0.5
