@@ -1570,9 +1570,8 @@ class Conv3d(nn.Conv3d):
     """
 
     def forward(self, x):
-        if x.shape[2] != 2:
-            return super().forward(x)
-        return super().forward(F.pad(x, (0, 0, 0, 0, 0, 1)))[:, :, :2]
+        missing = max(0, 3 - x.shape[2])
+        return super().forward(F.pad(x, (0, 0, 0, 0, 0, missing)))[:, :, : x.shape[2]]
 
 
 def norm_conv_block_3d(*channels):
@@ -1800,7 +1799,7 @@ def tile_starts(side, tile, overlap=OVERLAP):
     """Evenly spaced starts of tiles that cover `side` and overlap by about that share or more."""
     if tile >= side:
         return [0]
-    count = math.ceil((side - tile) / (tile * (1 - overlap))) + 1
+    count = math.ceil((side - tile) / max(1, tile * (1 - overlap))) + 1
     return np.linspace(0, side - tile, count).round().astype(int).tolist()
 
 
@@ -3152,6 +3151,7 @@ class Run:
         with self.writers(item, *outputs) as writers:
             predict_volume(stream, writers[0], shape, self.args.downsample, *writers[1:],
                            threshold=self.threshold, progress=self._predicting)
+        self._predicting(1, 1)
         self.predicted_voxels += math.prod(shape)
         self.predict_seconds += time.monotonic() - started
         return path

@@ -1,9 +1,10 @@
 """Speed of every network on this machine: python tests/benchmark.py [--width 16] [--full]
 
-Prints, for each network, training patches per second, inference voxels per second, peak memory and
-the share of the machine's own matrix-product rate that training reaches; then where the time of a
-training step goes, and what bf16 and channels-last gain. --full also predicts two stacks on disk,
-each in a process of its own: the second has four times the voxels and needs no more memory.
+Prints, for each network, training patches per second, inference voxels per second, peak memory so
+far and the share of the machine's own matrix-product rate that training reaches; then where the
+time of a training step goes, and what bf16 and channels-last gain. --full also predicts two stacks
+on disk, each in a process of its own: the second has four times the voxels and needs no more
+memory.
 """
 
 import argparse
@@ -20,6 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import emseg
+
+NETWORKS = {**emseg.NETWORKS, **emseg.NETWORKS_3D}
+BATCH_3D = 2, 16, 128, 128              # patches of 3D networks, whatever the command line says
 
 
 def median_seconds(function, device, runs=7, warmup=2):
@@ -45,15 +49,17 @@ class Step:
 
     def __init__(self, name, args, device, dtype, channels_last=True):
         self.device, self.dtype = device, dtype
-        self.network = emseg.NETWORKS[name](1, 1, args.width).to(device)
+        self.network = NETWORKS[name](1, 1, args.width).to(device)
+        flat = self.network.dims == 2
+        self.batch = (args.batch_size, args.patch, args.patch) if flat else BATCH_3D
         if channels_last:
-            self.network.to(memory_format=torch.channels_last)
+            self.network.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
         self.optimizer = torch.optim.Adam(self.network.parameters())
-        self.patch = (args.patch, args.patch)
-        image, label = emseg.phantom((4, args.patch + 32, args.patch + 32))
+        batch_size, *patch = self.batch
+        image, label = emseg.phantom((16, patch[-2] + 32, patch[-1] + 32))
         volume, truth = Array(image), Array((label == 3).astype(np.uint8))
-        self.patches = emseg.Patches([volume], [truth], self.patch, foreground=0.99)
-        self.batches = emseg.batches(self.patches, args.batch_size, 0, 10**4)
+        self.patches = emseg.Patches([volume], [truth], patch, foreground=0.99)
+        self.batches = emseg.batches(self.patches, batch_size, 0, 10**4)
         self.crops = self.load()
         self.image, self.label = self.augment()
         self.logits = self.forward()
@@ -112,19 +118,19 @@ def floating_point_operations(step):
 def networks(args, device, dtype):
     rate = matrix_rate(device, dtype)
     print(f"{device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}; matrix product {rate / 1e9:.0f} GFLOP/s; batches of "
-          f"{args.batch_size} x {args.patch} x {args.patch}, width {args.width or 'of the paper'}")
-    print(f"{'network':12}{'parameters':>12}{'patches/s':>11}{'Mvoxel/s':>10}{'GiB':>7}"
-          f"{'of matrix rate':>16}")
-    for name in emseg.NETWORKS:
+          f"{torch.__version__}; matrix product {rate / 1e9:.0f} GFLOP/s; width "
+          f"{args.width or 'of the paper'}")
+    print(f"{'network':10}{'batch':>20}{'parameters':>12}{'patches/s':>11}{'Mvoxel/s':>10}"
+          f"{'GiB':>7}{'of matrix rate':>16}")
+    for name in NETWORKS:
         step = Step(name, args, device, dtype)
         seconds = median_seconds(step.whole, device)
         inference = median_seconds(step.infer, device)
         share = floating_point_operations(step) / seconds / rate
-        print(f"{name:12}{emseg.count_parameters(step.network):12,}"
-              f"{args.batch_size / seconds:11.1f}"
-              f"{args.batch_size * args.patch**2 / inference / 1e6:10.2f}"
-              f"{emseg.peak_memory_gib(device) or 0:7.2f}{share:15.0%}")
+        print(f"{name:10}{emseg.format_shape(step.batch):>20}"
+              f"{emseg.count_parameters(step.network):12,}{step.batch[0] / seconds:11.1f}"
+              f"{step.image.numel() / inference / 1e6:10.2f}"
+              f"{emseg.peak_memory_gib(device) or 0:7.2f}{share:16.0%}")
 
 
 def parts(args, device, dtype):
@@ -160,7 +166,8 @@ def stack(args, shape):
         "        return emseg.predict_slices(network, image[:, None].float() / 255)\n"
         "started = time.perf_counter()\n"
         "with emseg.create_volume(folder + '/out.tif', volume.shape, np.uint8) as writer:\n"
-        "    emseg.predict_volume(predict, volume, writer, volume.shape)\n"
+        "    stream = emseg.predict_by_slabs(predict, volume, volume.shape)\n"
+        "    emseg.predict_volume(stream, writer, volume.shape)\n"
         "seconds = time.perf_counter() - started\n"
         "print(f'{seconds:.1f} s, {np.prod(volume.shape) / seconds / 1e6:.2f} Mvoxel/s, peak '\n"
         "      f'{emseg.peak_memory_gib(torch.device(\"cpu\"))} GiB, of which {base} before')\n")

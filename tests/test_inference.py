@@ -1,6 +1,7 @@
 """Inference, metrics, figures: tiles against whole slices, scores by hand, pixels of pictures."""
 
 import csv
+import functools
 import math
 
 import numpy as np
@@ -105,21 +106,23 @@ def test_default_overlap_is_a_quarter():
     assert emseg.OVERLAP == 0.25 and emseg.tile_starts(14, 8) == [0, 6]
 
 
-@pytest.mark.parametrize("size", [(8, 12), (7, 5), (1, 1024)])
+@pytest.mark.parametrize("size", [(8, 12), (7, 5), (1, 1024), (9,), (4, 7, 6)])
 def test_blending_window_peaks_in_the_centre_and_is_never_zero(size):
-    window = emseg.blending_window(*size)
-    assert window.shape == size and window.min() > 0
-    y, x = [np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 for n in size]
-    np.testing.assert_allclose(window, np.outer(y, x), rtol=1e-4, atol=1e-9)
+    window = emseg.blending_window(*size, device=torch.device("cpu"))
+    assert window.shape == size and window.dtype == torch.float32 and window.min() > 0
+    sines = [np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 for n in size]
+    wanted = functools.reduce(np.multiply.outer, sines)
+    np.testing.assert_allclose(window, wanted, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("pads", [(2, 3, 4, 1), (0, 7, 5, 0), (9, 9, 0, 0), (0, 0, 3, 10),
                                   (0, 8, 0, 0), (7, 0, 6, 6), (0, 0, 7, 0)])
-def test_mirror_pad_against_numpy(pads):
-    image = random_image(2, 1, 8, 7)
+@pytest.mark.parametrize("front", [(2, 1), (2, 3, 4), (1, 1, 1)])
+def test_mirror_pad_against_numpy(pads, front):
+    image = random_image(*front, 8, 7)
     top, bottom, left, right = pads
     mode = "reflect" if max(top, bottom) < 8 and max(left, right) < 7 else "edge"
-    wanted = np.pad(image, ((0, 0), (0, 0), (top, bottom), (left, right)), mode=mode)
+    wanted = np.pad(image, (*[(0, 0)] * len(front), (top, bottom), (left, right)), mode=mode)
     np.testing.assert_array_equal(emseg.mirror_pad(image, *pads), wanted)
 
 
@@ -130,7 +133,7 @@ SIZES = [(7, 9), (1, 1), (3, 40), (40, 3), (16, 16), (17, 16), (50, 70)]
 @pytest.mark.parametrize("size", SIZES)
 def test_pointwise_network_is_applied_to_every_pixel(size, numbers):
     network, image = Pointwise(*numbers), random_image(2, 1, *size)
-    prob = emseg.predict_slices(network, image, max_tile=16)
+    prob = emseg.predict_slices(network, image, max_tile=(16, 16))
     assert prob.dtype == torch.float32
     torch.testing.assert_close(prob, image.sigmoid(), atol=1e-6, rtol=1e-5)
     limit = emseg.network_side(network, 16) + 2 * network.margin
@@ -138,13 +141,62 @@ def test_pointwise_network_is_applied_to_every_pixel(size, numbers):
     assert (len(network.sides) > 1) == (max(size) > limit - 2 * network.margin)
 
 
-def test_slices_up_to_the_largest_tile_are_predicted_whole():
+@pytest.mark.parametrize("front", [(1, 1), (1, 1, 3)])
+def test_slices_up_to_the_largest_tile_are_predicted_whole(front):
     network = Pointwise()
-    emseg.predict_slices(network, random_image(1, 1, 20, 30), max_tile=30)
-    assert network.sides == [(20, 30)] and emseg.MAX_TILE == 1024
+    emseg.predict_slices(network, random_image(*front, 20, 30), max_tile=(20, 30))
+    assert network.sides == [(20, 30)]
 
 
-@pytest.mark.parametrize("max_tile", [1024, 16])
+def test_tiles_have_a_height_and_a_width_of_their_own():
+    network, image = Pointwise(), random_image(1, 1, 20, 50)
+    prob = emseg.predict_slices(network, image, max_tile=(24, 16))
+    assert set(network.sides) == {(20, 16)} and len(network.sides) == 4
+    torch.testing.assert_close(prob, image.sigmoid(), atol=1e-6, rtol=1e-5)
+    network.sides.clear()
+    emseg.predict_slices(network, image, max_tile=(12, 50))
+    assert network.sides == [(12, 50)] * 2
+
+
+def test_default_tile_is_read_when_it_is_needed(monkeypatch):
+    network, image = Pointwise(), random_image(1, 1, 20, 30)
+    assert emseg.MAX_TILE == 1024
+    emseg.predict_slices(network, image)
+    monkeypatch.setattr(emseg, "MAX_TILE", 16)
+    emseg.predict_slices(network, image)
+    emseg.predict_slices(network, image, None)
+    assert network.sides == [(20, 30)] + [(16, 16)] * 12
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("max_tile", [None, (12, 16)])
+@pytest.mark.parametrize("numbers", [(1, 0, 0), (8, 4, 10)])
+def test_pointwise_network_is_applied_to_every_voxel(numbers, max_tile, channels):
+    network, image = Pointwise(*numbers), random_image(2, channels, 3, 17, 40)
+    prob = emseg.predict_slices(network, image, max_tile)
+    assert prob.shape == image.shape and prob.dtype == torch.float32
+    wanted = image.sigmoid() if channels == 1 else image.softmax(1)
+    torch.testing.assert_close(prob, wanted, atol=1e-6, rtol=1e-5)
+    assert (len(network.sides) > 1) == (max_tile is not None)
+
+
+@pytest.mark.parametrize("max_tile", [None, (12, 16)])
+def test_network_3d_equals_scipy_up_to_the_borders(max_tile):
+    kernel, image = random_image(1, 1, 3, 5, 5) / 5, random_image(2, 1, 4, 17, 40, seed=1)
+
+    class Filter3D(Pointwise):
+        def forward(self, x):
+            super().forward(x)
+            return F.conv3d(x, kernel, padding=(1, 0, 0))
+
+    prob = emseg.predict_slices(Filter3D(margin=2), image, max_tile)
+    for found, volume in zip(prob, image):
+        tall = F.pad(volume[0], (0, 0, 0, 0, 1, 1)).numpy()         # zeros below and above
+        wanted = ndimage.correlate(tall, kernel[0, 0].numpy(), mode="mirror")[1:-1]
+        np.testing.assert_allclose(found[0], 1 / (1 + np.exp(-wanted)), atol=1e-5)
+
+
+@pytest.mark.parametrize("max_tile", [None, (16, 16)])
 @pytest.mark.parametrize("stride, offset", [(1, 0), (4, 1)])
 @pytest.mark.parametrize("size", [(20, 37), (50, 4), (3, 5)])
 def test_margin_network_equals_scipy_up_to_the_borders(size, stride, offset, max_tile):
@@ -157,12 +209,12 @@ def test_margin_network_equals_scipy_up_to_the_borders(size, stride, offset, max
 
 def test_slices_of_a_batch_and_channels_are_kept_apart():
     network, image = Filter(channels=3), random_image(3, 1, 30, 41)
-    prob = emseg.predict_slices(network, image, max_tile=16)
+    prob = emseg.predict_slices(network, image, max_tile=(16, 16))
     whole = emseg.predict_slices(network, image)
     assert prob.shape == (3, 3, 30, 41)
     torch.testing.assert_close(prob.sum(1), torch.ones(3, 30, 41))
     torch.testing.assert_close(prob, whole, atol=1e-5, rtol=1e-4)
-    alone = [emseg.predict_slices(network, one[None], max_tile=16) for one in image]
+    alone = [emseg.predict_slices(network, one[None], (16, 16)) for one in image]
     torch.testing.assert_close(prob, torch.cat(alone))
 
 
@@ -172,7 +224,7 @@ def test_blending_is_smooth_where_tiles_disagree():
             super().forward(x)
             return torch.full_like(x, (-1.0) ** len(self.sides) * 20)       # 0, 1, 0, 1, ...
 
-    prob = emseg.predict_slices(Counter(), torch.zeros(1, 1, 8, 112), max_tile=64)[0, 0, 4]
+    prob = emseg.predict_slices(Counter(), torch.zeros(1, 1, 8, 112), (64, 64))[0, 0, 4]
     assert prob[:40].max() < 1e-3 and prob[-40:].min() > 1 - 1e-3
     assert 0 <= prob.diff().min() and prob.diff().max() < 0.15
 
@@ -194,7 +246,7 @@ def test_half_precision_networks_are_blended_in_float32():
             return super().forward(x).bfloat16()
 
     image = random_image(1, 1, 30, 30)
-    prob = emseg.predict_slices(Half(), image, max_tile=16)
+    prob = emseg.predict_slices(Half(), image, max_tile=(16, 16))
     assert prob.dtype == torch.float32
     torch.testing.assert_close(prob, image.bfloat16().float().sigmoid(), atol=1e-6, rtol=1e-5)
 
@@ -202,11 +254,13 @@ def test_half_precision_networks_are_blended_in_float32():
 # -- eight views
 
 
-def test_eight_views_of_an_equivariant_predictor_equal_one():
-    image = random_image(2, 1, 9, 14)
+@pytest.mark.parametrize("front", [(2, 1), (1, 2, 3)])
+def test_eight_views_of_an_equivariant_predictor_equal_one(front):
+    image = random_image(*front, 9, 14)
 
     def predict(view):
-        return F.avg_pool2d(view, 3, 1, 1, count_include_pad=False).sigmoid()
+        flat = F.avg_pool2d(view.flatten(1, -3), 3, 1, 1, count_include_pad=False)
+        return flat.view(view.shape).sigmoid()
 
     torch.testing.assert_close(emseg.eight_views(predict, image), predict(image))
 
@@ -251,6 +305,13 @@ def predict_three(image):
     return torch.cat([0.5 - grey / 2, grey / 3, 0.5 + grey / 6], 1)
 
 
+def write(predict, image, writer, shape, probability=None, downsample=1, threshold=0.5,
+          progress=None, **options):
+    """Predict slab by slab into a writer."""
+    stream = emseg.predict_by_slabs(predict, InMemory(image), shape, **options)
+    emseg.predict_volume(stream, writer, shape, downsample, probability, threshold, progress)
+
+
 @pytest.mark.parametrize("pixels", [1, 200, 700, 10**6])
 def test_slab_by_slab_equals_one_shot(pixels):
     volume, sizes, calls = random_ids((7, 12, 15), 256), [], []
@@ -260,20 +321,19 @@ def test_slab_by_slab_equals_one_shot(pixels):
         sizes.append(len(image))
         return predict_grey(image)
 
-    emseg.predict_volume(predict, InMemory(volume), writer, volume.shape, pixels=pixels,
-                         progress=lambda *call: calls.append(call))
+    write(predict, volume, writer, volume.shape, pixels=pixels,
+          progress=lambda *call: calls.append(call))
     np.testing.assert_array_equal(writer.array, volume > 127)
     assert writer.dtype == np.uint8 and (writer.written == 1).all()
     assert max(sizes) == min(7, max(1, pixels // 180))
-    assert calls == [(i + 1, len(sizes)) for i in range(len(sizes))]
+    assert calls == [(done, 7) for done in np.cumsum(sizes)]
 
 
 def test_probabilities_are_written_with_one_channel_and_with_several():
     volume = random_ids((5, 6, 7), 256)
     for predict, shape in (predict_grey, (5, 6, 7)), (predict_three, (5, 3, 6, 7)):
         ids, prob = Writer(volume.shape), Writer(shape)
-        emseg.predict_volume(predict, InMemory(volume), ids, volume.shape, probability=prob,
-                             pixels=90)
+        write(predict, volume, ids, volume.shape, prob, pixels=90)
         wanted = predict(torch.from_numpy(volume)).numpy()
         np.testing.assert_allclose(prob.array, wanted.squeeze(1) if len(shape) == 3 else wanted)
         many = wanted.argmax(1) if len(shape) == 4 else wanted[:, 0] > 0.5
@@ -281,13 +341,20 @@ def test_probabilities_are_written_with_one_channel_and_with_several():
         assert prob.dtype == np.float32
 
 
+@pytest.mark.parametrize("threshold", [0.2, 0.7])
+def test_threshold_decides_which_pixels_are_foreground(threshold):
+    volume = random_ids((5, 6, 7), 256)
+    writer = Writer(volume.shape)
+    write(predict_grey, volume, writer, volume.shape, threshold=threshold)
+    np.testing.assert_array_equal(writer.array, volume > 255 * threshold)
+
+
 @pytest.mark.parametrize("factor", [2, 3, 4])
 def test_downsampled_predictions_are_enlarged_linearly(factor):
     full = (3, 13, 18)
     small = random_ids((3, -(-13 // factor), -(-18 // factor)), 256)
     ids, prob = Writer(full), Writer(full)
-    emseg.predict_volume(predict_grey, InMemory(small), ids, full, downsample=factor,
-                         probability=prob, pixels=13 * 18)
+    write(predict_grey, small, ids, full, prob, downsample=factor, pixels=13 * 18)
     wanted = ndimage.zoom(small / 255, (1, factor, factor), order=1, mode="nearest",
                           grid_mode=True)[:, :13, :18]
     np.testing.assert_allclose(prob.array, wanted, atol=1e-6)
@@ -299,12 +366,23 @@ def test_ranks_write_every_slice_once(world):
     volume = random_ids((7, 12, 15), 256)
     writer, steps = Writer(volume.shape), []
     for rank in range(world):
-        before = writer.written.sum()
-        emseg.predict_volume(predict_grey, InMemory(volume), writer, volume.shape, pixels=400,
-                             rank=rank, world=world)
+        before, calls = writer.written.sum(), []
+        write(predict_grey, volume, writer, volume.shape, pixels=400, rank=rank, world=world,
+              progress=lambda *call: calls.append(call))
         steps.append(writer.written.sum() - before)
+        assert calls == [] if steps[-1] == 0 else calls[-1] == (steps[-1], 7)
     assert (writer.written == 1).all() and max(steps) < 7
     np.testing.assert_array_equal(writer.array, volume > 127)
+
+
+def test_slices_beyond_the_volume_are_not_written():
+    ids, prob, calls = Writer((5, 4, 6)), Writer((5, 4, 6)), []
+    values = random_image(8, 1, 4, 6).sigmoid()
+    stream = [(slice(0, 3), values[:3]), (slice(3, 8), values[3:])]
+    emseg.predict_volume(stream, ids, (5, 4, 6), probability=prob,
+                         progress=lambda *call: calls.append(call))
+    np.testing.assert_array_equal(prob.array, values[:5, 0].numpy())
+    assert (ids.written == 1).all() and calls == [(3, 5), (5, 5)]
 
 
 @pytest.mark.parametrize("pixels", [1, 100, 350, 10**6])
@@ -312,6 +390,211 @@ def test_slabs_tile_the_volume(pixels):
     found = emseg.slabs((11, 10, 10), pixels)
     assert [z for slab in found for z in range(slab.start, slab.stop)] == list(range(11))
     assert max(s.stop - s.start for s in found) == min(11, max(1, pixels // 100))
+
+
+# -- neighbouring slices
+
+
+CONTEXTS = [1, 2, 3, 4, 7, 15]
+
+
+def padded_by_numpy(volume, context):
+    """The volume with its end slices repeated, one less than `context` in all."""
+    return np.pad(volume, ((context // 2, context - 1 - context // 2), (0, 0), (0, 0)), "edge")
+
+
+@pytest.mark.parametrize("Z", [1, 2, 5])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_with_context_every_slice_is_the_middle_of_as_many(context, Z):
+    volume = random_ids((Z, 6, 7), 256)
+    found = emseg.with_context(InMemory(volume, voxel_size=(3.0, 2.0, 1.0)), context)
+    wanted = padded_by_numpy(volume, context)
+    assert found.shape == wanted.shape and found.dtype == np.uint8 and len(found) == len(wanted)
+    assert found.path == "memory.tif" and found.voxel_size == (3.0, 2.0, 1.0)
+    np.testing.assert_array_equal(found[:], wanted)
+    for z in range(Z):
+        np.testing.assert_array_equal(found[z : z + context][context // 2], volume[z])
+
+
+@pytest.mark.parametrize("below, above", [(0, 0), (2, 0), (0, 3), (9, 1)])
+def test_edge_padded_volumes_are_cropped_along_all_axes(below, above):
+    volume = random_ids((4, 6, 7), 256)
+    found = emseg.EdgePadded(InMemory(volume), below, above)
+    wanted = np.pad(volume, ((below, above), (0, 0), (0, 0)), "edge")
+    assert found.shape == wanted.shape
+    for start in range(len(wanted) + 1):
+        for stop in range(start, len(wanted) + 1):
+            crop = found[start:stop, 1:4, 2:]
+            np.testing.assert_array_equal(crop, wanted[start:stop, 1:4, 2:])
+            assert crop.shape == (stop - start, 3, 5) and crop.dtype == np.uint8
+    for z in range(-len(wanted), len(wanted)):
+        np.testing.assert_array_equal(found[z, :, 3], wanted[z, :, 3])
+
+
+def test_edge_padded_volumes_read_only_the_slices_that_are_asked_for():
+    image = InMemory(random_ids((6, 4, 5), 256))
+    padded = emseg.with_context(image, 7)
+    for crop, wanted in ((slice(0, 3), [0]), (slice(2, 5), [0, 1]), (slice(10, 12), [5]),
+                         (slice(6, 9), [3, 4, 5])):
+        image.read_slices.clear()
+        padded[crop]
+        assert image.read_slices == wanted
+
+
+def predict_middle(context):
+    """A predictor of slices in the middle of `context` ones, and the sizes of what it was given."""
+    weight, sizes = random_image(context, seed=5).softmax(0), []
+
+    def predict(image):
+        assert image.dtype == torch.uint8
+        sizes.append(len(image))
+        return (image.unfold(0, context, 1).double() / 255 @ weight.double())[:, None]
+    return predict, sizes
+
+
+@pytest.mark.parametrize("pixels", [1, 250, 10**6])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_slabs_with_context_equal_one_shot(context, pixels):
+    volume = random_ids((7, 8, 10), 256)
+    predict, sizes = predict_middle(context)
+    found = list(emseg.predict_by_slabs(predict, InMemory(volume), volume.shape, context, pixels))
+    wanted = predict(torch.from_numpy(padded_by_numpy(volume, context)))
+    assert [slab for slab, _ in found] == emseg.slabs(volume.shape, pixels)
+    assert sizes[:-1] == [slab.stop - slab.start + context - 1 for slab, _ in found]
+    torch.testing.assert_close(torch.cat([prob for _, prob in found]), wanted)
+
+
+def test_ranks_take_slabs_in_turn_with_their_context():
+    volume = random_ids((7, 8, 10), 256)
+    predict, _ = predict_middle(5)
+    options = dict(image=InMemory(volume), shape=volume.shape, context=5, pixels=170)
+    whole = list(emseg.predict_by_slabs(predict, **options))
+    assert len(whole) == 4
+    for rank in range(3):
+        own = list(emseg.predict_by_slabs(predict, **options, rank=rank, world=3))
+        assert [slab for slab, _ in own] == [slab for slab, _ in whole[rank::3]]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(own, whole[rank::3]))
+
+
+# -- windows of a 3D network
+
+
+WINDOWS = [(Z, depth, overlap) for depth, overlap in ((8, 1 / 3), (8, 0.75), (5, 0.5), (1, 0.0),
+                                                      (4, 0.0), (6, 0.8))
+           for Z in (1, 3, 8, 9, 20, 37)]
+
+
+def predict_window(image):
+    """uint8 (depth, H, W) -> (depth, 2, H, W), which depends on the place in the window."""
+    assert image.dtype == torch.uint8
+    place = torch.linspace(0.2, 1, len(image)).view(-1, 1, 1)
+    grey = place * image.float() / 255
+    return torch.stack([grey, (grey.mean(0) - grey**2)], dim=1)
+
+
+def windows_at_once(volume, depth, overlap):
+    """The blended prediction of a whole volume, in arrays of its size."""
+    volume = np.pad(volume, ((0, max(depth - len(volume), 0)), (0, 0), (0, 0)), "edge")
+    total, weight = np.zeros((len(volume), 2, *volume.shape[1:])), np.zeros(len(volume))
+    window = np.sin(np.pi * (np.arange(depth) + 0.5) / depth) ** 2
+    for start in emseg.tile_starts(len(volume), depth, overlap):
+        part = slice(start, start + depth)
+        prob = predict_window(torch.from_numpy(volume[part])).numpy()
+        total[part] += prob * window[:, None, None, None]
+        weight[part] += window
+    return total / weight[:, None, None, None]
+
+
+def joined(stream):
+    """The slices of a stream of slabs, which must follow one another, and its probabilities."""
+    zs, parts = [], []
+    for slab, prob in stream:
+        assert len(prob) == slab.stop - slab.start > 0
+        zs += range(slab.start, slab.stop)
+        parts.append(prob.clone())
+    return zs, torch.cat(parts) if parts else None
+
+
+@pytest.mark.parametrize("Z, depth, overlap", WINDOWS)
+def test_blended_windows_equal_one_shot(Z, depth, overlap):
+    volume = random_ids((Z, 4, 5), 256)
+    zs, found = joined(emseg.predict_by_windows(predict_window, InMemory(volume), depth, overlap))
+    assert zs == list(range(max(Z, depth))) and found.dtype == torch.float32
+    np.testing.assert_allclose(found, windows_at_once(volume, depth, overlap), atol=1e-5)
+
+
+def test_windows_overlap_by_a_third_unless_told():
+    volume = random_ids((30, 4, 5), 256)
+    zs, found = joined(emseg.predict_by_windows(predict_window, InMemory(volume), 12))
+    np.testing.assert_allclose(found, windows_at_once(volume, 12, 1 / 3), atol=1e-5)
+
+
+@pytest.mark.parametrize("world", [2, 3, 5, 20])
+@pytest.mark.parametrize("Z, depth, overlap", WINDOWS)
+def test_ranks_together_give_what_one_gives(Z, depth, overlap, world):
+    image = InMemory(random_ids((Z, 4, 5), 256))
+    wanted_zs, wanted = joined(emseg.predict_by_windows(predict_window, image, depth, overlap))
+    zs, parts = [], []
+    for rank in range(world):
+        own, prob = joined(emseg.predict_by_windows(predict_window, image, depth, overlap, rank,
+                                                    world))
+        zs += own
+        parts += [prob] if own else []
+    assert zs == wanted_zs and torch.equal(torch.cat(parts), wanted)
+
+
+def test_ranks_share_the_windows_in_equal_parts():
+    image, counts, slabs = InMemory(random_ids((100, 4, 5), 256)), [], []
+    for rank in range(4):
+        calls = []
+        own = list(emseg.predict_by_windows(
+            lambda window: calls.append(1) or predict_window(window), image, 8, 0.5, rank, 4))
+        counts.append(len(calls))
+        slabs.append(len(own))
+    assert slabs == [6, 6, 6, 6] and counts == [6, 7, 7, 7]     # and the one below
+
+
+def test_ranks_without_windows_predict_nothing():
+    image = InMemory(random_ids((9, 4, 5), 256))                # two windows
+
+    def streams(rank):
+        return list(emseg.predict_by_windows(predict_window, image, 8, rank=rank, world=5))
+
+    yields = [len(streams(rank)) for rank in range(5)]
+    assert sorted(yields) == [0, 0, 0, 1, 1]
+    for rank in np.flatnonzero(np.array(yields) == 0):
+        image.read_slices.clear()
+        streams(rank)
+        assert not image.read_slices
+
+
+def test_windows_are_read_one_by_one_and_predicted_whole():
+    image, sizes = InMemory(random_ids((40, 4, 5), 256)), []
+    stream = emseg.predict_by_windows(lambda x: sizes.append(len(x)) or predict_window(x), image, 8)
+    for number, (slab, _) in enumerate(stream, 1):
+        assert sizes == [8] * number
+        assert len(image.read_slices) == 8 * number
+        assert image.read_slices[-8] == slab.start and slab.stop - slab.start <= 8
+    assert number == len(emseg.tile_starts(40, 8, 1 / 3))
+
+
+@pytest.mark.parametrize("Z", [3, 8, 21])
+@pytest.mark.parametrize("world", [1, 2])
+def test_windows_are_written_up_to_the_last_slice(Z, world):
+    volume = random_ids((Z, 4, 5), 256)
+    ids, prob, calls = Writer(volume.shape), Writer((Z, 2, 4, 5)), []
+    for rank in range(world):
+        stream = emseg.predict_by_windows(predict_window, InMemory(volume), 8, 0.5, rank, world)
+        emseg.predict_volume(stream, ids, volume.shape, probability=prob,
+                             progress=lambda *call: calls.append(call))
+    wanted = windows_at_once(volume, 8, 0.5)[:Z]
+    np.testing.assert_allclose(prob.array, wanted, atol=1e-5)
+    assert (ids.written == 1).all() and (prob.written == 1).all()
+    np.testing.assert_array_equal(ids.array, prob.array.argmax(1))
+    assert calls[-1] == (Z, Z) or world == 2
+
+
+# -- scores of annotated slices
 
 
 def confusion_by_loops(pred, label, n):
@@ -322,21 +605,56 @@ def confusion_by_loops(pred, label, n):
     return counts
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4, 99])
-def test_score_slices_counts_the_annotated_slices_alone(batch):
-    zs, image = [1, 4, 5, 8, 9, 11, 14], InMemory(random_ids((16, 9, 8), 256))
-    label = InMemory(random_ids((16, 9, 8), 3, ignore=0.2, seed=1), slices=zs)
-    found = emseg.score_slices(predict_three, image, label, CLASSES, batch=batch)
+ANNOTATED = [1, 4, 5, 8, 9, 11, 14]
+
+
+def test_score_slices_counts_the_annotated_slices_alone():
+    image, sizes = InMemory(random_ids((16, 9, 8), 256)), []
+    label = InMemory(random_ids((16, 9, 8), 3, ignore=0.2, seed=1), slices=ANNOTATED)
+    found = emseg.score_slices(lambda x: sizes.append(len(x)) or predict_three(x), image, label,
+                               CLASSES)
     pred = emseg.class_ids(predict_three(torch.from_numpy(image.array))).numpy()
-    np.testing.assert_array_equal(found, confusion_by_loops(pred[zs], label.array[zs], 3))
-    assert sorted(image.read_slices) == zs and set(label.read_slices) == set(zs)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(
+        found, confusion_by_loops(pred[ANNOTATED], label.array[ANNOTATED], 3))
+    assert image.read_slices == label.read_slices == ANNOTATED and set(sizes) == {1}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_score_slices_of_a_network_that_sees_the_neighbours(context):
+    predict, sizes = predict_middle(context)
+    image = InMemory(random_ids((16, 9, 8), 256))
+    zs = [0, 4, 5, 15]
+    label = InMemory(random_ids((16, 9, 8), 2, ignore=0.2, seed=1), slices=zs)
+    found = emseg.score_slices(predict, image, label, CLASSES[:2], context)
+    assert sizes == [context] * 4
+    padded = torch.from_numpy(padded_by_numpy(image.array, context))
+    pred = emseg.class_ids(predict(padded)).numpy()[zs]
+    np.testing.assert_array_equal(found, confusion_by_loops(pred, label.array[zs], 2))
+
+
+@pytest.mark.parametrize("depth", [1, 5, 8])
+def test_score_slices_takes_the_middle_of_a_predicted_window(depth):
+    image = InMemory(random_ids((16, 9, 8), 256))
+    zs = [0, 4, 5, 15]
+    label = InMemory(random_ids((16, 9, 8), 2, ignore=0.2, seed=1), slices=zs)
+    found = emseg.score_slices(predict_grey, image, label, CLASSES[:2], context=depth)
+    np.testing.assert_array_equal(
+        found, confusion_by_loops((image.array > 127)[zs].astype(int), label.array[zs], 2))
+
+
+def test_score_slices_at_another_threshold():
+    image, label = InMemory(random_ids((4, 9, 8), 256)), InMemory(random_ids((4, 9, 8), 2))
+    found = emseg.score_slices(predict_grey, image, label, CLASSES[:2], threshold=0.2)
+    np.testing.assert_array_equal(
+        found, confusion_by_loops((image.array > 51).astype(int), label.array, 2))
 
 
 def test_ranks_score_every_annotated_slice_once(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     zs, image = list(range(1, 20, 2)), InMemory(random_ids((20, 9, 8), 256))
     label = InMemory(random_ids((20, 9, 8), 3, ignore=0.2, seed=1), slices=zs)
-    parts = [emseg.score_slices(predict_three, image, label, CLASSES, rank, 3, batch=2)
+    parts = [emseg.score_slices(predict_three, image, label, CLASSES, rank=rank, world=3)
              for rank in range(3)]
     assert sorted(image.read_slices) == zs
     whole = emseg.score_slices(predict_three, image, label, CLASSES)
@@ -347,8 +665,8 @@ def test_ranks_score_every_annotated_slice_once(monkeypatch):
 def test_ranks_add_their_counts(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(7))
     image, label = InMemory(random_ids((4, 5, 6), 256)), InMemory(random_ids((4, 5, 6)))
-    found = emseg.score_slices(predict_three, image, label, CLASSES, 0, 2)
-    assert found.sum() == 7 * 120
+    found = emseg.score_slices(predict_three, image, label, CLASSES, rank=0, world=2)
+    assert found.sum() == 7 * 60
 
 
 # -- metrics
@@ -505,7 +823,7 @@ def items(*shapes, labelled=True, voxel_size=(20.0, 8.0, 8.0)):
         pred = np.ones(shape, np.uint8)
         pred[:, : shape[1] // 2] = 2 * truth[:, : shape[1] // 2]
         made.append((f"volume {i}", InMemory(np.zeros(shape, "u1"), voxel_size=voxel_size),
-                     InMemory(truth) if labelled else None, InMemory(pred)))
+                     InMemory(truth) if labelled else None, {"prediction": InMemory(pred)}))
     return made
 
 
@@ -523,6 +841,40 @@ def test_save_slices_shows_classes_and_errors(tmp_path, shapes, labelled):
     assert has_color(picture, a) > 1e-5 and has_color(picture, b) > 1e-5
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn."""
+    drawn, new_figure = [], emseg._new_figure
+    monkeypatch.setattr(emseg, "_new_figure",
+                        lambda **options: drawn.append(new_figure(**options)) or drawn[-1])
+    return drawn
+
+
+@pytest.mark.parametrize("labelled, titles", [
+    (True, ["image", "truth", "first: errors", "second: errors"]),
+    (False, ["image", "first", "second"])])
+def test_save_slices_shows_stages_side_by_side(tmp_path, figures, labelled, titles):
+    (name, image, label, preds), = items((1, 40, 40), labelled=labelled)
+    perfect = InMemory(items((1, 40, 40))[0][2].array)
+    stages = {"first": preds["prediction"], "second": perfect}
+    emseg.save_slices(tmp_path / "figure.png", [(name, image, label, stages)], CLASSES)
+    assert [axis.get_title() for axis in figures[0].axes] == titles
+    *_, first, second = [axis.images[0].get_array()[:, :, :3] for axis in figures[0].axes]
+    shown = emseg.error_overlay if labelled else emseg.class_overlay
+    for panel, pred in (first, preds["prediction"]), (second, perfect):
+        options = [label.array[0], pred.array[0]] if labelled else [pred.array[0], CLASSES]
+        np.testing.assert_allclose(panel, shown(image.array[0], *options))
+
+
+def test_save_slices_titles_a_single_stage_plainly(tmp_path, figures):
+    both = items((1, 40, 40), labelled=False) + items((1, 40, 40))
+    emseg.save_slices(tmp_path / "figure.png", both, CLASSES)
+    titles = [axis.get_title() for axis in figures[0].axes]
+    assert titles == ["image", "truth", "prediction", "errors"] + [""] * 4
+    emseg.save_slices(tmp_path / "figure.png", both[:1], CLASSES)
+    assert [axis.get_title() for axis in figures[1].axes] == ["image", "prediction"]
+
+
 def test_save_slices_takes_items_with_and_without_truth_together(tmp_path):
     both = items((2, 40, 40)) + items((2, 40, 40), labelled=False)
     emseg.save_slices(tmp_path / "figure.png", both, CLASSES)
@@ -535,10 +887,10 @@ def test_save_slices_takes_items_with_and_without_truth_together(tmp_path):
 @pytest.mark.parametrize("zs, wanted", [(range(40), [5, 15, 25, 35]), ([3, 9], [3, 9]),
                                         ([2, 4, 6, 8, 10, 30, 31, 32], [4, 8, 30, 32])])
 def test_save_slices_spreads_the_rows_over_the_annotated_slices(tmp_path, zs, wanted):
-    (name, image, label, pred), = items((40, 8, 8))
+    (name, image, label, preds), = items((40, 8, 8))
     label.slices = np.array(zs)
-    emseg.save_slices(tmp_path / "figure.png", [(name, image, label, pred)], CLASSES, rows=4)
-    assert image.read_slices == label.read_slices == pred.read_slices == wanted
+    emseg.save_slices(tmp_path / "figure.png", [(name, image, label, preds)], CLASSES, rows=4)
+    assert image.read_slices == label.read_slices == preds["prediction"].read_slices == wanted
 
 
 def test_save_slices_shares_the_rows_among_the_volumes(tmp_path):
@@ -589,16 +941,26 @@ def test_save_curves_draws_losses_and_validation(tmp_path):
     assert left.shape[0] < left.shape[1] * 2
 
 
-def test_save_curves_leaves_gaps_where_nothing_was_measured(tmp_path, monkeypatch):
-    figures, new_figure = [], emseg._new_figure
-    monkeypatch.setattr(emseg, "_new_figure", lambda **options: figures.append(
-        new_figure(**options)) or figures[-1])
+def test_save_curves_leaves_gaps_where_nothing_was_measured(tmp_path, figures):
     write_log(tmp_path / "log.csv", [["epoch", "loss", "val_iou"], [3, 1.5, ""], [4, 0.5, 0.6]])
     emseg.save_curves(tmp_path / "curves.png", tmp_path / "log.csv")
     (loss,), (iou,) = [axis.lines for axis in figures[0].axes]
     assert loss.get_xdata().tolist() == [3, 4] and loss.get_ydata().tolist() == [1.5, 0.5]
     np.testing.assert_array_equal(iou.get_ydata(), [np.nan, 0.6])
     assert (loss.get_label(), iou.get_label()) == ("loss", "val_iou")
+
+
+def test_save_curves_draws_a_line_for_each_stage(tmp_path, figures):
+    write_log(tmp_path / "log.csv", [["stage", "epoch", "loss", "val_dice"],
+                                     ["one", 0, 3.0, 0.1], ["one", 1, 2.0, 0.2],
+                                     ["two", 2, 9.0, ""], ["two", 3, 8.0, 0.4]])
+    emseg.save_curves(tmp_path / "curves.png", tmp_path / "log.csv")
+    losses, dice = [axis.lines for axis in figures[0].axes]
+    assert [line.get_label() for line in losses] == ["loss one", "loss two"]
+    assert [line.get_xdata().tolist() for line in losses] == [[0, 1], [2, 3]]
+    assert [line.get_ydata().tolist() for line in losses] == [[3.0, 2.0], [9.0, 8.0]]
+    assert [line.get_label() for line in dice] == ["val_dice one", "val_dice two"]
+    np.testing.assert_array_equal(dice[1].get_ydata(), [np.nan, 0.4])
 
 
 def test_save_curves_without_validation_has_one_panel(tmp_path):

@@ -47,6 +47,33 @@ def test_conv_block_without_normalisation_and_padding():
     assert out.shape == (2, 5, 4, 5) and out.min() == 0 < out.max()
 
 
+def test_norm_conv_block_3d_normalises_first():
+    block = emseg.norm_conv_block_3d(1, 4, 32)
+    assert [type(layer).__name__ for layer in block] == ["GroupNorm", "Conv3d", "ReLU"] * 2
+    assert [layer.num_groups for layer in block[::3]] == [1, 4]
+    assert all(conv.bias is None for conv in block[1::3])
+    groups = [emseg.norm_conv_block_3d(c, 1)[0].num_groups for c in (8, 12, 64, 3)]
+    assert groups == [8, 4, 8, 1]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_convolution_3d_and_its_gradients_can_be_trusted(depth, dtype, tolerance):
+    torch.manual_seed(0)
+    conv, plain = [kind(16, 32, 3, padding=1, bias=False) for kind in (emseg.Conv3d, nn.Conv3d)]
+    plain.load_state_dict(conv.state_dict())
+    x, y = torch.randn(2, 16, depth, 7, 8), torch.randn(2, 32, depth, 7, 8)
+    results = []
+    for layer, image in (conv, x.clone()), (plain.double(), x.double()):
+        with torch.autocast("cpu", dtype=dtype, enabled=layer is conv and dtype != torch.float32):
+            out = layer(image.requires_grad_())
+        (out.double() * y).sum().backward()
+        results.append([value.double() for value in (out, image.grad, layer.weight.grad)])
+    for found, wanted in zip(*results):
+        assert found.shape == wanted.shape
+        assert (found - wanted).norm() < tolerance * wanted.norm()
+
+
 def test_bilinear_up_is_linear_with_aligned_corners():
     x = torch.randn(2, 3, 5, 7)
     wanted = ndimage.zoom(x.numpy(), (1, 1, 2, 2), order=1)     # SciPy's default: corners stay
@@ -219,9 +246,103 @@ def test_gradient_reaches_every_parameter(options):
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
+def tiny_3d(in_channels=1, out_channels=2, width=8):
+    torch.manual_seed(0)
+    return emseg.UNet3D(in_channels, out_channels, width)
+
+
+def test_every_network_says_how_many_dimensions_it_has():
+    with torch.device("meta"):
+        for networks, dims in (emseg.NETWORKS, 2), (emseg.NETWORKS_3D, 3):
+            assert {network(1, 1).dims for network in networks.values()} == {dims}
+        found = emseg.NETWORKS_3D["unet3d"](1, 1)
+        assert emseg.UNet(1, 1, padding=0, norm=None).dims == 2
+    assert (found.stride, found.offset, found.margin) == (8, 0, 0)
+
+
+def test_unet3d_has_the_published_parameters():
+    with torch.device("meta"):
+        network = emseg.NETWORKS_3D["unet3d"](1, 1)
+        steps = [(m.in_channels, m.out_channels) for m in network.modules()
+                 if isinstance(m, nn.Conv3d)]
+    assert emseg.count_parameters(network) == 16_318_691
+    assert "16,318,691 parameters" in emseg.UNet3D.__doc__
+    assert steps == [(1, 32), (32, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256),
+                     (256, 512), (768, 256), (256, 256), (384, 128), (128, 128), (192, 64),
+                     (64, 64), (64, 1)]
+
+
+def unet3d_by_hand(state, x):
+    """A 3D U-Net from its weights alone, in float64: nothing of the module's layers is used."""
+    def block(x, name):
+        for norm, conv in (0, 1), (3, 4):
+            scale, shift, kernel = [state[f"{name}.{part}"].double() for part in
+                                    (f"{norm}.weight", f"{norm}.bias", f"{conv}.weight")]
+            groups = max(g for g in (1, 2, 4, 8) if x.shape[1] % g == 0)
+            parts = x.unflatten(1, (groups, -1))
+            mean = parts.mean((2, 3, 4, 5), keepdim=True)
+            spread = (parts - mean).square().mean((2, 3, 4, 5), keepdim=True) + 1e-5
+            x = ((parts - mean) / spread.sqrt()).flatten(1, 2)
+            x = x * scale.view(-1, 1, 1, 1) + shift.view(-1, 1, 1, 1)
+            x = F.conv3d(x, kernel, padding=1).relu()
+        return x
+
+    def halve(x):
+        Z, H, W = [side // 2 for side in x.shape[2:]]
+        return x[:, :, : 2 * Z, : 2 * H, : 2 * W].unflatten(2, (Z, 2)).unflatten(
+            4, (H, 2)).unflatten(6, (W, 2)).amax((3, 5, 7))
+
+    def enlarge(x, sides):
+        z, y, xs = [torch.arange(new) * old // new for new, old in zip(sides, x.shape[2:])]
+        return x[:, :, z][:, :, :, y][..., xs]
+
+    x, skips = x.double(), []
+    for level in range(4):
+        x = block(halve(x) if level else x, f"encoder.{level}")
+        skips.append(x)
+    for level, skip in enumerate(skips[2::-1]):
+        x = block(torch.cat([skip, enlarge(x, skip.shape[2:])], 1), f"decoder.{level}")
+    head, bias = state["head.weight"].double(), state["head.bias"].double()
+    return torch.einsum("oi,bizyx->bozyx", head[:, :, 0, 0, 0], x) + bias.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("sides", [(8, 16, 24), (16, 16, 8), (13, 17, 10)])
+def test_unet3d_by_hand(sides):
+    network = tiny_3d(in_channels=2, out_channels=3)
+    for norm in network.modules():
+        if isinstance(norm, nn.GroupNorm):              # 1 and 0 at first, which hides their place
+            nn.init.uniform_(norm.weight, 0.5, 2)
+            nn.init.uniform_(norm.bias, -1, 1)
+    x = torch.randn(2, 2, *sides)
+    with torch.no_grad():
+        wanted = unet3d_by_hand(network.state_dict(), x)
+        assert wanted.std() > 0.05
+        torch.testing.assert_close(network(x).double(), wanted, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("sides", [(8, 8, 8), (8, 16, 32), (16, 24, 8), (9, 15, 23), (31, 8, 10)])
+def test_unet3d_keeps_the_sides_of_its_input(sides):
+    assert tiny_3d()(torch.randn(2, 1, *sides)).shape == (2, 2, *sides)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 12, 16])
+def test_unet3d_takes_channels_and_narrow_widths(width, channels):
+    network = emseg.NETWORKS_3D["unet3d"](channels, 4, width)
+    assert network(torch.randn(1, channels, 8, 8, 16)).shape == (1, 4, 8, 8, 16)
+    assert network.head.in_channels == width
+
+
+def test_unet3d_gradient_reaches_every_parameter():
+    network = tiny_3d()
+    network(torch.randn(2, 1, 16, 16, 16)).square().mean().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
 class Sides:
-    def __init__(self, stride, offset, margin):
-        self.stride, self.offset, self.margin = stride, offset, margin
+    def __init__(self, stride, offset, margin, dims=2):
+        self.stride, self.offset, self.margin, self.dims = stride, offset, margin, dims
 
 
 @pytest.mark.parametrize("numbers", [(1, 0, 0), (8, 0, 0), (16, 12, 92), (4, 1, 2)])
@@ -232,24 +353,29 @@ def test_network_side_is_the_smallest_output_that_fits(numbers):
         assert emseg.network_side(Sides(*numbers), side) == fits[0]
 
 
-@pytest.mark.parametrize("patch", [(16, 24), (3, 8, 16)])
-def test_patch_sizes_that_fit_are_taken(patch):
-    assert emseg.check_patch_size(Sides(8, 0, 0), patch, "unet") is None
-    assert emseg.check_patch_size(Sides(16, 12, 92), (188, 572), "unet") is None
+@pytest.mark.parametrize("sides, patch", [
+    ((8, 0, 0), (16, 24)), ((16, 12, 92), (188, 572)),
+    ((8, 0, 0, 3), (8, 8, 16)), ((8, 0, 0, 3), (13, 16, 24))])
+def test_patch_sizes_that_fit_are_taken(sides, patch):
+    assert emseg.check_patch_size(Sides(*sides), patch, "unet") is None
 
 
 @pytest.mark.parametrize("sides, patch, message", [
     ((8, 0, 0), (20, 16), "--patch-size 20 x 16: unet takes sides that are a multiple of 8; "
                           "nearest to 20: 16 or 24"),
     ((8, 0, 0), (16, 30), "nearest to 30: 24 or 32"),
-    ((8, 0, 0), (5, 16, 17), "nearest to 17: 16 or 24"),
     ((8, 0, 0), (3, 16), "nearest to 3: 8$"),
+    ((8, 0, 0, 3), (9, 16, 17), "patch-size 9 x 16 x 17: .* nearest to 17: 16 or 24"),
+    ((8, 0, 0, 3), (8, 4, 16), "nearest to 4: 8$"),
     ((16, 12, 92), (570, 572), "sides of 12 \\+ a multiple of 16; nearest to 570: 556 or 572"),
     ((16, 12, 92), (186, 188), "nearest to 186: 188$"),
     ((16, 12, 92), (60, 60), "nearest to 60: 188$"),
     ((16, 12, 92), (172, 188), "nearest to 172: 188$"),
+    ((8, 0, 0), (8, 16, 16), "--patch-size 8 x 16 x 16: unet takes two sides, Y X$"),
+    ((8, 0, 0, 3), (16, 16), "--patch-size 16 x 16: unet takes three sides, Z Y X$"),
+    ((8, 0, 0, 3), (7, 16, 16), "--patch-size 7 x 16 x 16: unet needs 8 slices or more$"),
 ])
-def test_patch_sizes_that_do_not_fit_name_the_nearest(sides, patch, message):
+def test_patch_sizes_that_do_not_fit_say_what_would(sides, patch, message):
     with pytest.raises(emseg.InputError, match=message):
         emseg.check_patch_size(Sides(*sides), patch, "unet")
 

@@ -479,6 +479,54 @@ def test_outside_is_mirrored_for_image_and_label():
     np.testing.assert_array_equal(emseg.warp(image, grid, "nearest")[0], wanted)
 
 
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_all_slices_of_a_crop_are_warped_alike(mode):
+    torch.manual_seed(0)
+    crops = torch.from_numpy(random_volume((2, 3, 12, 15)))
+    grid = emseg.sampling_grid(2, (12, 15), CPU, rotation=180.0, scale=0.2)
+    found = emseg.warp(crops, grid, mode)
+    assert found.shape == crops.shape and found.dtype == torch.float32
+    for z in range(3):
+        assert torch.equal(found[:, z], emseg.warp(crops[:, z], grid, mode))
+
+
+@pytest.mark.parametrize("Z", [1, 3])
+@pytest.mark.parametrize("size", [(16, 16), (12, 17)])
+def test_slices_of_a_crop_are_augmented_as_a_2d_crop_would_be(size, Z):
+    image, label = [torch.from_numpy(random_volume((4, Z, *size), seed)) for seed in (0, 1)]
+    options = dict(brightness=0.1, contrast=0.3, flip=True, rot90=True, rotation=30.0, scale=0.1)
+    norm = {"mean": 100.0, "std": 50.0}
+
+    def augmented(*crops):
+        torch.manual_seed(0)
+        return emseg.augment(*crops, norm, **options)
+
+    out, out_label = augmented(image, label)
+    assert out.shape == (4, 1, Z, *size) and out.dtype == torch.float32
+    assert out_label.shape == (4, Z, *size) and out_label.dtype == torch.int64
+    for z in range(Z):
+        flat, flat_label = augmented(image[:, z], label[:, z])
+        assert torch.equal(out[:, :, z], flat) and torch.equal(out_label[:, z], flat_label)
+
+
+def test_crops_without_geometry_keep_their_slices():
+    image = torch.from_numpy(random_volume((2, 3, 6, 7)))
+    out, out_label = emseg.augment(image, image, RAW)
+    assert torch.equal(out, image[:, None].float()) and torch.equal(out_label, image.long())
+    assert emseg.augment(image, None, RAW, flip=True)[1] is None
+
+
+@pytest.mark.parametrize("option", ["brightness", "contrast"])
+def test_grey_levels_of_a_3d_crop_change_together(option):
+    torch.manual_seed(0)
+    image = torch.full((500, 2, 3, 4), 100, dtype=torch.uint8)
+    out, _ = emseg.augment(image, None, {"mean": 0.0, "std": 100.0}, **{option: 0.2})
+    values = out.flatten(1)
+    assert out.shape == (500, 1, 2, 3, 4) and (values == values[:, :1]).all()
+    limit = 0.2 * (255 if option == "brightness" else 100) / 100
+    assert stats.kstest(values[:, 0], stats.uniform(1 - limit, 2 * limit).cdf).pvalue > 1e-3
+
+
 def test_flip_and_turn_act_on_each_image_by_itself():
     torch.manual_seed(0)
     part = linear_parts(emseg.sampling_grid(64, (8, 8), CPU, flip=True, rot90=True, rotation=10.0,
@@ -503,22 +551,74 @@ def test_piecewise_affine_moves_knots_by_a_share_of_the_side():
     torch.manual_seed(0)
     field = emseg.piecewise_affine_displacement(800, (31, 61), CPU, scale=(0.05, 0.05)).numpy()
     knots = field[:, ::10, ::20]                    # 4 x 4 knots, corners included
-    assert knots.shape == (800, 4, 4, 2)
+    assert field.shape == (800, 31, 61, 2) and knots.shape == (800, 4, 4, 2)
     for axis, side in ((0, 61), (1, 31)):           # x first
-        assert knots[..., axis].std() == pytest.approx(0.05 * side, rel=0.03)
-    assert abs(np.corrcoef(knots[..., 0].flatten(), knots[..., 1].flatten())[0, 1]) < 0.05
-    between = (field[:, 10:20, 20:40] - ndimage.zoom(knots[:, 1:3, 1:3], (1, 11 / 2, 21 / 2, 1),
-                                                     order=1)[:, :10, :20])
-    assert np.abs(between).max() < 1e-3             # linear between the knots
+        for values in knots[..., axis], knots[:, 0, 0, axis], knots[:, 3, 3, axis]:
+            assert values.std() == pytest.approx(0.05 * side, rel=4 / math.sqrt(values.size))
+        assert stats.kstest(knots[..., axis].ravel() / (0.05 * side), "norm").pvalue > 1e-3
+    correlation = np.corrcoef(knots.reshape(800, 32), rowvar=False)
+    assert np.abs(correlation - np.eye(32)).max() < 0.16    # of all knots, in x and y
 
 
 def test_piecewise_affine_strength_is_drawn_for_each_image():
     torch.manual_seed(0)
-    field = emseg.piecewise_affine_displacement(800, (31, 31), CPU, scale=(0.01, 0.05))
+    field = emseg.piecewise_affine_displacement(800, (31, 31), CPU)
     knots = field[:, ::10, ::10] / 31
     assert knots.var() == pytest.approx((0.05**3 - 0.01**3) / 3 / 0.04, rel=0.1)
     strength = knots.flatten(1).std(1)
     assert strength.min() < 0.015 and strength.max() > 0.045
+    x, y = knots.flatten(1, 2).std(1).T             # one strength for both axes of an image
+    assert np.corrcoef(x, y)[0, 1] > 0.7
+
+
+def affine_on_triangles(knots, size):
+    """Field (H, W, 2) from knots (P, P, 2): each cell cut along its anti-diagonal, by loops."""
+    P = len(knots)
+    place = np.stack(np.meshgrid(*(np.linspace(0, P - 1, n) for n in size), indexing="ij"), -1)
+    place = np.concatenate([place, np.ones((*size, 1))], axis=-1)
+    field = np.full((*size, 2), np.nan)
+    for r, c in np.ndindex(P - 1, P - 1):
+        for tip in (r, c), (r + 1, c + 1):
+            corners = [tip, (r, c + 1), (r + 1, c)]
+            share = place @ np.linalg.inv(np.column_stack([corners, np.ones(3)]))   # barycentric
+            inside = (share > -1e-9).all(axis=-1)
+            field[inside] = share[inside] @ [knots[corner] for corner in corners]
+    return field
+
+
+@pytest.mark.parametrize("points, size", [(4, (31, 61)), (4, (32, 50)), (2, (9, 20)),
+                                          (5, (41, 23)), (4, (3, 2)), (4, (1, 7))])
+def test_piecewise_affine_is_affine_on_each_triangle(points, size):
+    fields, fine = [], 10 * (points - 1) + 1
+    for shape in size, (fine, fine):                # the same draw, once with pixels at the knots
+        torch.manual_seed(0)
+        fields.append(emseg.piecewise_affine_displacement(3, shape, CPU, points=points).numpy())
+    for field, full in zip(*fields):
+        knots = full[::10, ::10] * np.array(size)[::-1] / fine
+        np.testing.assert_allclose(field, affine_on_triangles(knots, size), atol=1e-4)
+
+
+def test_piecewise_affine_is_straight_inside_triangles_and_whole_across_their_borders():
+    torch.manual_seed(0)
+    field = emseg.piecewise_affine_displacement(5, (61, 61), CPU).double()      # cells of 20 pixels
+    knots = field[:, ::20, ::20]
+    y, x = np.mgrid[:61, :61] % 20
+    for axis, place in ((1, y), (2, x)):
+        step, slope = field.diff(dim=axis), knots.diff(dim=axis).abs().amax((1, 2)) / 20
+        assert (step.abs() <= slope[:, None, None] + 1e-4).all()                # it never jumps
+        border = np.take((place == 0) | (x + y == 20), range(1, 60), axis - 1)
+        bend = field.diff(n=2, dim=axis).abs().amax((0, 3)).numpy()
+        assert bend[~border].max() < 1e-4 and np.median(bend[border]) > 1e-2
+
+
+def test_a_share_of_the_images_is_moved_piecewise():
+    torch.manual_seed(0)
+    for share in (0.0, 0.2, 0.5):
+        field = emseg.piecewise_affine_displacement(800, (10, 10), CPU, share=share)
+        moved = (field != 0).flatten(1)
+        assert torch.equal(moved.any(1), moved.all(1))      # each image as a whole, or not at all
+        assert moved.any(1).float().mean() == pytest.approx(share, abs=0.06)
+    assert (emseg.piecewise_affine_displacement(200, (10, 10), CPU) != 0).all()
 
 
 def test_elastic_statistics_at_the_knots():

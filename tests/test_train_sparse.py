@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from scipy import ndimage
 
@@ -324,6 +325,17 @@ def test_the_ablation_leaves_stages_out(trained, cells, tmp_path, flags, stages)
         soft, coarse = [emseg.open_volume(str(tmp_path / f"run/stages/train/image_{kind}.tif"))[:]
                         for kind in ("soft", "coarse")]
         np.testing.assert_array_equal(soft[[1, 2, 4, 5, 6]], coarse[[1, 2, 4, 5, 6]])
+
+
+def test_a_label_folder_may_hold_only_the_annotated_slices(trained, cells, tmp_path):
+    label = emseg.open_volume(f"{cells}/mito.tif@0:8")[:]
+    (tmp_path / "drawn").mkdir()
+    for z in (0, 3, 7):
+        tifffile.imwrite(tmp_path / "drawn" / f"slice_{z:03}.tif", label[z])
+    run("--volume", cells / "image.tif@0:8", "--label", tmp_path / "drawn", "--test-volume",
+        cells / "image.tif@8:12", "--test-label", cells / "mito.tif@8:12", "--out-dir",
+        tmp_path / "run", *TINY)
+    assert_same_run(trained, tmp_path / "run")
 
 
 def test_same_seed_same_weights_and_workers_change_nothing(trained, cells, tmp_path):
