@@ -1570,8 +1570,10 @@ class Conv3d(nn.Conv3d):
     """
 
     def forward(self, x):
-        missing = max(0, 3 - x.shape[2])
-        return super().forward(F.pad(x, (0, 0, 0, 0, 0, missing)))[:, :, : x.shape[2]]
+        depth = x.shape[2]
+        if depth > 2:
+            return super().forward(x)
+        return super().forward(F.pad(x, (0, 0, 0, 0, 0, 3 - depth)))[:, :, :depth]
 
 
 def norm_conv_block_3d(*channels):

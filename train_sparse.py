@@ -173,14 +173,14 @@ def neighbour_masks(ids, classes):
 
 
 def augment_masks(coarse, soft):
-    """Random flips in z, y and x and quarter turns, alike for both: uint8 (B, context, H, W).
+    """Flip masks and soft labels (B, context, H, W) uint8 in z, y and x and turn them, all alike.
 
-    Returns float32 tensors that still hold exact class ids.
+    Returns the masks, exact class ids as float32, and the middle soft label (B, H, W) int64.
     """
     grid = emseg.sampling_grid(len(coarse), coarse.shape[-2:], coarse.device, flip=True, rot90=True)
     flip = torch.rand(len(coarse), 1, 1, 1, device=coarse.device) < 0.5
-    turned = [emseg.warp(stack, grid, "nearest") for stack in (coarse, soft)]
-    return [torch.where(flip, stack.flip(1), stack) for stack in turned]
+    coarse, soft = [emseg.warp(stack, grid, "nearest") for stack in (coarse, soft)]
+    return torch.where(flip, coarse.flip(1), coarse), soft[:, soft.shape[1] // 2].long()
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -336,8 +336,7 @@ def main(args):
         networks["scm"].train()
         for step in run.steps(epoch):
             coarse, soft = augment_masks(*next(batches))
-            target = soft[:, args.context // 2].long()
-            loss = dice_loss(run, networks["scm"], neighbour_masks(coarse, data.classes), target)
+            loss = dice_loss(run, networks["scm"], neighbour_masks(coarse, data.classes), soft)
             update(run, networks["scm"], optimizers["optimizer_scm"], scaler, loss)
             run.log(lr=args.lr, loss=loss)
         run.end_epoch(run.validate(see_masks, val, args.context))

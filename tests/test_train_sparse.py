@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -236,6 +237,16 @@ def test_the_defaults_are_the_papers():
     assert args.affine and args.mpp and args.scm and args.patch_size == [512, 512]
 
 
+def test_the_loss_is_soft_dice_smoothed_by_one():
+    class Plain:
+        def autocast(self):
+            return torch.autocast("cpu", enabled=False)
+
+    label = torch.tensor([[[1, 1, 0, IGNORE]]])
+    loss = train_sparse.dice_loss(Plain(), torch.nn.Identity(), torch.zeros(1, 1, 1, 4), label)
+    assert loss == pytest.approx(1 - (2 * 1.0 + 1) / (1.5 + 2 + 1))     # p = 0.5 everywhere
+
+
 def test_neighbour_masks_are_one_channel_for_each_class_and_slice():
     ids = torch.tensor([[0, 1, 2], [2, 2, 0]])[..., None, None]         # B 2, context 3
     masks = train_sparse.neighbour_masks(ids, ["background", "a", "b"])
@@ -247,7 +258,7 @@ def test_augmented_masks_stay_class_ids_and_pairs():
     torch.manual_seed(0)
     stack = torch.from_numpy(blobs((64 * 3, 16, 16), 4)).view(64, 3, 16, 16)
     coarse, soft = train_sparse.augment_masks(stack, stack.clone())
-    assert torch.equal(coarse, soft)
+    assert torch.equal(coarse[:, 1].long(), soft) and soft.dtype == torch.int64
     assert set(coarse.unique().tolist()) == {0, 1, 2, 3}
     for before, after in zip(stack, coarse):
         assert torch.equal(before.flatten().bincount(), after.flatten().long().bincount())
@@ -321,6 +332,8 @@ def test_the_ablation_leaves_stages_out(trained, cells, tmp_path, flags, stages)
     coarse = result["stages"]["coarse"] if stages else result["mean"]
     same = coarse == metrics(trained)["stages"]["coarse"]
     assert same == ("--no-affine" not in flags)
+    last = f"stages/image_{stages[-1]}.tif" if stages else "stages"
+    assert (tmp_path / "run/prediction.tif").exists() and not (tmp_path / "run" / last).exists()
     if "--no-mpp" in flags and stages:
         soft, coarse = [emseg.open_volume(str(tmp_path / f"run/stages/train/image_{kind}.tif"))[:]
                         for kind in ("soft", "coarse")]
@@ -460,6 +473,18 @@ def test_validation_chooses_the_epoch_of_each_network(cells, tmp_path):
     soft = emseg.open_volume(str(tmp_path / "run/stages/train/image_soft.tif"))[:]
     truth = (emseg.open_volume(f"{cells}/mito.tif@0:8")[:] == 255).astype(np.uint8)
     assert (soft[3] != truth[3]).any()          # a validation slice does not leak into soft labels
+
+
+def test_validation_scores_stage_3_by_its_own_prediction(cells, tmp_path):
+    run(*training_data(cells), "--val-volume", cells / "image.tif@8:11", "--val-label",
+        cells / "mito.tif@8:11", "--out-dir", tmp_path / "run", *TINY, "--no-amp")
+    shutil.copy(cells / "image.tif", tmp_path / "copy.tif")     # what validated is not scored
+    run("--checkpoint", tmp_path / "run/best.pt", "--test-volume", tmp_path / "copy.tif@8:11",
+        "--test-label", cells / "mito.tif@8:11", "--out-dir", tmp_path / "again", "--device", "cpu",
+        "--no-tta")
+    rows = log_without_seconds(tmp_path / "run")
+    best = max(float(row["val_dice"]) for row in rows if row["stage"] == "scm")
+    assert metrics(tmp_path / "again")["mean"]["dice"] == pytest.approx(best, abs=2e-3)
 
 
 def test_many_classes_and_downsampling_go_through_all_stages(cells, tmp_path):
