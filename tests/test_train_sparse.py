@@ -460,15 +460,18 @@ def test_eight_views_in_both_networks(trained, cells, tmp_path, monkeypatch):
     assert len(set(shapes[:8])) == 8                                    # eight distinct views
 
 
-def test_validation_chooses_the_epoch_of_each_network(cells, tmp_path):
-    run(*training_data(cells), "--val-slices", "3", "--val-volume", cells / "image.tif@8:10",
-        "--val-label", cells / "mito.tif@8:10", "--test-volume", cells / "image.tif@10:12",
-        "--test-label", cells / "mito.tif@10:12", "--out-dir", tmp_path / "run", *TINY,
-        "--epochs", 4, "--scm-epochs", 3)
-    rows = log_without_seconds(tmp_path / "run")
-    checkpoint = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    best = max((row for row in rows if row["stage"] == "scm"), key=lambda r: float(r["val_dice"]))
-    assert checkpoint["step"] == int(best["step"])
+def test_validation_chooses_the_epoch_of_each_network(cells, tmp_path, monkeypatch):
+    def train_with(dices, out, *more):
+        values = iter(dices)
+        monkeypatch.setattr(emseg.Run, "validate",
+                            lambda self, *_, **__: {"val_dice": next(values)})
+        train(cells, out, "--val-slices", "3", *more)
+
+    train_with([0.2, 0.9, 0.3, 0.1, 0.8, 0.5], tmp_path / "run", "--epochs", 3, "--scm-epochs", 3)
+    train_with([0.2, 0.9], tmp_path / "short", "--no-scm")
+    assert torch.equal(weights(tmp_path / "run/best.pt", "coarse"),
+                       weights(tmp_path / "short/last.pt", "coarse"))
+    assert torch.load(tmp_path / "run/best.pt", weights_only=True)["step"] == 5 * 3
     assert metrics(tmp_path / "run")["selected_on"] == "validation"
     soft = emseg.open_volume(str(tmp_path / "run/stages/train/image_soft.tif"))[:]
     truth = (emseg.open_volume(f"{cells}/mito.tif@0:8")[:] == 255).astype(np.uint8)
@@ -532,14 +535,33 @@ def test_a_3d_network_learns_from_sparse_slices_of_its_windows(cells, tmp_path):
     assert metrics(tmp_path / "run")["mean"]["iou"] > 0.3
 
 
+CHECKED_RANKS = """
+import torch, emseg, train_sparse
+use_best = emseg.Run.use_best
+
+def checked(self, **networks):
+    for network in networks.values():
+        for parameter in network.parameters():
+            first = parameter.detach().clone()
+            torch.distributed.broadcast(first, 0)
+            assert torch.equal(first, parameter), "ranks drift apart"
+    use_best(self, **networks)
+
+emseg.Run.use_best = checked
+train_sparse.main(train_sparse.parse_args())
+"""
+
+
 def test_two_processes_do_all_stages_together(cells, tmp_path):
-    out = tmp_path / "two"
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               ROOT / "train_sparse.py", *training_data(cells), "--val-slices", "3",
-               "--test-volume", f"{cells}/image.tif@8:12", "--test-label",
-               f"{cells}/mito.tif@8:12", "--save-probability", "--out-dir", out, *TINY]
+    out, script = tmp_path / "two", tmp_path / "checked.py"
+    script.write_text(CHECKED_RANKS)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script,
+               *training_data(cells), "--val-slices", "3", "--test-volume",
+               f"{cells}/image.tif@8:12", "--test-label", f"{cells}/mito.tif@8:12",
+               "--save-probability", "--out-dir", out, *TINY]
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                            "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     run("--checkpoint", out / "best.pt", "--test-volume", cells / "image.tif@8:12", "--test-label",
         cells / "mito.tif@8:12", "--no-tta", "--device", "cpu", "--out-dir", tmp_path / "one")
