@@ -2323,7 +2323,7 @@ def add_common_args(parser, models, sources):
     run("--demo", action="store_true", help="synthetic data, about a minute on two CPU cores")
     for action in parser._actions:
         if action.dest in sources:
-            action.help += f"; {sources[action.dest]}"
+            action.help += f" ({sources[action.dest]})"
 
 
 def parse(parser, argv, demo):
@@ -2436,7 +2436,8 @@ class Data:
     images, labels: lazy uint8 (Z, Y, X), after --downsample; slices: annotated z for training;
     unlabeled, unlabeled_slices: what has no label, for the semi-supervised scripts; train, val,
     test: Items, train holding the training volumes with the labels to train on and the unlabelled
-    ones without; classes: names; normalization: see normalize; seen: see seen_slices.
+    ones without; classes: names; normalization: see normalize; seen: see seen_slices; notes: lines
+    to print.
     """
     classes: list
     normalization: dict
@@ -2449,6 +2450,7 @@ class Data:
     unlabeled_slices: list = field(default_factory=list)
     train: list = field(default_factory=list)
     val: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
 
     @property
     def out_channels(self):
@@ -2488,6 +2490,8 @@ def open_data(args, checkpoint=None):
     slices = [np.setdiff1d(label.slices, zs) for label, zs in zip(labels, held_out)]
     if not sum(map(len, slices)):
         raise InputError(f"--val-slices {args.val_slices}: no slice is left to train on")
+    drawn = np.concatenate([label.counts[zs] for label, zs in zip(labels, slices)])
+    notes = check_annotation(drawn, names, args.label_slices)
     val = [Item(f"val/{item.name}", item.volume, item.image, shrink(item.label, args))
            for item in items["val"]]
     names_in = [f"train/{name}" for name in unique_names([*args.volume, *args.unlabeled_volume])]
@@ -2509,7 +2513,23 @@ def open_data(args, checkpoint=None):
         images, [OnlySlices(shrink(label, args), zs) for label, zs in zip(labels, slices)], slices,
         [item.image for item in train],
         [np.setdiff1d(np.arange(len(v)), label.slices) for v, label in zip(volumes, labels)]
-        + [np.arange(len(item.image)) for item in train[len(volumes):]], train, val)
+        + [np.arange(len(item.image)) for item in train[len(volumes):]], train, val, notes)
+
+
+def check_annotation(counts, names, label_slices):
+    """Notes on the annotated voxels (slices, classes) to train on, as lines to print.
+
+    Raises InputError where a class has none: nothing would stop a network from seeing it anywhere.
+    """
+    missing = [name for name, voxels in zip(names[1:], counts.sum(0)[1:]) if not voxels]
+    if missing:
+        raise InputError(f"no slice to train on shows the class {missing[0]}; annotate some, "
+                         f"choose other slices, or leave the class out with --label-map")
+    empty = int((counts[:, 1:].sum(1) == 0).sum())
+    if label_slices or 2 * empty <= len(counts):
+        return []
+    return [f"note: {empty} of {len(counts)} annotated slices show background only; if nobody "
+            f"annotated them, name the others with --label-slices"]
 
 
 def validation_slices(text, label):
@@ -2525,7 +2545,7 @@ def validation_slices(text, label):
     missing = np.setdiff1d(chosen, label.slices)
     if len(missing):
         raise InputError(f"--val-slices {text}: slice {missing[0]} of {label.path} is not "
-                         f"annotated")
+                         f"annotated, or not among --label-slices")
     return chosen
 
 
@@ -2708,9 +2728,9 @@ def command(main):
             raise SystemExit(2)
         except KeyboardInterrupt:
             resumable = (Path(args.out_dir) / "last.pt").exists()
-            print(f"{prog}: interrupted" + (f"; continue with: python {prog} --resume --out-dir "
-                                            f"{args.out_dir}" if resumable else ""),
-                  file=sys.stderr)
+            how = (f"continue with: python {prog} --resume --out-dir {args.out_dir}" if resumable
+                   else "start again, with --overwrite")
+            print(f"{prog}: interrupted; {how}", file=sys.stderr)
             raise SystemExit(130)
         finally:
             if torch.distributed.is_initialized():
@@ -2739,7 +2759,8 @@ def load_checkpoint(path, script):
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint")
     except Exception as error:     # torch.load raises what it likes on damaged or malicious files
-        raise InputError(f"{path}: not a checkpoint that is safe to load ({type(error).__name__})")
+        raise InputError(f"{path}: damaged, or not a checkpoint that is safe to load "
+                         f"({type(error).__name__})")
     if not isinstance(content, dict) or "script" not in content:
         raise InputError(f"{path}: not a checkpoint of emseg")
     if content["script"] != Path(script).name:
@@ -2843,6 +2864,8 @@ class Run:
     def open_data(self):
         """See the function open_data."""
         self.data = open_data(self.args, self.checkpoint)
+        for note in self.data.notes:
+            self.say(note)
         return self.data
 
     def begin(self, steps_per_epoch, stages=None, **modules):
@@ -2860,7 +2883,6 @@ class Run:
         else:
             self._new_folder()
             self.save("last.pt")
-        self.session = (time.monotonic(), self.step)
         self.printed = 0.0
 
     def _new_folder(self):
@@ -2918,6 +2940,7 @@ class Run:
         self.stage = stage
         if self.step == self.stages[stage][0]:
             self.best = None
+        self.session = (time.monotonic(), self.step)
         handlers = {number: signal.signal(number, self._interrupt)
                     for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -2982,10 +3005,14 @@ class Run:
         self.pending = None
         for name, value in zip(names, values.tolist()):
             if not math.isfinite(value):
-                raise InputError(f"{name} is {value} at epoch {step // self.steps_per_epoch}, step "
-                                 f"{step}; try a lower --lr or --no-amp; the last good checkpoint "
-                                 f"in {self.folder} is kept")
+                epoch = self._title(step // self.steps_per_epoch)
+                raise InputError(f"{name} is {value} at {epoch}, step {step}; try a lower --lr or "
+                                 f"--no-amp; the last good checkpoint in {self.folder} is kept")
             self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def _title(self, epoch):
+        """The epoch for printing, with its stage where there are several."""
+        return f"{self.stage} epoch {epoch}" if self.stage else f"epoch {epoch}"
 
     def _progress(self):
         """A line that renews itself on a terminal; elsewhere a line every few seconds."""
@@ -2996,7 +3023,7 @@ class Run:
         self.printed = now
         rate = (now - start) / max(1, self.step - first)
         count = self.step % self.steps_per_epoch
-        text = (f"epoch {self.step // self.steps_per_epoch}  step {self.step}/{self.total}  "
+        text = (f"{self._title(self.step // self.steps_per_epoch)}  step {self.step}/{self.total}  "
                 f"loss {self.sums['loss'] / count:.3f}  {rate:.2f} s/step  "
                 f"{duration(rate * (self.total - self.step))} left")
         print(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n", flush=True)
@@ -3040,7 +3067,8 @@ class Run:
         terminal = sys.stdout.isatty()
         shown = "  ".join(f"{key} {value:.4f}" for key, value in row.items()
                           if key.startswith(("loss", "val")) and value is not None)
-        self.say(f"\repoch {epoch}  {shown}\x1b[K" if terminal else f"epoch {epoch}  {shown}")
+        line = f"{self._title(epoch)}  {shown}"
+        self.say(f"\r{line}\x1b[K" if terminal else line)
         self._stop_if_interrupted()
 
     def save(self, name):
@@ -3172,10 +3200,11 @@ class Run:
     def report(self, predictions, stages=None):
         """Score the predictions (paths, one per test Item); write metrics.json, figure.png and
         curves.png; print the scores and what was written. stages: {name: paths} of a method in
-        stages, the last of which are the predictions; each is scored and shown."""
+        stages, the last of which are the predictions; each is scored and shown, for each volume
+        and as the mean over volumes."""
         if self.rank:
             return
-        stages = stages or {"prediction": predictions}
+        named, stages = stages is not None, stages or {"prediction": predictions}
         results = {name: [] for name in stages}             # the `scores` of every labelled Item
         volumes, shown = [], []
         for number, item in enumerate(self.data.test):
@@ -3186,9 +3215,11 @@ class Run:
             if item.label is not None:
                 for name, prediction in opened.items():
                     results[name].append(evaluate(prediction, item.label, self.data.classes))
-                    self._say_scores(predictions[number].name, name if len(stages) > 1 else "",
+                    self._say_scores(predictions[number].name, name if named else "",
                                      results[name][-1])
                 entry.update(results[name][-1])
+                if named:
+                    entry["stages"] = {name: each[-1] for name, each in results.items()}
             volumes.append(entry)
             shown.append((Path(item.volume.path).name, as_uint8(item.volume), item.label, opened))
         mean = {name: mean_scores(each) if each else None for name, each in results.items()}
@@ -3197,7 +3228,7 @@ class Run:
             "seed": self.args.seed,
             "selected_on": "last epoch" if self.best is None else "validation",
             "classes": self.data.classes, "volumes": volumes, "mean": list(mean.values())[-1],
-            **({"stages": mean} if len(stages) > 1 else {}),
+            **({"stages": mean} if named else {}),
             "train_seconds": round(self.seconds, 1),
             "predict_seconds": round(self.predict_seconds, 1),
             "predict_voxels_per_second": round(self.predicted_voxels / self.predict_seconds),

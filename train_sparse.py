@@ -34,8 +34,10 @@ Differences from the paper:
     7. Eight different views are averaged; those of the authors' code are four, each twice.
     8. Without validation slices the last epoch counts; the authors keep that of the lowest training
        loss.
-    9. Several foreground classes go through the same stages: each class by itself in stage 2, and a
-       set of masks for each class as input of stage 3.
+    9. Grey levels are normalised by the mean and spread of the training slices, the authors divide
+       by 255. --normalize equalize (not in paper) helps where brightness drifts along the stack.
+    10. Several foreground classes go through the same stages: each class by itself in stage 2, and a
+        set of masks for each class as input of stage 3.
 
 Run:
     GPU    python train_sparse.py --volume stack.tif --label drawn.tif --label-slices 0:165:5
@@ -154,6 +156,7 @@ def write_refined(run, item, coarse, label, path):
     args = run.args
     rules = dict(erosions=args.erosions, min_size=args.min_size) if args.mpp else None
     if not path.exists():
+        run.say(f"stage 2 of {item.volume.path}")
         with run.writers(item, (path, coarse.shape, np.uint8)) as (writer,):
             for slab in emseg.slabs(coarse.shape, 2**24)[run.rank :: run.world]:
                 writer[slab] = postprocess(coarse, label, slab, run.data.classes, rules)
@@ -190,10 +193,11 @@ def parse_args(argv=None):
     flag = argparse.BooleanOptionalAction
     parser = emseg.Parser(__file__, __doc__)
     emseg.add_common_args(parser, MODELS, sources={
-        "model": "of stage 1; unet is the paper's, unet3d its baseline", "epochs": "section 3.1",
+        "model": "in stage 1: unet is the paper's, unet3d its baseline", "epochs": "section 3.1",
         "steps_per_epoch": "default: 48 crops of each annotated slice, authors' code",
         "batch_size": "section 3.1", "lr": "section 3.1", "tta": "section 3.1",
-        "patch_size": "default: 512 512, or 16 128 128 for unet3d; paper: whole slices"})
+        "patch_size": "default: 512 512, or 16 128 128 for unet3d; paper: whole slices",
+        "unlabeled_volume": "segmented too, and used in stage 3 (not in paper)"})
     method = parser.add_argument_group("method (sparse slices, ISBI 2022)").add_argument
     method("--affine", action=flag, default=True,
            help="deform crops by random piecewise affine maps (section 2.2)")
@@ -210,22 +214,25 @@ def parse_args(argv=None):
            help="neighbouring masks that stage 3 sees, an odd number (section 2.4, fig. 2)")
     method("--scm-epochs", type=emseg.positive(int), metavar="N",
            help="epochs of stage 3; default: --epochs")
-    method("--threshold", type=float, default=0.5, metavar="P",
-           help="probability above which a pixel is foreground, of two classes; authors' code: 0.2")
+    method("--threshold", type=emseg.positive(float), default=0.5, metavar="P",
+           help="probability above which a pixel is foreground, in stages 1 and 3; for two classes "
+           "only (authors' code: 0.2)")
     method("--foreground", type=float, default=0.5, metavar="P",
            help="share of crops that must hold foreground (not in paper)")
     parser.set_defaults(model="unet", epochs=100, batch_size=16, lr=5e-4, tta=True)
-    demo = dict(width=8, epochs=8, steps_per_epoch=20, batch_size=8, patch_size=[128, 128],
-                downsample=2, label_slices="0:30:5", lr=2e-3, min_size=30, erosions=6,
-                label_map="3=1,2=2,*=0", classes=["background", "mitochondrion", "nucleus"])
+    demo = dict(width=8, epochs=12, scm_epochs=6, steps_per_epoch=20, batch_size=8,
+                patch_size=[128, 128], downsample=2, label_slices="0:30:5", lr=2e-3, min_size=30,
+                erosions=6, normalize="equalize", label_map="3=1,2=2,*=0",
+                classes=["background", "mitochondrion", "nucleus"])
     args = emseg.parse(parser, argv, demo)
     if args.patch_size is None:
         args.patch_size = [16, 128, 128] if args.model in emseg.NETWORKS_3D else [512, 512]
     args.scm_epochs = args.scm_epochs or args.epochs
-    for name, low, high in (("foreground", 0, 1), ("threshold", 0, 1), ("min_size", 0, math.inf)):
-        if not low <= getattr(args, name) <= high:
-            parser.error(f"{emseg.flag_name(name)} {getattr(args, name)} is not between {low} and "
-                         f"{high}")
+    for name in ("foreground", "threshold"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} {getattr(args, name)} is not between 0 and 1")
+    if args.min_size < 0:
+        parser.error(f"--min-size {args.min_size} is negative")
     if args.save_probability and args.mpp and not args.scm:
         parser.error("--save-probability: stage 2 gives no probabilities; leave out --no-scm, or "
                      "give --no-mpp too")
@@ -286,6 +293,7 @@ def main(args):
         """Stage 1 of an Item, from its file where there is one: lazy class ids (Z, Y, X)."""
         path = files.setdefault(item.volume.path, run.output(item, "coarse"))
         if not path.exists():
+            run.say(f"stage 1 of {item.volume.path}")
             run.predict(see_slices, item, stage="coarse", depth=depth)
         return emseg.open_volume(str(path))
 
@@ -357,6 +365,7 @@ def main(args):
                 run, item, coarse, annotation.get(item.volume.path),
                 run.output(item, "mpp" if args.scm else None)))
         if args.scm:
+            run.say(f"stage 3 of {item.volume.path}")
             stages["scm"].append(run.predict(see_masks, item, emseg.shrink(coarse, args),
                                              context=args.context))
 
