@@ -45,6 +45,10 @@ Run:
 
 Expect:
     GPU    not run
+    CPU    TIMEDEMO
+    EPFL mitochondria from 22 slices (command in the README), unet of width 16, 1200 + 1200 steps:
+    test IoU of coarse, mpp, scm 0.871, 0.893, 0.900 (seed 0) and 0.863, 0.884, 0.890 (seed 1), 21
+    minutes and 1.8 GiB on two CPU cores beside other work
 """
 
 import argparse
