@@ -45,7 +45,8 @@ Run:
 
 Expect:
     GPU    not run
-    CPU    TIMEDEMO
+    CPU    test Dice of coarse, mpp, scm 0.74, 0.71, 0.79 (mitochondria) and 0.89, 0.89, 0.93
+           (nucleus), seed 0, 78 s on two cores
     EPFL mitochondria from 22 slices (command in the README), unet of width 16, 1200 + 1200 steps:
     test IoU of coarse, mpp, scm 0.871, 0.893, 0.900 (seed 0) and 0.863, 0.884, 0.890 (seed 1), 21
     minutes and 1.8 GiB on two CPU cores beside other work
@@ -224,8 +225,8 @@ def parse_args(argv=None):
     method("--foreground", type=float, default=0.5, metavar="P",
            help="share of crops that must hold foreground (not in paper)")
     parser.set_defaults(model="unet", epochs=100, batch_size=16, lr=5e-4, tta=True)
-    demo = dict(width=8, epochs=12, scm_epochs=6, steps_per_epoch=20, batch_size=8,
-                patch_size=[128, 128], downsample=2, label_slices="0:30:5", lr=2e-3, min_size=30,
+    demo = dict(width=8, epochs=16, scm_epochs=7, steps_per_epoch=20, batch_size=8,
+                patch_size=[128, 128], downsample=2, label_slices="0:30:5", lr=1e-3, min_size=30,
                 erosions=6, normalize="equalize", label_map="3=1,2=2,*=0",
                 classes=["background", "mitochondrion", "nucleus"])
     args = emseg.parse(parser, argv, demo)
