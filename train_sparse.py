@@ -36,8 +36,8 @@ Differences from the paper:
        loss.
     9. Grey levels are normalised by the mean and spread of the training slices, the authors divide
        by 255. --normalize equalize (not in paper) helps where brightness drifts along the stack.
-    10. Several foreground classes go through the same stages: each class by itself in stage 2, and a
-        set of masks for each class as input of stage 3.
+    10. Several foreground classes go through the same stages: each class by itself in stage 2, and
+        a set of masks for each class as input of stage 3.
 
 Run:
     GPU    python train_sparse.py --volume stack.tif --label drawn.tif --label-slices 0:165:5
