@@ -17,7 +17,7 @@ Contents, in the order data flows
     Layers        building blocks of networks
     Networks      networks from the literature, by name: NETWORKS
     Losses        soft Dice and cross entropy, blind to IGNORE
-    Inference     whole slices or blended tiles, eight views, slab by slab into a file
+    Inference     slices, their neighbours or 3D windows; blended tiles, eight views, slab by slab
     Metrics       confusion counts and the scores that follow from them
     Figures       slices with their errors, training curves
     Runs          command line, data, run folder, checkpoints, progress
@@ -1765,7 +1765,7 @@ def cross_entropy(logits, label, weight=None):
 
 
 # ==================================================================================================
-# Inference: whole slices or blended tiles, eight views, slab by slab into a file
+# Inference: slices, their neighbours or 3D windows; blended tiles, eight views, slab by slab
 # ==================================================================================================
 
 MAX_TILE = 1024             # longer slice sides are predicted in overlapping tiles

@@ -87,6 +87,18 @@ def metrics(folder):
     return json.loads((folder / "metrics.json").read_text(), parse_constant=no_constant)
 
 
+def parse_readme_commands(script, checkpoint, monkeypatch):
+    """Parse every README command of a script, with this checkpoint in place of the one it names;
+    return how many there are."""
+    content = torch.load(checkpoint, weights_only=True)
+    monkeypatch.setattr(emseg, "load_checkpoint", lambda path, script: content)
+    commands = readme_commands(Path(script.__file__).name)
+    for command in commands:
+        if "--resume" not in command:
+            script.parse_args(command)
+    return len(commands)
+
+
 def readme_commands(script):
     """The arguments of the README's commands that call this script, continued lines joined."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")

@@ -648,13 +648,7 @@ def test_overwrite_leaves_no_stage_of_the_old_run(trained, cells, tmp_path):
 
 
 def test_every_readme_command_parses(trained, monkeypatch):
-    commands = conftest.readme_commands("train_sparse.py")
-    assert len(commands) >= 4
-    monkeypatch.setattr(emseg, "load_checkpoint", lambda path, script: torch.load(
-        trained / "best.pt", weights_only=True))
-    for command in commands:
-        if "--resume" not in command:
-            train_sparse.parse_args(command)
+    assert conftest.parse_readme_commands(train_sparse, trained / "best.pt", monkeypatch) >= 4
 
 
 def test_the_demo_does_what_the_readme_says(tmp_path):
