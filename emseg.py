@@ -619,6 +619,33 @@ class _Equalized(LazyArray):
         return box
 
 
+def standardize(volume):
+    """A lazy uint8 version of a uint8 LazyArray whose mean is 128 and whose standard deviation 40.
+
+    Measured on at most 32 evenly spaced slices; what lies beyond 3.2 deviations is clipped.
+    """
+    return _Standardized(volume)
+
+
+STANDARD = {"mean": 128.0, "std": 40.0}     # of what standardize returns
+
+
+class _Standardized(LazyArray):
+    def __init__(self, volume):
+        super().__init__(volume.path, volume.shape, np.uint8, volume.voxel_size)
+        self.volume = volume
+        zs = np.unique(np.linspace(0, len(volume) - 1, 32).round().astype(int))
+        share = sum(_count_values(volume[z]) for z in zs) / (len(zs) * math.prod(volume.shape[1:]))
+        grey = np.arange(256)
+        mean = (share * grey).sum()
+        std = max(1e-3, math.sqrt((share * (grey - mean) ** 2).sum()))
+        table = STANDARD["mean"] + STANDARD["std"] * (grey - mean) / std
+        self.table = np.clip(np.rint(table), 0, 255).astype(np.uint8)
+
+    def read(self, z, y, x):
+        return self.table[self.volume.read(z, y, x)]
+
+
 def _count_values(array):
     """Voxels of each value of a uint8 or uint16 array, (256,) or (65536,) int64."""
     flat = array.ravel()
@@ -631,7 +658,7 @@ def downsample(array, factor, reduce):
 
     reduce="mean" for images (integers are rounded), "majority" for class ids: the most frequent
     value of each block, the lower one at a tie, IGNORE like any other. Blocks that stick out are
-    filled by repeating the edge. The slices and counts of Labels are kept, at full resolution.
+    filled by repeating the edge. Labels keep their `slices`.
     """
     if reduce not in ("mean", "majority"):
         raise ValueError(f"reduce is 'mean' or 'majority', got {reduce!r}")
@@ -645,8 +672,8 @@ class _Downsampled(LazyArray):
                                      array.voxel_size[2] * factor)
         super().__init__(array.path, (Z, -(-Y // factor), -(-X // factor)), array.dtype, size)
         self.array, self.factor, self.reduce = array, factor, reduce
-        if isinstance(array, Labels):
-            self.slices, self.counts = array.slices, array.counts
+        if hasattr(array, "slices"):
+            self.slices = array.slices
 
     def read(self, z, y, x):
         n = self.factor
@@ -667,6 +694,53 @@ class _Downsampled(LazyArray):
             winner[votes > most] = value
             np.maximum(most, votes, out=most)
         return winner
+
+
+def resize(array, shape, linear):
+    """A LazyArray of another shape (Z, Y, X) over the same field of view.
+
+    linear=True interpolates between the two nearest voxels along each axis (images; integers are
+    rounded), else the nearest voxel counts (class ids). Voxel centres are what is aligned. Labels
+    keep their `slices`: those whose nearest slice is annotated.
+    """
+    return array if array.shape == tuple(shape) else _Resized(array, shape, linear)
+
+
+def resampling(size, length):
+    """Where `length` new voxels lie among `size` old ones: (low, high, share of high), each
+    (length,)."""
+    place = np.clip((np.arange(length) + 0.5) * size / length - 0.5, 0, size - 1)
+    low = place.astype(int)
+    return low, np.ceil(place).astype(int), (place - low).astype(np.float32)
+
+
+class _Resized(LazyArray):
+    def __init__(self, array, shape, linear):
+        sides = array.voxel_size and tuple(
+            side * old / new for side, old, new in zip(array.voxel_size, array.shape, shape))
+        super().__init__(array.path, shape, array.dtype, sides)
+        self.array, self.linear = array, linear
+        self.places = [resampling(old, new) for old, new in zip(array.shape, shape)]
+        self.nearest = [(2 * np.arange(new) + 1) * old // (2 * new)
+                        for old, new in zip(array.shape, shape)]
+        if hasattr(array, "slices"):
+            self.slices = np.flatnonzero(np.isin(self.nearest[0], array.slices))
+
+    def read(self, z, y, x):
+        box = (z, y, x)
+        if min(axis.stop - axis.start for axis in box) < 1:
+            return np.empty([axis.stop - axis.start for axis in box], self.dtype)
+        if not self.linear:
+            places = [nearest[axis] for nearest, axis in zip(self.nearest, box)]
+            old = self.array.read(*(slice(place[0], place[-1] + 1) for place in places))
+            return old[np.ix_(*(place - place[0] for place in places))]
+        places = [[part[axis] for part in place] for place, axis in zip(self.places, box)]
+        new = self.array.read(*(slice(low[0], high[-1] + 1) for low, high, _ in places))
+        new = new.astype(np.float32)
+        for axis, (low, high, share) in enumerate(places):
+            below, above = (new.take(place - low[0], axis) for place in (low, high))
+            new = below + (above - below) * share.reshape([-1, 1, 1][: 3 - axis])
+        return (np.rint(new) if self.dtype.kind in "iu" else new).astype(self.dtype)
 
 
 def parse_slices(text, depth):
@@ -750,14 +824,46 @@ class Labels(LazyArray):
         return out
 
 
+def parse_merge(text, n_classes):
+    """'3=1,4=1' -> [0, 1, 2, 1, 1]: the class as which an annotator drew each of the n classes.
+
+    Raises InputError for unknown classes, and for a class that takes in others but is itself merged
+    away: a file would not tell whether its labels are merged already. At least one class is merged,
+    at least two labels are left.
+    """
+    merge = list(range(n_classes))
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*=\s*(\d+)\s*", part, re.ASCII)
+        if not match:
+            raise InputError(f"merge '{text}': '{part.strip()}' is not understood; wanted "
+                             "class=class it was drawn as: '3=1,4=1'")
+        source, target = int(match[1]), int(match[2])
+        if max(source, target) >= n_classes:
+            raise InputError(f"merge '{text}': class {max(source, target)} is outside the "
+                             f"{n_classes} classes 0 to {n_classes - 1}")
+        if merge[source] != source:
+            raise InputError(f"merge '{text}': class {source} is merged twice")
+        merge[source] = target
+    for source, target in enumerate(merge):
+        if merge[target] != target:
+            raise InputError(f"merge '{text}': class {source} goes to {target}, which is merged "
+                             f"itself; name the class that is left: {source}={merge[target]}")
+    if len(set(merge)) == n_classes:
+        raise InputError(f"merge '{text}': merges nothing; a fully labelled volume goes to --volume")
+    if len(set(merge)) == 1:
+        raise InputError(f"merge '{text}': leaves one label for everything, which teaches nothing")
+    return merge
+
+
 def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label=None,
-                label_slices=None, require_foreground=True):
+                label_slices=None, require_foreground=True, merge=None):
     """Labels of opened Volumes: (list of Labels, number of classes).
 
     classes: how many, where that is known (from the training labels or a checkpoint). label_map:
     from parse_label_map. ignore_label: raw value that becomes IGNORE. label_slices: text for
-    parse_slices, the annotated slices to use. Without a map, values 0..K stand as they are and
-    {0, v} is background and foreground; other values are an InputError that lists them.
+    parse_slices, the annotated slices to use. merge: from parse_merge, applied last. Without a map,
+    values 0..K stand as they are and {0, v} is background and foreground (also where two labels are
+    left by the merge and v is no class id); other values are an InputError that lists them.
 
     A label folder with fewer files than the volume's has slices is paired by the number in each
     file's name: with the numbers of the image files, or as z where the volume is one file. Raises
@@ -778,18 +884,24 @@ def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label
         n_classes = classes or max([1, *mapped]) + 1
     else:
         n_classes = classes or _decide_classes(union, [source.path for source, *_ in raw])
+    merge = np.arange(IGNORE + 1, dtype=np.uint8) if merge is None else np.array(
+        [*merge, *range(n_classes, IGNORE + 1)], np.uint8)
+    left = sorted(set(merge[:n_classes].tolist()))
+    mask_class = left[1] if len(left) == 2 and left[0] == 0 else None
     labels = []
     for (source, rows, values, tallies), volume in zip(raw, volumes):
-        ids = _class_ids(source.path, values, n_classes, label_map, ignore_label)
+        ids = merge[_class_ids(source.path, values, n_classes, label_map, ignore_label, mask_class)]
         counts = np.zeros((len(rows), n_classes), np.int64)
         for z, (found, voxels) in tallies.items():
             id_of = ids[np.searchsorted(values, found)]
             np.add.at(counts[z], id_of[id_of != IGNORE], voxels[id_of != IGNORE])
         labels.append(Labels(source, rows, volume.voxel_size, values, ids, counts))
     if require_foreground and not sum(label.counts[:, 1:].sum() for label in labels):
+        advice = "see --label-map and --label-slices" if len(left) == n_classes else (
+            f"of the merged labels it should show {_listed(left[1:])}: see --label-map, or save a "
+            "mask as 0 and 255")
         raise InputError(f"{', '.join(label.path for label in labels)}: no foreground, all voxels "
-                         f"are background or ignored (values {_listed(union)}); "
-                         "see --label-map and --label-slices")
+                         f"are background or ignored (values {_listed(union)}); {advice}")
     return labels, n_classes
 
 
@@ -893,8 +1005,11 @@ def _decide_classes(union, paths):
     return len(union)
 
 
-def _class_ids(path, values, n_classes, label_map, ignore_label):
-    """(len(values),) uint8: the class id of each raw value, IGNORE for those to leave out."""
+def _class_ids(path, values, n_classes, label_map, ignore_label, mask_class):
+    """(len(values),) uint8: the class id of each raw value, IGNORE for those to leave out.
+
+    mask_class: the class that the foreground of a mask {0, v} is, or None.
+    """
     used = [int(v) for v in values if v != ignore_label]
     if label_map is not None:
         too_high = [t for t in label_map.values() if n_classes <= t != IGNORE]
@@ -906,8 +1021,9 @@ def _class_ids(path, values, n_classes, label_map, ignore_label):
             raise InputError(f"{path}: label values {_listed(unmapped)} are not in the label map; "
                              "map them too, or add *=0 for all the rest")
         id_of = {v: label_map.get(v, label_map.get("*")) for v in used}
-    elif n_classes == 2 and len([v for v in used if v != 0]) <= 1 and min(used, default=0) >= 0:
-        id_of = {v: int(v != 0) for v in used}
+    elif mask_class and len([v for v in used if v != 0]) <= 1 and min(used, default=0) >= 0 and (
+            n_classes == 2 or max(used, default=0) >= n_classes):
+        id_of = {v: mask_class if v else 0 for v in used}
     elif n_classes == 2 or min(used, default=0) < 0 or max(used, default=0) >= n_classes:
         raise _values_error(path, used, f"wanted class ids 0 to {n_classes - 1}")
     else:
@@ -1063,6 +1179,9 @@ GREY_NUCLEOPLASM, GREY_CHROMATIN = 160, 108
 GREY_MATRIX, GREY_CRISTA, GREY_LUMEN, GREY_LYSOSOME, GREY_ER = 128, 84, 188, 72, 95
 ELECTRONS_PER_GREY = 0.75               # dose: sets the shot noise
 
+# Whole cells: insulin granules, and the medium around the cell.
+GRANULE_RADIUS, GRANULE_FRACTION, GREY_GRANULE, GREY_MEDIUM = (75, 140), 0.018, 112, 194
+
 
 @dataclass
 class Tissue:
@@ -1202,9 +1321,9 @@ def add_nucleus(tissue, soma, soma_radius, rng):
     tissue.draw(everywhere, depth, grey + 9 * mottle, NUCLEUS, ENVELOPE)
 
 
-def add_mitochondria(tissue, rng, tries=4000):
+def add_mitochondria(tissue, rng, fraction=MITO_FRACTION, tries=4000):
     """Bent capsules moulded by their cell, filled with lamellae that follow the capsule's axis."""
-    filled, (low, high) = 0, np.array(MITO_FRACTION) * tissue.cell.size
+    filled, (low, high) = 0, np.array(fraction) * tissue.cell.size
     for voxel in rng.integers(tissue.cell.shape, size=(tries, 3)):
         radius, half_length = rng.uniform(*MITO_RADIUS), rng.uniform(*MITO_HALF_LENGTH)
         bend, tilt = rng.uniform(0, 0.0007), rng.uniform(-0.6, 0.6)
@@ -1303,6 +1422,42 @@ def phantom(shape, voxel_size=(20, 8, 8), seed=0):
     return expose(tissue.grey, voxel_size, rng), tissue.label
 
 
+def phantom_cell(shape, voxel_size=(25, 25, 25), seed=0):
+    """Synthetic soft X-ray tomogram of a whole cell with exact labels.
+
+    shape (Z, Y, X) from about 64 each; voxel_size (z, y, x) in nm. Returns image and label, both
+    (Z, Y, X) uint8, ids in the order of PHANTOM_CLASSES: "membrane" is all of the cell that is no
+    other structure, as in the partial-label paper (section 2.1). Cells differ in size, shape, tone
+    and sharpness, and drift in a cloudy medium. Same arguments, same bits.
+    """
+    rng = np.random.default_rng(seed)
+    shape, voxel_size = tuple(shape), np.array(voxel_size, np.float32)
+    extent = np.array(shape) * voxel_size
+    size = extent.min()
+    position = np.indices(shape, dtype=np.float32) * voxel_size[:, None, None, None]
+    position += np.stack([0.05 * size * smooth_noise(shape, 0.25 * size, voxel_size, rng)
+                          for _ in range(3)])
+    centre, radius = extent * rng.uniform(0.46, 0.54, 3), size * rng.uniform(0.41, 0.48)
+    offset = (position - centre[:, None, None, None]) * rng.uniform(0.9, 1.15, 3)[
+        :, None, None, None]
+    free = (radius - np.sqrt((offset**2).sum(0))).astype(np.float32)
+
+    medium = GREY_MEDIUM + 16 * smooth_noise(shape, 0.15 * size, voxel_size, rng)
+    grain = smooth_noise(shape, 60, voxel_size, rng) + smooth_noise(shape, 250, voxel_size, rng)
+    grey = np.where(free > 0, GREY_CYTOPLASM + 8 * grain, medium).astype(np.float32)
+    axis = rng.normal(size=(1, 3))
+    tissue = Tissue(voxel_size, position, np.where(free > 0, 0, -1).astype(np.int16),
+                    axis / np.linalg.norm(axis), free, grey, (free > 0).astype(np.uint8) * MEMBRANE)
+    add_nucleus(tissue, centre + radius * rng.uniform(-0.25, 0.25, 3), 0.72 * radius, rng)
+    add_mitochondria(tissue, rng, np.array(MITO_FRACTION) * rng.uniform(0.2, 0.35), tries=400)
+    add_balls(tissue, rng.integers(shape, size=(3000, 3)), GRANULE_RADIUS, GREY_GRANULE, VESICLE,
+              rng, most=GRANULE_FRACTION * rng.uniform(0.6, 1.4) * free.size)
+    tone, contrast = rng.normal(0, 12), rng.uniform(0.75, 1.1)
+    grey = GREY_CYTOPLASM + tone + contrast * (tissue.grey - GREY_CYTOPLASM)
+    image = expose(grey, voxel_size, rng).astype(np.float32)
+    return np.round(ndimage.gaussian_filter(image, 0.7)).astype(np.uint8), tissue.label
+
+
 # ==================================================================================================
 # Patches: random crops, as uint8, and what turns them into network input
 # ==================================================================================================
@@ -1319,14 +1474,15 @@ class Patches(torch.utils.data.Dataset):
     one foreground voxel, its class drawn uniformly, then the slice, then the voxel. Every place of
     a crop that keeps this is as likely as any other.
 
-    Item i is `image` or `(image, label)`, tensors of the patch's shape. It depends on (seed, i)
-    alone: the number of workers and a resumed run change nothing.
+    Item i is `image` or `(image, label)`, tensors of the patch's shape; with numbered=True the
+    number of the volume follows. It depends on (seed, i) alone: the number of workers and a resumed
+    run change nothing.
     Raises InputError where a patch is larger than a volume or no slice is left to draw from.
     """
 
     def __init__(self, images, labels=None, patch_size=(512, 512), slices=None, foreground=0.0,
-                 seed=(0,)):
-        self.images, self.labels, self.seed = images, labels, seed
+                 seed=(0,), numbered=False):
+        self.images, self.labels, self.seed, self.numbered = images, labels, seed, numbered
         self.patch_size = (1,) * (3 - len(patch_size)) + tuple(patch_size)
         self.flat = len(patch_size) == 2
         for image in images:
@@ -1375,8 +1531,12 @@ class Patches(torch.utils.data.Dataset):
             start = int(rng.integers(low, high + 1))
             window.append(slice(start, start + size))
         window = tuple(window)
-        image = self._crop(self.images[v], window)
-        return (image, self._crop(self.labels[v], window)) if self.labels else image
+        item = [self._crop(self.images[v], window)]
+        if self.labels:
+            item.append(self._crop(self.labels[v], window))
+        if self.numbered:
+            item.append(v)
+        return tuple(item) if len(item) > 1 else item[0]
 
     def _crop(self, array, window):
         crop = torch.from_numpy(array[window])
@@ -1400,10 +1560,13 @@ def measure_normalization(images, slices, mode):
     """Mean and standard deviation of the training slices: {"mode", "mean", "std"}, in grey levels.
 
     `zscore` and `equalize` average each slice's mean and standard deviation (Pagano 2023, authors'
-    code) over at most 32 evenly spaced slices; `unit` maps 0..255 to 0..1.
+    code) over at most 32 evenly spaced slices; `unit` maps 0..255 to 0..1; for `volume` see
+    standardize.
     """
     if mode == "unit":
         return {"mode": mode, "mean": 0.0, "std": 255.0}
+    if mode == "volume":
+        return {"mode": mode, **STANDARD}
     chosen = [(image, z) for image, zs in zip(images, slices) for z in zs]
     chosen = chosen[:: math.ceil(len(chosen) / 32)]
     stats = np.array([(s.mean(), s.std()) for s in (image[z] for image, z in chosen)])
@@ -1592,6 +1755,13 @@ class BilinearUp(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
 
 
+def he_initialization(module):
+    """Gaussian weights of variance 2 / (inputs of a neuron), no bias (He 2015, for ReLU)."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(module.bias)
+
+
 def crop_like(x, reference):
     """The centre of x (B, C, H, W) at the spatial size of reference."""
     (H, W), (h, w) = x.shape[-2:], reference.shape[-2:]
@@ -1618,7 +1788,9 @@ class UNet(nn.Module):
     | Pagano 2023, "ResUNet" | up="bilinear" | 4,283,201 (1 in, 1 out) |
 
     up="bilinear" halves the deepest level and narrows before each enlargement instead of after it.
-    padding=0 gives the original's valid convolutions: margin pixels are lost on each side.
+    padding=0 gives the original's valid convolutions: margin pixels are lost on each side. Without
+    normalisation weights start as in the original (section 3), so that 18 ReLUs in a row neither
+    extinguish nor blow up their input.
     """
 
     dims = 2
@@ -1647,6 +1819,8 @@ class UNet(nn.Module):
             c_in = c_out
         self.head = nn.Conv2d(c_in, out_channels, 1)
         self.stride = 2 ** (levels - 1)
+        if norm is None:
+            self.apply(he_initialization)
         # Two valid convolutions lose 4 pixels on each level, seen at full size 4 * 2^level.
         self.offset = 0 if padding else 4 * (self.stride - 1) % self.stride
         self.margin = 0 if padding else 6 * self.stride - 4
@@ -1666,6 +1840,11 @@ class UNet(nn.Module):
 def ResUNet(in_channels, out_channels, width=None):
     """The "ResUNet" of Pagano 2023: in the authors' code a bilinear U-Net without residuals."""
     return UNet(in_channels, out_channels, width, up="bilinear")
+
+
+def UNet5(in_channels, out_channels, width=None):
+    """The U-Net of the partial-label paper: 5 levels, 32 filters, no normalisation."""
+    return UNet(in_channels, out_channels, width or 32, levels=5, norm=None)
 
 
 class UNet3D(nn.Module):
@@ -1703,7 +1882,7 @@ class UNet3D(nn.Module):
         return self.head(x)
 
 
-NETWORKS = {"unet": UNet, "resunet": ResUNet}
+NETWORKS = {"unet": UNet, "resunet": ResUNet, "unet5": UNet5}
 NETWORKS_3D = {"unet3d": UNet3D}
 
 
@@ -1863,7 +2042,7 @@ def eight_views(predict, image):
 
 def slabs(shape, pixels):
     """Slices along z that cut a volume (Z, Y, X) into slabs of about `pixels` pixels."""
-    step = max(1, pixels // (shape[1] * shape[2]))
+    step = max(1, int(pixels // (shape[1] * shape[2])))
     return [slice(z, min(z + step, shape[0])) for z in range(0, shape[0], step)]
 
 
@@ -1891,10 +2070,21 @@ def predict_by_slabs(predict, image, shape, context=1, pixels=2**20, rank=0, wor
     """Yield (slab, probabilities (n, C, H, W)) of a network that sees `context` slices at a time.
 
     predict: uint8 tensor (n + context - 1, H, W) -> the n slices in whose middle it could look.
+    shape: of the volume whose slabs are wanted. Where it has another number of slices than the
+    image (see resize), the two nearest predictions are interpolated.
     """
+    other_grid = len(image) != shape[0]
+    low, high, share = resampling(len(image), shape[0])
+    pixels = pixels * min(1.0, math.prod(shape) / math.prod(image.shape))
     image = with_context(image, context)
     for slab in slabs(shape, pixels)[rank::world]:
-        yield slab, predict(torch.from_numpy(image[slab.start : slab.stop + context - 1]))
+        first, last = low[slab.start], high[slab.stop - 1]
+        prob = predict(torch.from_numpy(image[first : last + context]))
+        if other_grid:
+            below, above = (prob[place[slab] - first] for place in (low, high))
+            weight = torch.from_numpy(share[slab]).to(prob.device).view(-1, 1, 1, 1)
+            prob = below + (above - below) * weight
+        yield slab, prob
 
 
 def predict_by_windows(predict, image, depth, overlap=1 / 3, rank=0, world=1):
@@ -1927,8 +2117,9 @@ def predict_volume(stream, writer, shape, downsample=1, probability=None, thresh
     """Write a stream of predictions: memory depends on its slabs, not on the volume.
 
     stream: yields (slab, probabilities (n, C, H, W)), see predict_by_slabs and predict_by_windows,
-    `downsample` times smaller in y and x than `shape` (Z, Y, X), the shape of the prediction;
-    probabilities are enlarged linearly. writer, probability: VolumeWriters of class ids and of
+    `downsample` times smaller in y and x than `shape` (Z, Y, X), the shape of the prediction, or of
+    any other size; probabilities are resized linearly. writer, probability: VolumeWriters of class
+    ids and of
     probabilities (Z, Y, X) of the one channel or (Z, C, Y, X). progress: called with the slices
     done and the slices of the volume.
     """
@@ -1939,6 +2130,8 @@ def predict_volume(stream, writer, shape, downsample=1, probability=None, thresh
         if downsample > 1:
             prob = F.interpolate(prob, scale_factor=downsample, mode="bilinear")
             prob = prob[..., : shape[1], : shape[2]]
+        elif prob.shape[2:] != shape[1:]:
+            prob = F.interpolate(prob, size=shape[1:], mode="bilinear")
         writer[slab] = class_ids(prob, threshold).to(torch.uint8).cpu().numpy()
         if probability is not None:
             probability[slab] = (prob[:, 0] if prob.shape[1] == 1 else prob).cpu().numpy()
@@ -2195,6 +2388,165 @@ def _legend(figure, classes, errors):
                   frameon=False)
 
 
+VIEWS = ((-60, 25), (30, 40))           # azimuth and elevation of the eye, in degrees
+LIGHT = (-0.45, 0.55, 0.7)              # to the right, up, towards the eye
+
+
+def save_surfaces(path, items, classes, max_side=128, pixels=300):
+    """surfaces.png: the segmented structures as shaded surfaces in 3D, cut open at the border.
+
+    items: {title: lazy class ids (Z, Y, X)} of one volume, such as its truth and its prediction: a
+    row each. Columns: all classes together from two sides, then each by itself. A class that
+    encloses the others is drawn like glass. Voxels are averaged in blocks until no side is longer
+    than max_side; their sizes are respected (cubes where the file does not say).
+    """
+    blocks = [class_shares(volume, len(classes), max_side) for volume in items.values()]
+    filled = sum(shares.sum(0) for shares, _ in blocks) > 0
+    box = next(iter(ndimage.find_objects(filled.astype(int))), (slice(None),) * 3)      # the same in all rows
+    titles = ["all", "turned", *classes[1:]]
+    rows, glass = [], None
+    for shares, block in blocks:
+        shares = shares[(slice(None), *box)]
+        views = [[cast_rays(share, block, *view, pixels) for share in shares] for view in VIEWS]
+        glass = _enclosing(views[0]) if glass is None else glass
+        rows.append([compose(surfaces, range(len(shares)), glass) for surfaces in views]
+                    + [compose([surface], [k], [False]) for k, surface in enumerate(views[0])])
+    ink = np.argwhere((np.array(rows) < 1).any(axis=(0, 1, 4)))         # the same margin all round
+    margin = max(0, min(ink.min(), pixels - 1 - ink.max()) - 8) if len(ink) else 0
+    figure = _new_figure(figsize=(2.2 * len(titles), 2.2 * len(items) + 0.3), dpi=120)
+    axes = figure.subplots(len(items), len(titles), squeeze=False)
+    side = _scene_size(shares[0], block) / pixels
+    for pictures, axes_of_row, (name, volume) in zip(rows, axes, items.items()):
+        for picture, axis in zip(pictures, axes_of_row):
+            axis.set_axis_off()
+            axis.imshow(picture[margin : pixels - margin, margin : pixels - margin])
+        axes_of_row[0].text(0.02, 0.98, name, transform=axes_of_row[0].transAxes, fontsize=8,
+                            va="top")
+        _scale_bar(axes_of_row[0], volume.voxel_size and (side,) * 3, 1)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=9)
+    figure.savefig(path)
+
+
+def class_shares(volume, n_classes, max_side):
+    """How much of each block of voxels each foreground class fills, read slab by slab.
+
+    Returns float32 (n_classes - 1, z, y, x), no side above max_side, and the sides (z, y, x) of a
+    block in nm, or in voxels where the volume has no voxel size.
+    """
+    steps = [math.ceil(side / max_side) for side in volume.shape]
+    edges = [np.arange(0, side, step) for side, step in zip(volume.shape, steps)]
+    shares = np.zeros((n_classes - 1, *map(len, edges)), np.float32)
+    for i, start in enumerate(edges[0]):
+        slab = volume[start : start + steps[0]]
+        for k in range(1, n_classes):
+            count = np.add.reduceat((slab == k).sum(0, dtype=np.float32), edges[1], axis=0)
+            shares[k - 1, i] = np.add.reduceat(count, edges[2], axis=1)
+    for axis, (step, edge, side) in enumerate(zip(steps, edges, volume.shape)):
+        sizes = np.minimum(edge + step, side) - edge
+        shares /= np.expand_dims(sizes, [other for other in range(3) if other != axis])
+    return shares, np.array(volume.voxel_size or (1.0, 1.0, 1.0)) * steps
+
+
+def _scene_size(share, block):
+    """Side of a picture that shows a volume whole from any side: its diagonal."""
+    return float(np.linalg.norm(np.array(share.shape) * block))
+
+
+def cast_rays(share, block, azimuth, elevation, pixels):
+    """What parallel rays meet where a class fills half of a block: float32 (3, pixels, pixels).
+
+    share (z, y, x), block (3,): see class_shares. azimuth, elevation: direction to the eye in
+    degrees; slice 0 lies on top, and seen from straight above, (-90, 90), slices look as on a
+    screen. Returns the way to the first hit, infinite where there is none, the brightness there,
+    and the cosine between surface normal and ray. Outside of the volume everything is empty.
+    """
+    a, e = np.deg2rad([azimuth, elevation])
+    frame = np.array([[-np.sin(a), np.cos(a), 0],                                   # to the right
+                      [-np.sin(e) * np.cos(a), -np.sin(e) * np.sin(a), np.cos(e)],  # up
+                      [np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)]])   # to the eye
+    extent = np.array(share.shape[::-1]) * block[::-1]
+    frame = torch.from_numpy(frame * (1, -1, -1) * 2 / extent).float()  # in x, y, z from -1 to 1
+    field = torch.from_numpy(ndimage.gaussian_filter(share, 0.7))[None, None]
+    half, fine = _scene_size(share, block) / 2, float(min(block))
+    across = (torch.arange(pixels) + 0.5) * (2 * half / pixels) - half
+    up, right = (part.reshape(-1, 1) for part in torch.meshgrid(-across, across, indexing="ij"))
+
+    def place(right, up, toward):
+        return torch.stack(torch.broadcast_tensors(right, up, toward), -1) @ frame
+
+    def sample(right, up, toward):
+        return F.grid_sample(field, place(right, up, toward)[None, None],
+                             align_corners=False)[0, 0, 0]
+
+    result = torch.full((3, pixels**2), math.inf)
+    filled = [np.flatnonzero(share.any(others)) for others in ((0, 1), (0, 2), (1, 2))]
+    if not len(filled[0]):
+        return result.view(3, pixels, pixels).numpy()
+    # where each ray enters and leaves the box around the class, one block wider
+    box = torch.tensor([[part[0] - 1, part[-1] + 2] for part in filled]) * 2.0
+    box = (box / torch.tensor(share.shape[::-1])[:, None] - 1).T[:, None]           # (2, 1, 3)
+    slope = torch.where(frame[2].abs() < 1e-9, 1e-9, frame[2])
+    ends = (box - place(right, up, torch.zeros(()))[:, 0]) / slope                  # (2, rays, 3)
+    enter, leave = ends.amax(0).amin(-1, keepdim=True), ends.amin(0).amax(-1, keepdim=True)
+    for rays in torch.nonzero(enter[:, 0] > leave[:, 0])[:, 0].split(2**14):
+        x, y, start = right[rays], up[rays], enter[rays]
+        way = fine * torch.arange(math.ceil(float((start - leave[rays]).max()) / fine) + 1)
+        along = sample(x, y, start - way)                               # (rays, steps)
+        first = (along > 0.5).int().argmax(-1, keepdim=True)
+        there, before = along.gather(-1, first), along.gather(-1, (first - 1).clamp(min=0))
+        back = ((there - 0.5) / (there - before).clamp(min=1e-6)).clamp(0, 1)
+        toward = start - way[first] + back * fine                       # (rays, 1)
+        nudge = torch.tensor([-1.5 * fine, 1.5 * fine])
+        normal = -torch.cat([sample(x + nudge, y, toward).diff(),
+                             sample(x, y + nudge, toward).diff(),
+                             sample(x, y, toward + nudge).diff()], -1)
+        normal = F.normalize(normal, dim=-1)
+        light = 0.3 + 0.7 * (normal @ F.normalize(torch.tensor(LIGHT), dim=0)).clamp(min=0)
+        surface = torch.stack([half - toward[:, 0], light, normal[:, 2].clamp(0, 1)])
+        result[:, rays] = surface.masked_fill(there[:, 0] <= 0.5, math.inf)
+    return result.view(3, pixels, pixels).numpy()
+
+
+def _enclosing(surfaces):
+    """Which of several classes hide at least half of what the others would show."""
+    depth = np.stack([surface[0] for surface in surfaces])
+    hidden = []
+    for k, own in enumerate(depth):
+        others = np.delete(depth, k, axis=0).min(0, initial=math.inf)
+        hidden.append((own < others)[np.isfinite(others)].mean() >= 0.5
+                      if np.isfinite(others).any() else False)
+    return hidden
+
+
+def compose(surfaces, classes, glass):
+    """RGB float (Y, X, 3) on white: what cast_rays returned for each class, nearest first.
+
+    classes: their numbers, for their colours; glass: which are see-through except at their rim.
+    """
+    import matplotlib.colors
+    depth, light, facing = np.stack(surfaces, axis=1)                   # each (K, Y, X)
+    colors = np.array([matplotlib.colors.to_rgb(CLASS_COLORS[k % len(CLASS_COLORS)])
+                       for k in classes])
+    hit = np.isfinite(depth)
+    depth, light, facing = (np.where(hit, part, 0) for part in (depth, light, facing))
+    # what lies deeper than its surroundings gets less light
+    blurred, weight = (ndimage.gaussian_filter(part.astype(np.float32), (0, *[len(hit[0]) / 40] * 2))
+                       for part in (depth, hit))
+    hollow = (depth - blurred / np.maximum(weight, 1e-6)) / (0.1 * max(float(depth.max()), 1e-6))
+    shade = colors[:, None, None] * (light * np.clip(1 - hollow, 0.6, 1.1))[..., None]
+    shade = np.clip(shade + 0.2 * (facing**40)[..., None], 0, 1)
+    alpha = hit * np.where(np.reshape(glass, (-1, 1, 1)), 0.12 + 0.5 * (1 - facing) ** 2, 1.0)
+    order = np.where(hit, depth, np.inf).argsort(axis=0)
+    shade, alpha = (np.take_along_axis(part, order.reshape(order.shape + (1,) * (part.ndim - 3)), 0)
+                    for part in (shade, alpha))
+    picture, through = np.zeros(shade.shape[1:]), np.ones(hit.shape[1:])
+    for color, a in zip(shade, alpha):
+        picture += (through * a)[..., None] * color
+        through = through * (1 - a)
+    return np.clip(picture + through[..., None], 0, 1)
+
+
 def save_curves(path, log):
     """curves.png: loss terms and validation scores against the epoch, from the path of log.csv."""
     with open(log, newline="") as file:
@@ -2227,7 +2579,7 @@ def save_curves(path, log):
 # ==================================================================================================
 
 RUN_FILES = ("config.json", "log.csv", "best.pt", "last.pt", "metrics.json", "figure.png",
-             "curves.png", "prediction.*", "prediction_*", "probability.tif", "probability_*.tif",
+             "curves.png", "surfaces.png", "surfaces_*.png", "prediction.*", "prediction_*", "probability.tif", "probability_*.tif",
              "stages/*.tif", "stages/*/*.tif")
 # A resumed run takes these from the command line, all else from its config.json.
 OF_THIS_CALL = {"out_dir", "overwrite", "resume", "checkpoint", "device", "amp", "compile",
@@ -2235,7 +2587,7 @@ OF_THIS_CALL = {"out_dir", "overwrite", "resume", "checkpoint", "device", "amp",
 # A prediction from a checkpoint takes these from the command line too, and may change the last.
 INPUTS = {"volume", "label", "unlabeled_volume", "val_volume", "val_label", "test_volume",
           "test_label"}
-OF_THIS_DATA = INPUTS | {"label_slices", "val_slices", "voxel_size", "demo", "tta",
+OF_THIS_DATA = INPUTS | {"partial", "label_slices", "val_slices", "voxel_size", "demo", "tta",
                          "save_probability"}
 OF_PREDICTION = {"label_map", "ignore_label", "seed", "threshold"}
 
@@ -2295,8 +2647,9 @@ def add_common_args(parser, models, sources):
          help="voxel size in nm, in place of the files'")
     data("--downsample", type=positive(int), default=1, metavar="N",
          help="show the network slices N times smaller in y and x")
-    data("--normalize", choices=("zscore", "unit", "equalize"), default="zscore",
-         help="grey levels: zero mean and unit variance; 0..1; histogram equalisation per slice")
+    data("--normalize", choices=("zscore", "volume", "unit", "equalize"), default="zscore",
+         help="grey levels: zero mean and unit variance, of all training slices together or of "
+         "each volume by itself; 0..1; histogram equalisation per slice")
     training = parser.add_argument_group("training").add_argument
     training("--model", choices=sorted(models), help="the network")
     training("--width", type=positive(int), metavar="N", help="filters of the first level; "
@@ -2332,7 +2685,7 @@ def parse(parser, argv, demo):
     demo: the flags of the demo. What is typed always wins, except that a resumed run must have
     the arguments that it was started with.
     """
-    untyped = object()
+    untyped = []                # a list, so that flags that can be given twice append to a copy
     names = vars(parser.parse_args([]))
     args = parser.parse_args(argv)
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, untyped))))
@@ -2349,7 +2702,7 @@ def parse(parser, argv, demo):
                              f"{keep[changed[0]]}")
             args = argparse.Namespace(**{**vars(args), **keep, **typed})
         elif args.demo:
-            given = sorted(n for n in typed if n.endswith(("volume", "_label")) or n == "label")
+            given = sorted(n for n in typed if n in INPUTS | {"partial"})
             if given:
                 parser.error(f"--demo makes its own data; leave {flag_name(given[0])} out")
             args = argparse.Namespace(**{**vars(args), **demo, **typed})
@@ -2401,7 +2754,7 @@ def check_args(parser, args):
         parser.error(f"--seed {args.seed} is not between 0 and 2^63 - 1")
     if args.checkpoint and not args.test_volume:
         parser.error("--checkpoint needs --test-volume: the volumes to predict")
-    if not (args.checkpoint or args.demo or args.volume):
+    if not (args.checkpoint or args.demo or args.volume or getattr(args, "partial", [])):
         parser.error("give --volume and --label (or --demo, or --checkpoint and --test-volume)")
     for volume, label in (("volume", "label"), ("val_volume", "val_label"),
                           ("test_volume", "test_label")):
@@ -2433,11 +2786,12 @@ class Item:
 class Data:
     """The opened volumes of a run. Lists run in the order of the command line.
 
-    images, labels: lazy uint8 (Z, Y, X), after --downsample; slices: annotated z for training;
-    unlabeled, unlabeled_slices: what has no label, for the semi-supervised scripts; train, val,
-    test: Items, train holding the training volumes with the labels to train on and the unlabelled
-    ones without; classes: names; normalization: see normalize; seen: see seen_slices; notes: lines
-    to print.
+    images, labels: lazy uint8 (Z, Y, X), as the network sees them (--downsample, --resize); slices:
+    their annotated z for training; merges: for each of them, see parse_merge, the partially
+    labelled ones last; unlabeled, unlabeled_slices: what has no label, for the semi-supervised
+    scripts; train, val, test: Items, train holding the training volumes with the labels to train on
+    and the unlabelled ones without; classes: names; normalization: see normalize; seen: see
+    seen_slices; notes: lines to print.
     """
     classes: list
     normalization: dict
@@ -2446,6 +2800,7 @@ class Data:
     images: list = field(default_factory=list)
     labels: list = field(default_factory=list)
     slices: list = field(default_factory=list)
+    merges: list = field(default_factory=list)
     unlabeled: list = field(default_factory=list)
     unlabeled_slices: list = field(default_factory=list)
     train: list = field(default_factory=list)
@@ -2468,10 +2823,18 @@ def open_data(args, checkpoint=None):
     n_classes = len(checkpoint["classes"]) if checkpoint else len(args.classes or []) or None
     rules = {"label_map": label_map, "ignore_label": args.ignore_label}
     volumes = [open_input(path, args) for path in args.volume]
-    if not checkpoint:
+    partial = [] if checkpoint else getattr(args, "partial", [])
+    labels = []
+    if volumes:
         labels, n_classes = open_labels(args.label, volumes, n_classes,
                                         label_slices=args.label_slices, **rules)
+    merges = [list(range(n_classes))] * len(volumes)
+    for path, label, text in partial:
+        merges.append(parse_merge(text, n_classes))
+        volumes.append(open_input(path, args))
+        labels += open_labels([label], volumes[-1:], n_classes, merge=merges[-1], **rules)[0]
     names = checkpoint["classes"] if checkpoint else class_names(args.classes, n_classes)
+    check_merges(merges, names)
     items = {}
     for kind in ("val", "test"):
         paths = getattr(args, f"{kind}_volume")
@@ -2485,7 +2848,8 @@ def open_data(args, checkpoint=None):
         return Data(names, checkpoint["normalization"], checkpoint["seen"],
                     [without_seen_slices(item, checkpoint["seen"]) for item in items["test"]])
 
-    held_out = [validation_slices(args.val_slices, label) for label in labels]
+    held_out = [validation_slices(args.val_slices, label) for label in labels[: len(args.volume)]]
+    held_out += [[]] * len(partial)
     images = [view(volume, args) for volume in volumes]
     slices = [np.setdiff1d(label.slices, zs) for label, zs in zip(labels, held_out)]
     if not sum(map(len, slices)):
@@ -2494,8 +2858,9 @@ def open_data(args, checkpoint=None):
     notes = check_annotation(drawn, names, args.label_slices)
     val = [Item(f"val/{item.name}", item.volume, item.image, shrink(item.label, args))
            for item in items["val"]]
-    names_in = [f"train/{name}" for name in unique_names([*args.volume, *args.unlabeled_volume])]
-    val += [Item(name, v, image, OnlySlices(shrink(label, args), zs))
+    paths = [*args.volume, *(path for path, *_ in partial), *args.unlabeled_volume]
+    names_in = [f"train/{name}" for name in unique_names(paths)]
+    val += [Item(name, v, image, shrink(OnlySlices(label, zs), args))
             for name, v, image, label, zs in zip(names_in, volumes, images, labels, held_out)
             if len(zs)]
     train = [Item(name, v, image, OnlySlices(label, zs))
@@ -2504,16 +2869,31 @@ def open_data(args, checkpoint=None):
         volume = open_input(path, args)
         train.append(Item(name, volume, view(volume, args), None))
     test = items["test"] or [Item(name, v, image, None) for name, v, image
-                             in zip(unique_names(args.volume), volumes, images)]
+                             in zip(unique_names(paths[: len(volumes)]), volumes, images)]
     seen = seen_slices([*volumes, *(item.volume for item in items["val"])],
                        [*labels, *(item.label for item in items["val"])])
+    shrunk = [shrink(item.label, args) for item in train[: len(volumes)]]
+    slices = [label.slices for label in shrunk]
     return Data(
         names, measure_normalization(images, slices, args.normalize), seen,
-        [without_seen_slices(item, seen) for item in test],
-        images, [OnlySlices(shrink(label, args), zs) for label, zs in zip(labels, slices)], slices,
+        [without_seen_slices(item, seen) for item in test], images, shrunk, slices, merges,
         [item.image for item in train],
-        [np.setdiff1d(np.arange(len(v)), label.slices) for v, label in zip(volumes, labels)]
+        [np.setdiff1d(np.arange(len(image)), shrink(label, args).slices)
+         for image, label in zip(images, labels)]
         + [np.arange(len(item.image)) for item in train[len(volumes):]], train, val, notes)
+
+
+def check_merges(merges, names):
+    """Raise InputError where a class has no label of its own in any volume, or where no volume
+    tells two classes apart: nothing would teach the network the difference."""
+    for k, name in enumerate(names):
+        if merges and all(merge[k] != k for merge in merges):
+            raise InputError(f"--partial: the class {name} is merged into another one in every "
+                             f"volume; one volume must show it as {k}")
+        for j in range(k):
+            if merges and all(merge[j] == merge[k] for merge in merges):
+                raise InputError(f"--partial: the classes {names[j]} and {name} are the same label "
+                                 f"in every volume; one volume must tell them apart")
 
 
 def check_annotation(counts, names, label_slices):
@@ -2558,13 +2938,19 @@ def open_input(path, args):
 
 
 def view(volume, args):
-    """What a network sees of a volume: uint8, equalised and downsampled as asked."""
-    return downsample(as_uint8(volume, equalize=args.normalize == "equalize"), args.downsample,
-                      "mean")
+    """What a network sees of a volume: uint8, normalised, resized and downsampled as asked."""
+    image = as_uint8(volume, equalize=args.normalize == "equalize")
+    if args.normalize == "volume":
+        image = standardize(image)
+    if getattr(args, "resize", None):
+        image = resize(image, args.resize, linear=True)
+    return downsample(image, args.downsample, "mean")
 
 
 def shrink(label, args):
     """Labels at the resolution that the network sees."""
+    if getattr(args, "resize", None):
+        label = resize(label, args.resize, linear=False)
     return downsample(label, args.downsample, "majority")
 
 
@@ -2635,14 +3021,22 @@ def write_demo(run, shape, voxel_size=(20.0, 8.0, 8.0)):
     args.test_volume, args.test_label = [str(folder / "test.mrc")], [str(folder / "test_label.mrc")]
     if run.rank == 0 and not args.resume:
         folder.mkdir(parents=True, exist_ok=True)
-        volumes = (args.volume + args.label, 0, np.uint8), (args.test_volume + args.test_label, 128,
-                                                            np.int8)
-        for seed, (paths, shift, dtype) in enumerate(volumes):
+        pairs = args.volume + args.label, args.test_volume + args.test_label
+        for seed, paths in enumerate(pairs):
             image, label = phantom(shape, voxel_size, seed=1000 * args.seed + seed)
-            for path, array in zip(paths, ((image.astype(int) - shift).astype(dtype), label)):
-                with create_volume(path, shape, array.dtype, voxel_size, max_value=4) as writer:
-                    writer[:] = array
+            write_pair(paths, image, label, voxel_size)
     run.barrier()
+
+
+def write_pair(paths, image, label, voxel_size):
+    """Write an image and its label, both uint8, as TIFF or MRC; an MRC image becomes int8, shifted
+    by 128, as tomograms often are."""
+    if paths[0].endswith(MRC_EXTENSIONS):
+        image = (image.astype(np.int16) - 128).astype(np.int8)
+    for path, array in zip(paths, (image, label)):
+        with create_volume(path, array.shape, array.dtype, voxel_size,
+                           max_value=int(label.max())) as writer:
+            writer[:] = array
 
 
 # -- device and processes --------------------------------------------------------------------------
@@ -2890,8 +3284,9 @@ class Run:
         if self.rank:
             return
         old = [file for pattern in RUN_FILES for file in self.folder.glob(pattern)]
-        inputs = {os.path.realpath(_split_crop(path)[0])
-                  for name in INPUTS for path in getattr(self.args, name)}
+        read = [path for name in INPUTS for path in getattr(self.args, name)]
+        read += [path for pair in getattr(self.args, "partial", []) for path in pair[:2]]
+        inputs = {os.path.realpath(_split_crop(path)[0]) for path in read}
         for file in old:
             if os.path.realpath(file) in inputs:
                 raise InputError(f"--overwrite would delete {file}, which this run reads; choose "
@@ -2966,6 +3361,11 @@ class Run:
             if isinstance(module, nn.Module):
                 share_buffers(module)
 
+    def left(self, step):
+        """The share of its stage that is left at a step, from 1 down to almost 0."""
+        first, last = self.stages[self.stage]
+        return (last - step) / (last - first)
+
     def _interrupt(self, number, frame):
         """First Ctrl-C: finish the step and save. Second one: stop at once."""
         if self.interrupted:
@@ -3029,7 +3429,8 @@ class Run:
         print(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n", flush=True)
 
     def validate(self, predict, items=None, context=1):
-        """val_dice and val_iou, means over foreground classes and validation volumes; or {}.
+        """val_dice and val_iou, means over foreground classes and validation volumes, and the Dice
+        of each class, val_dice_NAME; or {}.
 
         items: Items to score in place of data.val; predict, context: see score_slices.
         """
@@ -3040,7 +3441,8 @@ class Run:
                                        self.threshold, self.rank, self.world), self.data.classes)
                    for item in items]
         mean = mean_scores(results)
-        return {"val_dice": mean["dice"], "val_iou": mean["iou"]}
+        return {"val_dice": mean["dice"], "val_iou": mean["iou"],
+                **{f"val_dice_{name}": score["dice"] for name, score in mean["per_class"].items()}}
 
     def end_epoch(self, validation):
         """Write the epoch's row of log.csv, last.pt, and best.pt if the validation says so."""
@@ -3066,7 +3468,8 @@ class Run:
         self.save("last.pt")
         terminal = sys.stdout.isatty()
         shown = "  ".join(f"{key} {value:.4f}" for key, value in row.items()
-                          if key.startswith(("loss", "val")) and value is not None)
+                          if key.startswith(("loss", "val")) and value is not None
+                          and not key.startswith("val_dice_"))
         line = f"{self._title(epoch)}  {shown}"
         self.say(f"\r{line}\x1b[K" if terminal else line)
         self._stop_if_interrupted()
@@ -3197,13 +3600,14 @@ class Run:
         if self.world > 1:
             torch.distributed.barrier()
 
-    def report(self, predictions, stages=None):
+    def report(self, predictions, stages=None, surfaces=False):
         """Score the predictions (paths, one per test Item); write metrics.json, figure.png and
         curves.png; print the scores and what was written. stages: {name: paths} of a method in
         stages, the last of which are the predictions; each is scored and shown, for each volume
-        and as the mean over volumes."""
+        and as the mean over volumes. surfaces: also draw each volume's structures in 3D. Returns
+        what metrics.json holds, in the first process."""
         if self.rank:
-            return
+            return None
         named, stages = stages is not None, stages or {"prediction": predictions}
         results = {name: [] for name in stages}             # the `scores` of every labelled Item
         volumes, shown = [], []
@@ -3223,7 +3627,7 @@ class Run:
             volumes.append(entry)
             shown.append((Path(item.volume.path).name, as_uint8(item.volume), item.label, opened))
         mean = {name: mean_scores(each) if each else None for name, each in results.items()}
-        self._write_json("metrics.json", {
+        content = {
             "schema": 1, "script": self.script.name, "model": self.args.model,
             "seed": self.args.seed,
             "selected_on": "last epoch" if self.best is None else "validation",
@@ -3233,12 +3637,18 @@ class Run:
             "predict_seconds": round(self.predict_seconds, 1),
             "predict_voxels_per_second": round(self.predicted_voxels / self.predict_seconds),
             "peak_memory_gib": peak_memory_gib(self.device),
-            "parameters": sum(map(count_parameters, self.networks.values()))})
+            "parameters": sum(map(count_parameters, self.networks.values()))}
+        self._write_json("metrics.json", content)
         save_slices(self.folder / "figure.png", shown, self.data.classes)
+        for number, (_, _, label, opened) in enumerate(shown if surfaces else []):
+            name = self.output(self.data.test[number]).stem.replace("prediction", "surfaces", 1)
+            rows = opened if label is None else {"truth": label, **opened}
+            save_surfaces(self.folder / f"{name}.png", rows, self.data.classes)
         if (self.folder / "log.csv").exists():
             save_curves(self.folder / "curves.png", self.folder / "log.csv")
         written = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
         self.say(f"wrote {self.folder}/: {', '.join(written)}")
+        return content
 
     def _say_scores(self, prediction, stage, result):
         """One line for each class of a prediction."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from scipy import ndimage
 from torch import nn
@@ -359,6 +360,18 @@ def test_downsampled_predictions_are_enlarged_linearly(factor):
                           grid_mode=True)[:, :13, :18]
     np.testing.assert_allclose(prob.array, wanted, atol=1e-6)
     np.testing.assert_array_equal(ids.array, prob.array > 0.5)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4, 7, 11, 20])
+@pytest.mark.parametrize("pixels", [1, 600, 10**6])
+def test_predictions_of_another_depth_are_interpolated_linearly(depth, pixels):
+    """The network sees `depth` slices of a volume of 7: every slab gives what one gives."""
+    image, writer, prob = random_ids((depth, 6, 5), 256), Writer((7, 12, 15)), Writer((7, 12, 15))
+    write(predict_grey, image, writer, (7, 12, 15), prob, pixels=pixels)
+    wanted = F.interpolate(torch.from_numpy(image)[None, None] / 255, size=(7, 12, 15),
+                           mode="trilinear")[0, 0]
+    np.testing.assert_allclose(prob.array, wanted, atol=1e-5)
+    assert (writer.written == 1).all()
 
 
 @pytest.mark.parametrize("world", [2, 3, 9])
@@ -922,6 +935,109 @@ def test_without_voxel_size_there_is_no_scale_bar(tmp_path):
         emseg.save_slices(tmp_path / "figure.png", items((1, 40, 40), voxel_size=size), CLASSES)
         pictures.append(imread(tmp_path / "figure.png"))
     assert not np.array_equal(*pictures)
+
+
+# -- surfaces
+
+
+def ball(shape, centre, radius, voxel_size=(1, 1, 1)):
+    place = [(axis + 0.5) * side for axis, side in zip(np.ogrid[tuple(map(slice, shape))],
+                                                       voxel_size)]
+    return sum((axis - c) ** 2 for axis, c in zip(place, centre)) < radius**2
+
+
+def test_class_shares_are_block_means():
+    ids = random_ids((7, 9, 11), 3)
+    shares, block = emseg.class_shares(InMemory(ids, voxel_size=(5.0, 2.0, 2.0)), 3, 4)
+    assert shares.shape == (2, 4, 3, 4) and block.tolist() == [10, 6, 6]
+    for k, z, y, x in np.ndindex(shares.shape):
+        part = ids[2 * z : 2 * z + 2, 3 * y : 3 * y + 3, 3 * x : 3 * x + 3] == k + 1
+        assert shares[k, z, y, x] == pytest.approx(part.mean())
+    assert emseg.class_shares(InMemory(ids), 3, 99)[1].tolist() == [1, 1, 1]
+
+
+def test_rays_meet_a_ball_where_it_is():
+    """Seen from any side: a disc of its radius whose middle is nearest and faces the eye."""
+    share = ball((40, 40, 40), (20, 20, 20), 12).astype(np.float32)
+    for view in ((0, 0), (-60, 25), (-90, 90)):
+        depth, light, facing = emseg.cast_rays(share, np.ones(3), *view, 100)
+        side = np.linalg.norm((40, 40, 40)) / 100
+        y, x = (np.arange(100) - 49.5)[:, None] * side, (np.arange(100) - 49.5) * side
+        outside, inside = np.hypot(y, x) > 13, np.hypot(y, x) < 11
+        assert np.isinf(depth[outside]).all() and np.isfinite(depth[inside]).all()
+        wanted = np.linalg.norm((40, 40, 40)) / 2 - np.sqrt(np.maximum(144 - y**2 - x**2, 0))
+        assert np.abs(depth - wanted)[inside].max() < 1.5
+        cosine = np.sqrt(np.maximum(144 - y**2 - x**2, 0)) / 12
+        assert np.abs(facing - cosine)[np.hypot(y, x) < 9].max() < 0.15
+        assert light[inside][:20].mean() > light[inside][-20:].mean()       # the light is above
+
+
+def test_seen_from_above_slices_look_as_on_a_screen():
+    """Slice 0 hides the others; x runs to the right, y down; nothing is mirrored."""
+    share = np.zeros((10, 40, 60), np.float32)
+    share[:2, 5:15, 10:30] = 1
+    share[5:, 25:35, 40:50] = 1
+    depth, *_ = emseg.cast_rays(share, np.ones(3), -90, 90, 144)
+    side = np.linalg.norm(share.shape) / 144
+    rows, columns = [(np.arange(144) + 0.5 - 72) * side + half for half in (20, 30)]
+    near = np.isfinite(depth) & (depth < np.nanmin(depth) + 2)
+    found = [(rows[axis.min()], rows[axis.max()]) for axis in [np.nonzero(near)[0]]] + [
+        (columns[axis.min()], columns[axis.max()]) for axis in [np.nonzero(near)[1]]]
+    np.testing.assert_allclose(found, [(5, 15), (10, 30)], atol=1)
+    assert depth[np.abs(rows - 30).argmin(), np.abs(columns - 45).argmin()] == pytest.approx(
+        depth.min() + 5, abs=1)
+
+
+def test_voxel_sizes_stretch_the_picture():
+    flat = np.ones((4, 20, 20), np.float32)
+    heights = []
+    for z in (1.0, 5.0):
+        depth, *_ = emseg.cast_rays(flat, np.array([z, 1.0, 1.0]), 0, 0, 100)
+        rows = np.isfinite(depth).any(1).sum()
+        heights.append(rows * np.linalg.norm((4 * z, 20, 20)) / 100)
+    np.testing.assert_allclose(heights, [4, 20], atol=1)
+
+
+def test_the_nearest_surface_covers_what_is_behind_it_unless_it_is_glass():
+    def plane(distance):
+        return np.stack([np.full((8, 8), distance), np.full((8, 8), 0.8), np.full((8, 8), 0.5)])
+
+    empty = np.full((3, 8, 8), np.inf)
+    first = emseg.compose([plane(1.0), plane(2.0)], [0, 1], [False, False])
+    np.testing.assert_allclose(first, emseg.compose([plane(1.0), empty], [0, 1], [False, False]))
+    assert first[4, 4].argmax() == 0                                        # orange
+    through = emseg.compose([plane(1.0), plane(2.0)], [0, 1], [True, False])
+    behind = emseg.compose([empty, plane(2.0)], [0, 1], [True, False])
+    assert np.abs(through - behind).max() < np.abs(through - first).max()
+    assert (emseg.compose([empty], [0], [False]) == 1).all()
+    assert emseg._enclosing([plane(1.0), plane(2.0), plane(3.0)]) == [True, False, False]
+    assert emseg._enclosing([plane(1.0)]) == [False]
+
+
+@pytest.mark.parametrize("voxel_size", [None, (20.0, 8.0, 8.0)])
+def test_save_surfaces_draws_every_class_in_its_colour(tmp_path, figures, voxel_size):
+    ids = np.zeros((16, 40, 40), np.uint8)
+    ids[ball(ids.shape, (8, 20, 20), 17, (1, 1, 1))] = 1
+    ids[ball(ids.shape, (8, 14, 20), 5)] = 2
+    rows = {"truth": InMemory(ids, voxel_size=voxel_size),
+            "prediction": InMemory(np.zeros_like(ids), voxel_size=voxel_size)}
+    emseg.save_surfaces(tmp_path / "surfaces.png", rows, CLASSES, pixels=80)
+    axes = np.array(figures[0].axes).reshape(2, 4)
+    assert [axis.get_title() for axis in axes[0]] == ["all", "turned", *CLASSES[1:]]
+    pictures = [[axis.images[0].get_array() for axis in row] for row in axes]
+    for k, picture in enumerate(pictures[0][2:]):
+        inked = picture[(picture < 1).any(-1)]
+        color = np.array(to_rgb(emseg.CLASS_COLORS[k]))
+        shade = inked.mean(0) / inked.mean()
+        assert len(inked) > 100 and np.abs(shade - color / color.mean()).max() < 0.4
+    assert all((picture == 1).all() for picture in pictures[1])             # nothing predicted
+    assert bool(axes[0, 0].lines) == (voxel_size is not None)               # the scale bar
+
+
+def test_save_surfaces_of_nothing_is_a_white_picture(tmp_path):
+    empty = InMemory(np.zeros((4, 12, 12), np.uint8))
+    emseg.save_surfaces(tmp_path / "surfaces.png", {"prediction": empty}, CLASSES, pixels=40)
+    assert (tmp_path / "surfaces.png").exists()
 
 
 def write_log(path, rows):

@@ -71,6 +71,16 @@ def test_foreground_crop_depends_on_seed_and_index_alone():
         assert torch.equal(a, b) and torch.equal(a_label, b_label)
 
 
+def test_numbered_crops_name_their_volume_and_are_the_same_crops():
+    volumes = [InMemory(np.full((2, 8, 8), value, np.uint8)) for value in (10, 20, 30)]
+    patches, plain = [emseg.Patches(volumes, volumes, (4, 4), numbered=numbered)
+                      for numbered in (True, False)]
+    for (image, label, number), (same, _) in zip(draw(patches, 30), draw(plain, 30)):
+        assert (image == 10 * (number + 1)).all() and torch.equal(image, same)
+    batch = next(emseg.batches(patches, 8, 0, 1))
+    assert batch[2].dtype == torch.int64 and batch[2].tolist() == [patches[i][2] for i in range(8)]
+
+
 @pytest.mark.parametrize("foreground", [0.0, 1.0])
 @pytest.mark.parametrize("size", [(7, 9), (30, 40), (3, 7, 9)])
 def test_image_and_label_are_cut_at_the_same_place_inside_the_volume(size, foreground):

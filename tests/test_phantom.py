@@ -1,8 +1,10 @@
 """Tests of the synthetic EM volume: exact labels, plausible fractions, not trivial."""
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from emseg import MEMBRANE, MITOCHONDRION, NUCLEUS, PHANTOM_CLASSES, VESICLE, phantom
+from emseg import (MEMBRANE, MITOCHONDRION, NUCLEUS, PHANTOM_CLASSES, VESICLE, phantom,
+                   phantom_cell)
 
 SHAPE = (16, 192, 192)
 
@@ -117,3 +119,44 @@ def test_no_grey_threshold_finds_mitochondria(volumes):
     hits, size = inside[high] - inside[low], total[high] - total[low]
     best = (2 * hits / np.maximum(size + mito.sum(), 1))[high > low].max()
     assert 0.15 < best < 0.7
+
+
+# -- whole cells
+
+
+@pytest.fixture(scope="module")
+def whole_cells():
+    return [phantom_cell((64, 72, 80), seed=seed) for seed in range(4)]
+
+
+def test_a_cell_is_whole_and_has_every_structure(whole_cells):
+    for image, label in whole_cells:
+        assert image.shape == label.shape == (64, 72, 80) and image.dtype == label.dtype == np.uint8
+        share = np.bincount(label.ravel(), minlength=5) / label.size
+        assert 0.05 < share[MEMBRANE:].sum() < 0.45 and (share > 0.001).all()
+        border = label.copy()
+        border[2:-2, 2:-2, 2:-2] = 0
+        assert (border > 0).mean() < 0.01                       # it does not leave the tomogram
+        cell, count = ndimage.label(label > 0)
+        assert np.bincount(cell.ravel())[1:].max() > 0.99 * (label > 0).sum()
+
+
+def test_organelles_lie_inside_the_cell(whole_cells):
+    for _, label in whole_cells:
+        touching = ndimage.binary_dilation(label >= NUCLEUS) & (label == 0)
+        assert touching.sum() < 0.05 * (label >= NUCLEUS).sum()
+
+
+def test_cells_are_reproducible_and_differ(whole_cells):
+    again = phantom_cell((64, 72, 80), seed=1)
+    assert all(np.array_equal(a, b) for a, b in zip(again, whole_cells[1]))
+    assert dice(whole_cells[0][1] > 0, whole_cells[1][1] > 0) < 0.97
+    means = [image[label == MEMBRANE].mean() for image, label in whole_cells]
+    assert np.ptp(means) > 5                                    # each has its own tone
+
+
+def test_organelles_are_darker_than_the_cell_and_the_cell_than_its_medium(whole_cells):
+    for image, label in whole_cells:
+        grey = [image[label == k].mean() for k in range(5)]
+        assert grey[0] > grey[MEMBRANE] + 5
+        assert max(grey[MITOCHONDRION], grey[VESICLE]) < grey[MEMBRANE] - 15

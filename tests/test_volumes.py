@@ -507,6 +507,63 @@ def test_downsample_mean_and_majority(tmp_path):
     assert emseg.downsample(tie, 1, "mean") is tie
 
 
+def slow_resize(array, shape):
+    """Linear interpolation between voxel centres, one axis after the other, by np.interp."""
+    array = array.astype(np.float64)
+    for axis, length in enumerate(shape):
+        old = np.arange(array.shape[axis]) + 0.5
+        new = (np.arange(length) + 0.5) * array.shape[axis] / length
+        array = np.apply_along_axis(lambda line: np.interp(new, old, line), axis, array)
+    return array
+
+
+@pytest.mark.parametrize("shape", [(9, 30, 11), (3, 8, 40), (6, 20, 31), (1, 1, 1), (5, 20, 7)])
+def test_resize(tmp_path, shape):
+    array = random_volume((5, 20, 17))
+    volume = open_array(tmp_path, array)
+    volume.voxel_size = VOXEL
+    view, nearest = (emseg.resize(volume, shape, linear) for linear in (True, False))
+    assert view.shape == nearest.shape == shape and view.dtype == np.uint8
+    assert view.voxel_size == pytest.approx([v * a / b for v, a, b in zip(VOXEL, array.shape,
+                                                                          shape)])
+    want = slow_resize(array, shape)
+    np.testing.assert_allclose(view[:], want, atol=0.501)               # rounded to whole numbers
+    places = [((np.arange(new) + 0.5) * old / new).astype(int)
+              for old, new in zip(array.shape, shape)]
+    np.testing.assert_array_equal(nearest[:], array[np.ix_(*places)])
+    box = tuple(slice(side // 3, side // 3 + (side + 1) // 2) for side in shape)
+    for one in (view, nearest):
+        np.testing.assert_array_equal(one[box], one[:][box])
+    assert view[1:1].shape == (0, *shape[1:])
+    assert emseg.resize(volume, array.shape, True) is volume
+
+
+def test_resized_labels_keep_their_annotated_slices(tmp_path):
+    array = np.zeros((6, 4, 4), np.uint8)
+    array[1] = 1
+    volume = open_array(tmp_path, array)
+    (label,), _ = emseg.open_labels([volume.path], [volume], label_slices="1,4")
+    large, small = emseg.resize(label, (12, 4, 4), False), emseg.resize(label, (3, 4, 4), False)
+    assert large.slices.tolist() == [2, 3, 8, 9]
+    assert (large[2:4] == 1).all() and (large[0] == emseg.IGNORE).all()
+    assert small.slices.tolist() == [0]             # of slices 1, 3, 5 the first is annotated
+    assert emseg.downsample(large, 2, "majority").slices.tolist() == [2, 3, 8, 9]
+
+
+def test_standardize(tmp_path):
+    array = np.random.default_rng(0).normal(90, 7, (40, 64, 64)).round().astype(np.uint8)
+    view = emseg.standardize(open_array(tmp_path, array))
+    assert view[:].mean() == pytest.approx(128, abs=0.5) and view[:].std() == pytest.approx(
+        40, abs=0.7)
+    want = np.clip(128 + 40 * (array - array.mean()) / array.std(), 0, 255)
+    assert np.abs(view[:] - want).max() < 2
+    np.testing.assert_array_equal(view[3:5, 7:9, 2], view[:][3:5, 7:9, 2])
+    bright = emseg.standardize(open_array(tmp_path, (array * 1.5 + 20).astype(np.uint8), "b"))
+    assert np.abs(bright[:].astype(int) - view[:]).max() <= 6       # brightness and contrast go
+    flat = emseg.standardize(open_array(tmp_path, np.full((2, 3, 4), 7, np.uint8), "c"))
+    assert (flat[:] == 128).all()
+
+
 # --- slices, labels ---
 
 def test_parse_slices():
