@@ -11,7 +11,7 @@ Conventions
 
 Contents, in the order data flows
     Volumes       files as lazy arrays: TIFF, MRC, NPY, folders of slices; labels; writing
-    Phantom       a synthetic EM volume with exact labels, for --demo and tests
+    Phantom       synthetic EM volumes and whole cells with exact labels, for --demo and tests
     Patches       random crops, as uint8, and their normalisation
     Augmentation  one composed sampling grid per batch, on the device; CutMix boxes
     Layers        building blocks of networks
@@ -19,7 +19,7 @@ Contents, in the order data flows
     Losses        soft Dice and cross entropy, blind to IGNORE
     Inference     slices, their neighbours or 3D windows; blended tiles, eight views, slab by slab
     Metrics       confusion counts and the scores that follow from them
-    Figures       slices with their errors, training curves
+    Figures       slices with their errors, surfaces in 3D, training curves
     Runs          command line, data, run folder, checkpoints, progress
 """
 
@@ -849,7 +849,8 @@ def parse_merge(text, n_classes):
             raise InputError(f"merge '{text}': class {source} goes to {target}, which is merged "
                              f"itself; name the class that is left: {source}={merge[target]}")
     if len(set(merge)) == n_classes:
-        raise InputError(f"merge '{text}': merges nothing; a fully labelled volume goes to --volume")
+        raise InputError(f"merge '{text}': merges nothing; a fully labelled volume goes to "
+                         f"--volume")
     if len(set(merge)) == 1:
         raise InputError(f"merge '{text}': leaves one label for everything, which teaches nothing")
     return merge
@@ -1151,7 +1152,7 @@ def _data_offset(file, is_mrc):
 
 
 # ==================================================================================================
-# Phantom: a synthetic electron-microscopy volume with exact labels
+# Phantom: synthetic electron-microscopy volumes and whole cells, with exact labels
 # ==================================================================================================
 
 PHANTOM_CLASSES = ["background", "membrane", "nucleus", "mitochondrion", "vesicle"]
@@ -1180,7 +1181,7 @@ GREY_MATRIX, GREY_CRISTA, GREY_LUMEN, GREY_LYSOSOME, GREY_ER = 128, 84, 188, 72,
 ELECTRONS_PER_GREY = 0.75               # dose: sets the shot noise
 
 # Whole cells: insulin granules, and the medium around the cell.
-GRANULE_RADIUS, GRANULE_FRACTION, GREY_GRANULE, GREY_MEDIUM = (75, 140), 0.018, 112, 194
+GRANULE_RADIUS, GRANULE_FRACTION, GREY_GRANULE, GREY_MEDIUM = (60, 110), 0.012, 70, 194
 
 
 @dataclass
@@ -2402,7 +2403,8 @@ def save_surfaces(path, items, classes, max_side=128, pixels=300):
     """
     blocks = [class_shares(volume, len(classes), max_side) for volume in items.values()]
     filled = sum(shares.sum(0) for shares, _ in blocks) > 0
-    box = next(iter(ndimage.find_objects(filled.astype(int))), (slice(None),) * 3)      # the same in all rows
+    objects = ndimage.find_objects(filled.astype(int))
+    box = objects[0] if objects else (slice(None),) * 3                 # the same in all rows
     titles = ["all", "turned", *classes[1:]]
     rows, glass = [], None
     for shares, block in blocks:
@@ -2454,12 +2456,14 @@ def _scene_size(share, block):
 
 
 def cast_rays(share, block, azimuth, elevation, pixels):
-    """What parallel rays meet where a class fills half of a block: float32 (3, pixels, pixels).
+    """What parallel rays meet of a class: float32 (3, pixels, pixels).
 
     share (z, y, x), block (3,): see class_shares. azimuth, elevation: direction to the eye in
     degrees; slice 0 lies on top, and seen from straight above, (-90, 90), slices look as on a
-    screen. Returns the way to the first hit, infinite where there is none, the brightness there,
-    and the cosine between surface normal and ray. Outside of the volume everything is empty.
+    screen. A surface lies where the class fills half of a block, or less where thin sheets would
+    vanish: it encloses as much as the class fills. Outside of the volume everything is empty.
+    Returns the way to the first hit, infinite where there is none, the brightness there, and the
+    cosine between the surface's normal and the ray.
     """
     a, e = np.deg2rad([azimuth, elevation])
     frame = np.array([[-np.sin(a), np.cos(a), 0],                                   # to the right
@@ -2467,7 +2471,9 @@ def cast_rays(share, block, azimuth, elevation, pixels):
                       [np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)]])   # to the eye
     extent = np.array(share.shape[::-1]) * block[::-1]
     frame = torch.from_numpy(frame * (1, -1, -1) * 2 / extent).float()  # in x, y, z from -1 to 1
-    field = torch.from_numpy(ndimage.gaussian_filter(share, 0.7))[None, None]
+    field = ndimage.gaussian_filter(share, 0.7)
+    level = float(np.clip(np.quantile(field, 1 - share.mean()), 0.1, 0.5))
+    field = torch.from_numpy(field * (0.5 / level))[None, None]
     half, fine = _scene_size(share, block) / 2, float(min(block))
     across = (torch.arange(pixels) + 0.5) * (2 * half / pixels) - half
     up, right = (part.reshape(-1, 1) for part in torch.meshgrid(-across, across, indexing="ij"))
@@ -2531,7 +2537,8 @@ def compose(surfaces, classes, glass):
     hit = np.isfinite(depth)
     depth, light, facing = (np.where(hit, part, 0) for part in (depth, light, facing))
     # what lies deeper than its surroundings gets less light
-    blurred, weight = (ndimage.gaussian_filter(part.astype(np.float32), (0, *[len(hit[0]) / 40] * 2))
+    wide = hit.shape[1] / 40
+    blurred, weight = (ndimage.gaussian_filter(part.astype(np.float32), (0, wide, wide))
                        for part in (depth, hit))
     hollow = (depth - blurred / np.maximum(weight, 1e-6)) / (0.1 * max(float(depth.max()), 1e-6))
     shade = colors[:, None, None] * (light * np.clip(1 - hollow, 0.6, 1.1))[..., None]
@@ -2579,8 +2586,8 @@ def save_curves(path, log):
 # ==================================================================================================
 
 RUN_FILES = ("config.json", "log.csv", "best.pt", "last.pt", "metrics.json", "figure.png",
-             "curves.png", "surfaces.png", "surfaces_*.png", "prediction.*", "prediction_*", "probability.tif", "probability_*.tif",
-             "stages/*.tif", "stages/*/*.tif")
+             "curves.png", "surfaces.png", "surfaces_*.png", "prediction.*", "prediction_*",
+             "probability.tif", "probability_*.tif", "stages/*.tif", "stages/*/*.tif")
 # A resumed run takes these from the command line, all else from its config.json.
 OF_THIS_CALL = {"out_dir", "overwrite", "resume", "checkpoint", "device", "amp", "compile",
                 "workers"}
@@ -2822,19 +2829,9 @@ def open_data(args, checkpoint=None):
     label_map = parse_label_map(args.label_map) if args.label_map else None
     n_classes = len(checkpoint["classes"]) if checkpoint else len(args.classes or []) or None
     rules = {"label_map": label_map, "ignore_label": args.ignore_label}
-    volumes = [open_input(path, args) for path in args.volume]
-    partial = [] if checkpoint else getattr(args, "partial", [])
-    labels = []
-    if volumes:
-        labels, n_classes = open_labels(args.label, volumes, n_classes,
-                                        label_slices=args.label_slices, **rules)
-    merges = [list(range(n_classes))] * len(volumes)
-    for path, label, text in partial:
-        merges.append(parse_merge(text, n_classes))
-        volumes.append(open_input(path, args))
-        labels += open_labels([label], volumes[-1:], n_classes, merge=merges[-1], **rules)[0]
+    if not checkpoint:
+        volumes, labels, merges, n_classes = open_training(args, n_classes, rules)
     names = checkpoint["classes"] if checkpoint else class_names(args.classes, n_classes)
-    check_merges(merges, names)
     items = {}
     for kind in ("val", "test"):
         paths = getattr(args, f"{kind}_volume")
@@ -2848,8 +2845,9 @@ def open_data(args, checkpoint=None):
         return Data(names, checkpoint["normalization"], checkpoint["seen"],
                     [without_seen_slices(item, checkpoint["seen"]) for item in items["test"]])
 
-    held_out = [validation_slices(args.val_slices, label) for label in labels[: len(args.volume)]]
-    held_out += [[]] * len(partial)
+    check_merges(merges, names)
+    held_out = [validation_slices(args.val_slices if i < len(args.volume) else None, label)
+                for i, label in enumerate(labels)]
     images = [view(volume, args) for volume in volumes]
     slices = [np.setdiff1d(label.slices, zs) for label, zs in zip(labels, held_out)]
     if not sum(map(len, slices)):
@@ -2858,8 +2856,8 @@ def open_data(args, checkpoint=None):
     notes = check_annotation(drawn, names, args.label_slices)
     val = [Item(f"val/{item.name}", item.volume, item.image, shrink(item.label, args))
            for item in items["val"]]
-    paths = [*args.volume, *(path for path, *_ in partial), *args.unlabeled_volume]
-    names_in = [f"train/{name}" for name in unique_names(paths)]
+    paths = [volume.path for volume in volumes]
+    names_in = [f"train/{name}" for name in unique_names([*paths, *args.unlabeled_volume])]
     val += [Item(name, v, image, shrink(OnlySlices(label, zs), args))
             for name, v, image, label, zs in zip(names_in, volumes, images, labels, held_out)
             if len(zs)]
@@ -2869,7 +2867,7 @@ def open_data(args, checkpoint=None):
         volume = open_input(path, args)
         train.append(Item(name, volume, view(volume, args), None))
     test = items["test"] or [Item(name, v, image, None) for name, v, image
-                             in zip(unique_names(paths[: len(volumes)]), volumes, images)]
+                             in zip(unique_names(paths), volumes, images)]
     seen = seen_slices([*volumes, *(item.volume for item in items["val"])],
                        [*labels, *(item.label for item in items["val"])])
     shrunk = [shrink(item.label, args) for item in train[: len(volumes)]]
@@ -2883,15 +2881,33 @@ def open_data(args, checkpoint=None):
         + [np.arange(len(item.image)) for item in train[len(volumes):]], train, val, notes)
 
 
+def open_training(args, n_classes, rules):
+    """The training volumes, fully labelled ones first, then partially labelled ones (--partial).
+
+    n_classes: how many, None where the labels decide; rules: options of open_labels. Returns lists
+    of Volumes, of Labels and of merges (see parse_merge), and the number of classes.
+    """
+    volumes, labels = [open_input(path, args) for path in args.volume], []
+    if volumes:
+        labels, n_classes = open_labels(args.label, volumes, n_classes,
+                                        label_slices=args.label_slices, **rules)
+    merges = [list(range(n_classes))] * len(volumes)
+    for path, label, text in getattr(args, "partial", []):
+        merges.append(parse_merge(text, n_classes))
+        volumes.append(open_input(path, args))
+        labels += open_labels([label], volumes[-1:], n_classes, merge=merges[-1], **rules)[0]
+    return volumes, labels, merges, n_classes
+
+
 def check_merges(merges, names):
     """Raise InputError where a class has no label of its own in any volume, or where no volume
     tells two classes apart: nothing would teach the network the difference."""
     for k, name in enumerate(names):
-        if merges and all(merge[k] != k for merge in merges):
+        if all(merge[k] != k for merge in merges):
             raise InputError(f"--partial: the class {name} is merged into another one in every "
                              f"volume; one volume must show it as {k}")
         for j in range(k):
-            if merges and all(merge[j] == merge[k] for merge in merges):
+            if all(merge[j] == merge[k] for merge in merges):
                 raise InputError(f"--partial: the classes {names[j]} and {name} are the same label "
                                  f"in every volume; one volume must tell them apart")
 

@@ -31,8 +31,6 @@ Differences from the paper:
     5. Weights start from the Gaussians of the original U-Net. The paper does not say.
     6. Predictions of resized volumes are brought back to the shape of the volume, by interpolated
        probabilities, and are scored there.
-    7. The paper's baseline has half as many steps, since an epoch has half as many volumes.
-       --compare trains both equally long.
 
 Run:
     GPU    python train_partial.py --volume cell1.mrc cell2.mrc --label cell1_label.mrc \\
@@ -56,7 +54,8 @@ import emseg
 
 MODELS = {**emseg.NETWORKS}
 AUGMENTATION = {"rotation": 180.0, "scale": 0.2}        # section 3
-CELL_VOXEL = (25.0, 25.0, 25.0)                         # nm, of the demo; section 1
+CELLS = {"full": 1, "partial": 2, "test": 2}            # of the demo
+CELL_VOXEL = (25.0, 25.0, 25.0)                         # nm; section 1
 METHODS = {"baseline": "Baseline", "mixed": "Mixed labels"}
 
 
@@ -126,28 +125,27 @@ def dice_of_sets(run, result):
 
 
 def write_cells(run):
-    """--demo: synthetic cells as files. One is fully labelled, in three mitochondria and vesicles
-    are part of "membrane", as in the paper; two fully labelled ones test."""
+    """--demo: synthetic cells of different shapes as files. In the partially labelled ones
+    mitochondria and vesicles are part of "membrane", as in the paper."""
     args, folder = run.args, run.folder / "demo"
-    rng = np.random.default_rng(args.seed)
-    paths = {}
-    for kind, count in (("full", 1), ("partial", 3), ("test", 2)):
-        for number in range(1, count + 1):
-            name = f"{kind}{number}"
-            ending = "tif" if kind == "full" else "mrc"
-            paths[name] = [str(folder / f"{name}{part}.{ending}") for part in ("", "_label")]
+    rng, pairs = np.random.default_rng(args.seed), {}
+    for kind, count in CELLS.items():
+        ending = "tif" if kind == "full" else "mrc"
+        pairs[kind] = [[str(folder / f"{kind}{number}{part}.{ending}") for part in ("", "_label")]
+                       for number in range(1, count + 1)]
+        for pair in pairs[kind]:
             shape, seed = rng.integers(64, 89, 3), int(rng.integers(2**31))
             if run.rank or args.resume:
                 continue
-            folder.mkdir(parents=True, exist_ok=True)
             image, label = emseg.phantom_cell(shape, CELL_VOXEL, seed)
             if kind == "partial":
                 label[label >= emseg.MITOCHONDRION] = emseg.MEMBRANE
-            emseg.write_pair(paths[name], image, label, CELL_VOXEL)
+            folder.mkdir(parents=True, exist_ok=True)
+            emseg.write_pair(pair, image, label, CELL_VOXEL)
     run.barrier()
-    args.volume, args.label = [[path] for path in paths["full1"]]
-    args.partial = [[*paths[f"partial{number}"], "3=1,4=1"] for number in (1, 2, 3)]
-    args.test_volume, args.test_label = map(list, zip(paths["test1"], paths["test2"]))
+    args.volume, args.label = map(list, zip(*pairs["full"]))
+    args.partial = [[*pair, "3=1,4=1"] for pair in pairs["partial"]]
+    args.test_volume, args.test_label = map(list, zip(*pairs["test"]))
 
 
 def parse_args(argv=None):
@@ -169,8 +167,8 @@ def parse_args(argv=None):
            "voxel (section 2.1: 512 512 512); predictions keep the shape of the volume")
     parser.set_defaults(model="unet5", epochs=200, batch_size=8, patch_size=[512, 512], lr=1e-3,
                         normalize="volume")
-    demo = dict(width=8, epochs=6, steps_per_epoch=25, batch_size=8, resize=[64, 80, 80],
-                patch_size=[80, 80], lr=3e-3, compare=True, classes=emseg.PHANTOM_CLASSES)
+    demo = dict(model="unet", width=8, epochs=20, batch_size=4, resize=[64, 80, 80],
+                patch_size=[80, 80], lr=5e-3, compare=True, classes=emseg.PHANTOM_CLASSES)
     args = emseg.parse(parser, argv, demo)
     if args.unlabeled_volume:
         parser.error("--unlabeled-volume: this method learns from labels only; a volume with some "
@@ -221,17 +219,20 @@ def main(args):
     if run.training:
         emseg.check_patch_size(network, args.patch_size, args.model)
         merges, full = torch.tensor(data.merges, device=run.device), len(args.volume)
-        steps_per_epoch = args.steps_per_epoch or math.ceil(
-            sum(map(len, data.slices)) / args.batch_size)
-        run.begin(steps_per_epoch, dict.fromkeys(stages, args.epochs), **networks, **optimizers,
-                  scaler=scaler)
+        patches = {stage: emseg.Patches(
+            data.images, data.labels, args.patch_size,
+            data.slices[:full] if stage == "baseline" else data.slices, seed=(args.seed, 0),
+            numbered=True) for stage in stages}
+        slices = sum(map(len, data.slices))
+        steps_per_epoch = args.steps_per_epoch or math.ceil(slices / args.batch_size)
+        epochs = dict.fromkeys(stages, args.epochs)
+        if "baseline" in stages and not args.steps_per_epoch:       # an epoch of its own is shorter
+            epochs["baseline"] = math.ceil(args.epochs * sum(map(len, data.slices[:full])) / slices)
+        run.begin(steps_per_epoch, epochs, **networks, **optimizers, scaler=scaler)
     for stage, name in stages.items():
         network, optimizer = networks[name], optimizers[f"optimizer_{name}"]
         if run.training:
-            drawn = data.slices[:full] if stage == "baseline" else data.slices
-            patches = emseg.Patches(data.images, data.labels, args.patch_size, drawn,
-                                    seed=(args.seed, 0), numbered=True)
-            batches = run.batches(patches, args.batch_size)
+            batches = run.batches(patches[stage], args.batch_size)
         for epoch in run.epochs(stage):
             network.train()
             for step in run.steps(epoch):
