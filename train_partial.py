@@ -263,8 +263,9 @@ def main(args):
     # evaluate
     result = run.report(list(predictions.values())[-1], predictions if len(stages) > 1 else None,
                         surfaces=True)
-    if result and len(stages) > 1:
-        run.say(table_1(dice_of_sets(run, result)))
+    sets = dice_of_sets(run, result) if result and len(stages) > 1 else {}
+    if sets:
+        run.say(table_1(sets))
 
 
 if __name__ == "__main__":

@@ -366,6 +366,17 @@ def test_several_label_sets_and_no_full_one_tell_all_classes_apart(cells, tmp_pa
     assert all(float(row["loss_full"]) == 0 for row in rows)
 
 
+def test_by_default_an_epoch_is_a_pass_over_the_annotated_slices(cells, tmp_path):
+    run(*training_data(cells), "--test-volume", cells / "image.tif@8:9", "--out-dir",
+        tmp_path / "run", "--width", 2, "--patch-size", 48, 48, "--batch-size", 4, "--epochs", 3,
+        "--compare", "--device", "cpu")
+    rows = log_without_seconds(tmp_path / "run")
+    assert [(row["stage"], int(row["step"])) for row in rows] == [      # 7 slices; the baseline: 3
+        ("baseline", 2), ("baseline", 4), ("mixed", 6), ("mixed", 8), ("mixed", 10)]
+    assert float(rows[-1]["lr"]) == pytest.approx(1e-3 / 6)             # falls within each stage
+    assert float(rows[1]["lr"]) == pytest.approx(1e-3 / 4)
+
+
 def test_without_test_volumes_partial_annotations_are_completed(cells, tmp_path):
     run(*training_data(cells), "--out-dir", tmp_path / "run", *TINY, "--epochs", 1)
     volumes = metrics(tmp_path / "run")["volumes"]
