@@ -1,6 +1,7 @@
 """train_partial.py: its equations, merged labels, and whole runs on small and real data."""
 
 import functools
+import json
 import os
 import re
 import subprocess
@@ -396,6 +397,8 @@ def test_a_checkpoint_predicts_as_its_run_did(compared, cells, tmp_path):
         "cpu")
     assert metrics(tmp_path / "again")["mean"] == metrics(compared)["mean"]
     assert not (tmp_path / "again" / "stages").exists()
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["args"]["partial"] == []              # of the run that was trained, not of this
 
 
 def test_the_best_epoch_of_each_stage_is_kept(compared):
@@ -404,6 +407,24 @@ def test_the_best_epoch_of_each_stage_is_kept(compared):
     best = max(rows[2:], key=lambda row: float(row["val_dice"]))
     assert content["step"] == int(best["step"])
     assert {"val_dice", "val_iou", "val_dice_membrane", "val_dice_vesicle"} <= set(rows[0])
+
+
+def test_each_network_is_that_of_its_best_epoch(cells, tmp_path, monkeypatch):
+    """Validation prefers the first epoch of the baseline and the second of mixed training."""
+    scores, after = iter([0.9, 0.1, 0.2, 0.8]), []
+
+    def validate(self, predict):
+        after.append({name: {key: value.clone() for key, value in module.state_dict().items()}
+                      for name, module in self.modules.items() if name.startswith("network")})
+        return {"val_dice": next(scores)}
+
+    monkeypatch.setattr(emseg.Run, "validate", validate)
+    train(cells, tmp_path / "run", "--compare")
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["modules"]
+    for name, epoch in (("network_baseline", 0), ("network", 3)):
+        assert all(torch.equal(best[name][key], value) for key, value in after[epoch][name].items())
+    assert not all(torch.equal(value, after[1]["network_baseline"][key])
+                   for key, value in after[0]["network_baseline"].items())
 
 
 @pytest.mark.parametrize("steps", [2, 6, 9])
@@ -554,6 +575,10 @@ def test_slices_of_volumes_that_there_are_not_are_refused(cells, tmp_path, capsy
     line = refused(capsys, "--partial", cells / "image.tif", cells / "label.tif", "3=0", *CLASSES,
                    "--val-slices", "0", "--out-dir", tmp_path / "out", *TINY)
     assert "choose slices of --volume" in line
+
+
+def test_the_demo_takes_no_other_volumes(capsys):
+    assert "leave --partial out" in refused(capsys, "--demo", "--partial", "a", "b", "3=1")
 
 
 def test_overwrite_never_deletes_a_partial_label(cells, tmp_path, capsys):

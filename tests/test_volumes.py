@@ -1,5 +1,6 @@
 """Volumes: what open_volume reads, labels, lazy views and writing. EMSEG_DATA adds real files."""
 
+import argparse
 import os
 import pickle
 import signal
@@ -562,6 +563,19 @@ def test_standardize(tmp_path):
     assert np.abs(bright[:].astype(int) - view[:]).max() <= 6       # brightness and contrast go
     flat = emseg.standardize(open_array(tmp_path, np.full((2, 3, 4), 7, np.uint8), "c"))
     assert (flat[:] == 128).all()
+
+
+@pytest.mark.parametrize("mode", ["zscore", "unit", "volume", "equalize"])
+def test_what_the_network_sees(tmp_path, mode):
+    volume = open_array(tmp_path, random_volume((4, 20, 24)) // 2)
+    args = argparse.Namespace(normalize=mode, downsample=2, resize=[4, 16, 20])
+    image = {"volume": emseg.standardize(volume),
+             "equalize": emseg.as_uint8(volume, equalize=True)}.get(mode, volume)
+    want = emseg.downsample(emseg.resize(image, (4, 16, 20), True), 2, "mean")
+    np.testing.assert_array_equal(emseg.view(volume, args)[:], want[:])
+    del args.resize                                     # a flag of some scripts only
+    want = emseg.downsample(image, 2, "mean")
+    np.testing.assert_array_equal(emseg.view(volume, args)[:], want[:])
 
 
 # --- slices, labels ---
