@@ -2472,7 +2472,8 @@ def cast_rays(share, block, azimuth, elevation, pixels):
     extent = np.array(share.shape[::-1]) * block[::-1]
     frame = torch.from_numpy(frame * (1, -1, -1) * 2 / extent).float()  # in x, y, z from -1 to 1
     field = ndimage.gaussian_filter(share, 0.7)
-    level = float(np.clip(np.quantile(field, 1 - share.mean()), 0.1, 0.5))
+    level = min(np.quantile(field, 1 - share.mean()), 0.7 * field.max())
+    level = float(np.clip(level, 0.05, 0.5))
     field = torch.from_numpy(field * (0.5 / level))[None, None]
     half, fine = _scene_size(share, block) / 2, float(min(block))
     across = (torch.arange(pixels) + 0.5) * (2 * half / pixels) - half

@@ -988,6 +988,17 @@ def test_seen_from_above_slices_look_as_on_a_screen():
         depth.min() + 5, abs=1)
 
 
+def test_thin_sheets_do_not_vanish():
+    """A membrane of one voxel that fills a third of its blocks is seen, and no thicker than it."""
+    share = np.zeros((24, 24, 24), np.float32)
+    share[:, :, 12] = 1 / 3
+    depth, *_ = emseg.cast_rays(share, np.ones(3), 0, 0, 100)                # from its flat side
+    side = np.linalg.norm(share.shape) / 100
+    assert np.isfinite(depth).sum() * side**2 == pytest.approx(24 * 24, rel=0.1)
+    depth, *_ = emseg.cast_rays(share, np.ones(3), -90, 0, 100)              # from its edge
+    assert 0 < np.isfinite(depth).sum() * side**2 < 24 * 1.5
+
+
 def test_voxel_sizes_stretch_the_picture():
     flat = np.ones((4, 20, 20), np.float32)
     heights = []
