@@ -24,6 +24,7 @@ Contents, in the order data flows
 """
 
 import argparse
+import bisect
 import contextlib
 import csv
 import ctypes
@@ -847,7 +848,7 @@ def parse_merge(text, n_classes):
     for source, target in enumerate(merge):
         if merge[target] != target:
             raise InputError(f"merge '{text}': class {source} goes to {target}, which is merged "
-                             f"itself; name the class that is left: {source}={merge[target]}")
+                             f"itself; name a class that is left")
     if len(set(merge)) == n_classes:
         raise InputError(f"merge '{text}': merges nothing; a fully labelled volume goes to "
                          f"--volume")
@@ -902,7 +903,8 @@ def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label
             f"of the merged labels it should show {_listed(left[1:])}: see --label-map, or save a "
             "mask as 0 and 255")
         raise InputError(f"{', '.join(label.path for label in labels)}: no foreground, all voxels "
-                         f"are background or ignored (values {_listed(union)}); {advice}")
+                         f"are background or ignored (values {_listed(union) or 'none left'}); "
+                         f"{advice}")
     return labels, n_classes
 
 
@@ -1490,7 +1492,7 @@ class Patches(torch.utils.data.Dataset):
             if any(p > s for p, s in zip(self.patch_size, image.shape)):
                 raise InputError(
                     f"{image.path}: patches of {format_shape(patch_size)} do not fit into "
-                    f"{format_shape(image.shape)} voxels (after --downsample); give a smaller "
+                    f"{format_shape(image.shape)} voxels, as the network sees it; give a smaller "
                     f"--patch-size")
         slices = slices if slices is not None else [range(len(image)) for image in images]
         self.slices = [(v, int(z)) for v, zs in enumerate(slices) for z in zs]
@@ -2476,6 +2478,7 @@ def cast_rays(share, block, azimuth, elevation, pixels):
     level = float(np.clip(level, 0.05, 0.5))
     field = torch.from_numpy(field * (0.5 / level))[None, None]
     half, fine = _scene_size(share, block) / 2, float(min(block))
+    step = fine / 2                     # along a ray: no sheet is stepped over
     across = (torch.arange(pixels) + 0.5) * (2 * half / pixels) - half
     up, right = (part.reshape(-1, 1) for part in torch.meshgrid(-across, across, indexing="ij"))
 
@@ -2498,12 +2501,12 @@ def cast_rays(share, block, azimuth, elevation, pixels):
     enter, leave = ends.amax(0).amin(-1, keepdim=True), ends.amin(0).amax(-1, keepdim=True)
     for rays in torch.nonzero(enter[:, 0] > leave[:, 0])[:, 0].split(2**14):
         x, y, start = right[rays], up[rays], enter[rays]
-        way = fine * torch.arange(math.ceil(float((start - leave[rays]).max()) / fine) + 1)
+        way = step * torch.arange(math.ceil(float((start - leave[rays]).max()) / step) + 1)
         along = sample(x, y, start - way)                               # (rays, steps)
         first = (along > 0.5).int().argmax(-1, keepdim=True)
         there, before = along.gather(-1, first), along.gather(-1, (first - 1).clamp(min=0))
         back = ((there - 0.5) / (there - before).clamp(min=1e-6)).clamp(0, 1)
-        toward = start - way[first] + back * fine                       # (rays, 1)
+        toward = start - way[first] + back * step                       # (rays, 1)
         nudge = torch.tensor([-1.5 * fine, 1.5 * fine])
         normal = -torch.cat([sample(x + nudge, y, toward).diff(),
                              sample(x, y + nudge, toward).diff(),
@@ -2564,7 +2567,7 @@ def save_curves(path, log):
     stages = list(dict.fromkeys(row.get("stage", "") for row in rows))
     terms = [key for key in rows[0] if key.startswith("loss_")]     # the total moves with weights
     groups = {"loss": terms or ["loss"],
-              "validation": [key for key in rows[0] if key.startswith("val_")]}
+              "validation": [key for key in ("val_dice", "val_iou") if key in rows[0]]}
     groups = {title: keys for title, keys in groups.items() if keys}
     figure = _new_figure(figsize=(5 * len(groups), 3.5), dpi=120)
     for axis, (title, keys) in zip(figure.subplots(1, len(groups), squeeze=False)[0],
@@ -2855,6 +2858,8 @@ def open_data(args, checkpoint=None):
         raise InputError(f"--val-slices {args.val_slices}: no slice is left to train on")
     drawn = np.concatenate([label.counts[zs] for label, zs in zip(labels, slices)])
     notes = check_annotation(drawn, names, args.label_slices)
+    notes += [merge_note(volume.path, merge, names) for volume, merge in zip(volumes, merges)
+              if len(set(merge)) < len(names)]
     val = [Item(f"val/{item.name}", item.volume, item.image, shrink(item.label, args))
            for item in items["val"]]
     paths = [volume.path for volume in volumes]
@@ -2880,6 +2885,14 @@ def open_data(args, checkpoint=None):
         [np.setdiff1d(np.arange(len(image)), shrink(label, args).slices)
          for image, label in zip(images, labels)]
         + [np.arange(len(item.image)) for item in train[len(volumes):]], train, val, notes)
+
+
+def merge_note(path, merge, names):
+    """How a partially labelled volume is read, as a line to print."""
+    shown = [f"{names[k]} (with {' and '.join(others)})" if others else names[k]
+             for k in sorted(set(merge))
+             for others in [[names[j] for j, target in enumerate(merge) if target == k != j]]]
+    return f"{path} shows {', '.join(shown)}"
 
 
 def open_training(args, n_classes, rules):
@@ -3014,6 +3027,9 @@ def without_seen_slices(item, seen):
 
 def class_names(names, n_classes):
     """Names for all classes: those given, else background, class 1, class 2, …"""
+    repeated = [name for name, times in Counter(names or []).items() if times > 1]
+    if repeated:
+        raise InputError(f"--classes names {repeated[0]} twice")
     if names and len(names) != n_classes:
         raise InputError(f"--classes has {len(names)} names, the labels have {n_classes} classes")
     return list(names or ["background", *(f"class {k}" for k in range(1, n_classes))])
@@ -3283,11 +3299,14 @@ class Run:
         """Start or resume: modules are the networks, optimisers and scalers to save.
 
         stages: {name: epochs} of a training in stages; default: one stage of --epochs.
+        steps_per_epoch: a number, or {name: number}.
         """
-        self.modules, self.steps_per_epoch = modules, steps_per_epoch
+        self.modules, self.ends = modules, []           # ends: the last step + 1 of each epoch
         self.stages, self.total = {}, 0                 # name -> its first step, its last + 1
         for name, epochs in (stages or {None: self.args.epochs}).items():
-            start, self.total = self.total, self.total + epochs * steps_per_epoch
+            steps = steps_per_epoch[name] if isinstance(steps_per_epoch, dict) else steps_per_epoch
+            start, self.total = self.total, self.total + epochs * steps
+            self.ends += range(start + steps, self.total + 1, steps)
             self.stages[name] = start, self.total
         if self.args.resume:
             self._restore(load_checkpoint(self.folder / "last.pt", self.script))
@@ -3357,7 +3376,7 @@ class Run:
                     for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while self.step < self.stages[stage][1]:
-                yield self.step // self.steps_per_epoch
+                yield self.epoch_of(self.step)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -3365,18 +3384,22 @@ class Run:
     def steps(self, epoch):
         """The steps of an epoch that are left. Seeds each step by itself, so that a run continues
         from any step as if it had never stopped; saves and exits on Ctrl-C."""
-        while self.step < (epoch + 1) * self.steps_per_epoch:
+        while self.step < self.ends[epoch]:
             started = time.monotonic()
             state = np.random.SeedSequence((self.args.seed, self.step, self.rank))
             torch.manual_seed(int(state.generate_state(1)[0]))
             yield self.step
             self.step += 1
             self.seconds += time.monotonic() - started
-            if self.step % self.steps_per_epoch:         # else end_epoch saves
+            if self.step < self.ends[epoch]:             # else end_epoch saves
                 self._stop_if_interrupted()
         for module in self.modules.values():
             if isinstance(module, nn.Module):
                 share_buffers(module)
+
+    def epoch_of(self, step):
+        """The epoch in which a step is, counted over all stages."""
+        return bisect.bisect_right(self.ends, step)
 
     def left(self, step):
         """The share of its stage that is left at a step, from 1 down to almost 0."""
@@ -3422,7 +3445,7 @@ class Run:
         self.pending = None
         for name, value in zip(names, values.tolist()):
             if not math.isfinite(value):
-                epoch = self._title(step // self.steps_per_epoch)
+                epoch = self._title(self.epoch_of(step))
                 raise InputError(f"{name} is {value} at {epoch}, step {step}; try a lower --lr or "
                                  f"--no-amp; the last good checkpoint in {self.folder} is kept")
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -3439,8 +3462,9 @@ class Run:
             return
         self.printed = now
         rate = (now - start) / max(1, self.step - first)
-        count = self.step % self.steps_per_epoch
-        text = (f"{self._title(self.step // self.steps_per_epoch)}  step {self.step}/{self.total}  "
+        epoch = self.epoch_of(self.step)
+        count = self.step - (self.ends[epoch - 1] if epoch else 0)
+        text = (f"{self._title(epoch)}  step {self.step}/{self.total}  "
                 f"loss {self.sums['loss'] / count:.3f}  {rate:.2f} s/step  "
                 f"{duration(rate * (self.total - self.step))} left")
         print(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n", flush=True)
@@ -3464,10 +3488,11 @@ class Run:
     def end_epoch(self, validation):
         """Write the epoch's row of log.csv, last.pt, and best.pt if the validation says so."""
         self._check_finite()
-        epoch = self.step // self.steps_per_epoch - 1
+        epoch = self.epoch_of(self.step) - 1
+        count = self.step - (self.ends[epoch - 1] if epoch else 0)
         row = {"stage": self.stage} if self.stage else {}
         row |= {"epoch": epoch, "step": self.step, "seconds": round(self.seconds, 1), "lr": self.lr,
-                **{k: v / self.steps_per_epoch for k, v in self.sums.items()}, **validation}
+                **{k: v / count for k, v in self.sums.items()}, **validation}
         self.sums = {}
         if self.rank == 0:
             new = epoch == 0
@@ -3510,7 +3535,7 @@ class Run:
             load_weights(module, checkpoint, key, self.folder / "last.pt")
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
         self.best, self.sums = checkpoint["best"], checkpoint["sums"]
-        log, epoch = self.folder / "log.csv", self.step // self.steps_per_epoch
+        log, epoch = self.folder / "log.csv", self.epoch_of(self.step)
         if self.rank == 0 and log.exists():
             lines = log.read_text().splitlines(keepends=True)
             self._write_text("log.csv", "".join(lines[: epoch + 1]))

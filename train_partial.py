@@ -87,20 +87,20 @@ def loss_terms(logits, label, merge, partial):
     return (per_crop * ~partial).sum() / pixels, (per_crop * partial).sum() / pixels
 
 
-def table_1(sets):
+def table_1(structures, sets):
     """The paper's table 1 as Markdown: Dice of both methods and their difference in percent.
 
-    sets: {name: {method: {structure: Dice or None}}}, with the same structures everywhere.
+    structures: names; sets: {name: {method: [Dice of each structure, their average]}}, Dice being
+    None where it is undefined.
     """
-    structures = list(next(iter(sets.values()))["baseline"])
-    lines = [f"| DSC | {' | '.join(structures)} |", f"| --- |{' --- |' * len(structures)}"]
+    columns = [*structures, "average"]
+    lines = [f"| DSC | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
     for name, dice in sets.items():
         for method, title in METHODS.items():
-            values = ["undefined" if d is None else f"{d:.3f}" for d in dice[method].values()]
+            values = ["undefined" if d is None else f"{d:.3f}" for d in dice[method]]
             lines.append(f"| {name}: {title} | {' | '.join(values)} |")
-        pairs = zip(*(dice[method].values() for method in METHODS))
         change = [f"{100 * (after / before - 1):+.1f}%" if before and after is not None
-                  else "undefined" for before, after in pairs]
+                  else "undefined" for before, after in zip(*(dice[m] for m in METHODS))]
         lines.append(f"| {name}: Difference in percentage | {' | '.join(change)} |")
     return "\n".join(lines)
 
@@ -111,16 +111,15 @@ def dice_of_sets(run, result):
     if run.data.val:
         with open(run.folder / "log.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["val_dice"]]
+        columns = [*(f"val_dice_{name}" for name in structures), "val_dice"]
         best = {method: max((row for row in rows if row["stage"] == method),
                             key=lambda row: float(row["val_dice"])) for method in METHODS}
-        columns = {**{name: f"val_dice_{name}" for name in structures}, "average": "val_dice"}
-        sets["Validation set"] = {
-            method: {name: float(row[column]) if row[column] else None
-                     for name, column in columns.items()} for method, row in best.items()}
+        sets["Validation set"] = {method: [float(row[column]) if row[column] else None
+                                           for column in columns] for method, row in best.items()}
     if result["mean"]:
         sets["Testing set"] = {
-            method: {**{name: scores["per_class"][name]["dice"] for name in structures},
-                     "average": scores["dice"]} for method, scores in result["stages"].items()}
+            method: [*(scores["per_class"][name]["dice"] for name in structures), scores["dice"]]
+            for method, scores in result["stages"].items()}
     return sets
 
 
@@ -158,13 +157,14 @@ def parse_args(argv=None):
     method = parser.add_argument_group("method (Francis 2020)").add_argument
     method("--partial", nargs=3, action="append", default=[], metavar=("VOLUME", "LABEL", "MERGE"),
            help="a partially labelled volume; MERGE 3=1,4=1 says that classes 3 and 4 were drawn "
-           "as 1 (section 2.2); repeat it for each volume")
+           "as 1, by their ids after --label-map (section 2.2); repeat it for each volume")
     method("--compare", action="store_true",
            help="first train the baseline, on --volume alone, and print the Dice of both "
            "(section 3, table 1)")
     method("--resize", nargs=3, type=emseg.positive(int), metavar=("Z", "Y", "X"),
            help="show the network volumes of this shape, resized linearly, labels by the nearest "
-           "voxel (section 2.1: 512 512 512); predictions keep the shape of the volume")
+           "voxel (section 2.1: 512 512 512); predictions keep the shape of the volume; in place "
+           "of --downsample")
     parser.set_defaults(model="unet5", epochs=200, batch_size=8, patch_size=[512, 512], lr=1e-3,
                         normalize="volume")
     demo = dict(model="unet", width=8, epochs=20, batch_size=4, resize=[64, 80, 80],
@@ -175,6 +175,8 @@ def parse_args(argv=None):
                      "labels goes to --partial")
     if args.resize and args.downsample > 1:
         parser.error("--resize and --downsample both set the resolution; give one of them")
+    if args.checkpoint and args.partial:
+        parser.error("--partial: a prediction from a checkpoint trains nothing; leave it out")
     if not args.volume and not args.demo and (args.label_slices or args.val_slices):
         parser.error("--label-slices and --val-slices choose slices of --volume, of which there is "
                      "none")
@@ -197,14 +199,18 @@ def main(args):
 
     # data
     data = run.open_data()
+    compare = args.compare and run.training
+    if compare and not (data.val or any(item.label for item in data.test)):
+        raise emseg.InputError("--compare has no labels to score with; give --test-label, "
+                               "--val-label or --val-slices")
 
     # networks
     network = MODELS[args.model](1, data.out_channels, args.width)
     networks = {"network": network}
-    if args.compare and run.training:                   # both start from the same weights
+    if compare:                                         # both start from the same weights
         networks = {"network_baseline": copy.deepcopy(network), **networks}
     networks = {name: run.prepare(network) for name, network in networks.items()}
-    stages = dict(zip(METHODS if len(networks) > 1 else [None], networks))
+    stages = dict(zip(METHODS if compare else [None], networks))
 
     def see_with(network):
         """uint8 slices (B, H, W) -> probabilities (B, C, H, W) of a network."""
@@ -223,12 +229,10 @@ def main(args):
             data.images, data.labels, args.patch_size,
             data.slices[:full] if stage == "baseline" else data.slices, seed=(args.seed, 0),
             numbered=True) for stage in stages}
-        slices = sum(map(len, data.slices))
-        steps_per_epoch = args.steps_per_epoch or math.ceil(slices / args.batch_size)
-        epochs = dict.fromkeys(stages, args.epochs)
-        if "baseline" in stages and not args.steps_per_epoch:       # an epoch of its own is shorter
-            epochs["baseline"] = math.ceil(args.epochs * sum(map(len, data.slices[:full])) / slices)
-        run.begin(steps_per_epoch, epochs, **networks, **optimizers, scaler=scaler)
+        steps_per_epoch = {stage: args.steps_per_epoch or math.ceil(
+            len(drawn.slices) / args.batch_size) for stage, drawn in patches.items()}
+        run.begin(steps_per_epoch, dict.fromkeys(stages, args.epochs), **networks, **optimizers,
+                  scaler=scaler)
     for stage, name in stages.items():
         network, optimizer = networks[name], optimizers[f"optimizer_{name}"]
         if run.training:
@@ -261,11 +265,10 @@ def main(args):
                            for item in data.test] for stage, name in stages.items()}
 
     # evaluate
-    result = run.report(list(predictions.values())[-1], predictions if len(stages) > 1 else None,
+    result = run.report(list(predictions.values())[-1], predictions if compare else None,
                         surfaces=True)
-    sets = dice_of_sets(run, result) if result and len(stages) > 1 else {}
-    if sets:
-        run.say(table_1(sets))
+    if result and compare:
+        run.say(table_1(data.classes[1:], dice_of_sets(run, result)))
 
 
 if __name__ == "__main__":

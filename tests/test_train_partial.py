@@ -159,7 +159,8 @@ def test_merges_as_the_paper_writes_them():
     ("*=0", "not understood"), ("a=1", "not understood"), ("-1=0", "not understood"),
     ("3=5", "class 5 is outside the 5 classes 0 to 4"), ("7=1", "class 7 is outside"),
     ("3=255", "class 255 is outside"), ("3=1,3=2", "class 3 is merged twice"),
-    ("3=1,1=0", "class 3 goes to 1, which is merged itself; name the class that is left: 3=0"),
+    ("3=4,4=3", "class 3 goes to 4, which is merged itself"),
+    ("3=1,1=0", "class 3 goes to 1, which is merged itself; name a class that is left"),
     ("1=2,2=1", "which is merged itself"), ("3=3", "merges nothing"),
     ("1=0,2=0,3=0,4=0", "leaves one label"),
 ])
@@ -249,9 +250,8 @@ def test_partial_can_be_given_for_several_data_sets():
 
 
 def test_table_1_has_the_papers_rows():
-    test = {"baseline": {"membrane": 0.813, "insulin": None, "average": 0.639},
-            "mixed": {"membrane": 0.843, "insulin": 0.5, "average": 0.706}}
-    lines = train_partial.table_1({"Testing set": test}).splitlines()
+    test = {"baseline": [0.813, None, 0.639], "mixed": [0.843, 0.5, 0.706]}
+    lines = train_partial.table_1(["membrane", "insulin"], {"Testing set": test}).splitlines()
     assert lines[0] == "| DSC | membrane | insulin | average |"
     assert lines[2:] == ["| Testing set: Baseline | 0.813 | undefined | 0.639 |",
                          "| Testing set: Mixed labels | 0.843 | 0.500 | 0.706 |",
@@ -367,15 +367,23 @@ def test_several_label_sets_and_no_full_one_tell_all_classes_apart(cells, tmp_pa
     assert all(float(row["loss_full"]) == 0 for row in rows)
 
 
-def test_by_default_an_epoch_is_a_pass_over_the_annotated_slices(cells, tmp_path):
-    run(*training_data(cells), "--test-volume", cells / "image.tif@8:9", "--out-dir",
-        tmp_path / "run", "--width", 2, "--patch-size", 48, 48, "--batch-size", 4, "--epochs", 3,
-        "--compare", "--device", "cpu")
-    rows = log_without_seconds(tmp_path / "run")
-    assert [(row["stage"], int(row["step"])) for row in rows] == [      # 7 slices; the baseline: 3
-        ("baseline", 2), ("baseline", 4), ("mixed", 6), ("mixed", 8), ("mixed", 10)]
-    assert float(rows[-1]["lr"]) == pytest.approx(1e-3 / 6)             # falls within each stage
+def test_the_baseline_has_its_own_epochs(cells, tmp_path):
+    """An epoch is a pass over the annotated slices: 3 of the baseline, 7 of mixed training."""
+    data = ["--volume", cells / "image.tif@0:3", "--label", cells / "label.tif@0:3", *CLASSES,
+            "--test-volume", cells / "image.tif@8:9", "--test-label", cells / "label.tif@8:9",
+            "--width", 2, "--patch-size", 48, 48, "--batch-size", 2, "--epochs", 2, "--device",
+            "cpu"]
+    run(*data, "--out-dir", tmp_path / "alone")
+    run(*data, "--partial", cells / "image.tif@3:7", cells / "label.tif@3:7", "3=0,4=0",
+        "--compare", "--out-dir", tmp_path / "both")
+    rows = log_without_seconds(tmp_path / "both")
+    assert [(row["stage"], row["epoch"], row["step"]) for row in rows] == [
+        ("baseline", "0", "2"), ("baseline", "1", "4"), ("mixed", "2", "8"), ("mixed", "3", "12")]
+    assert float(rows[-1]["lr"]) == pytest.approx(1e-3 / 8)             # falls within each stage
     assert float(rows[1]["lr"]) == pytest.approx(1e-3 / 4)
+    alone = log_without_seconds(tmp_path / "alone")
+    assert [row["loss"] for row in alone] == [row["loss"] for row in rows[:2]]
+    assert metrics(tmp_path / "both")["stages"]["baseline"] == metrics(tmp_path / "alone")["mean"]
 
 
 def test_without_test_volumes_partial_annotations_are_completed(cells, tmp_path):
@@ -508,14 +516,14 @@ print("peak GiB", peak / 2**20)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory needs /proc")
-@pytest.mark.parametrize("resize", [[], ["--resize", 192, 256, 256]])
-def test_a_volume_of_512_cubed_is_predicted_in_bounded_memory(trained, tmp_path, resize):
+@pytest.mark.parametrize("depth, resize", [(512, None), (160, [64, 256, 256])])
+def test_a_volume_of_512_cubed_is_predicted_in_bounded_memory(trained, tmp_path, depth, resize):
     """134 million voxels; whole, the probabilities of five classes alone would be 2.5 GiB."""
-    with mrcfile.new_mmap(tmp_path / "big.mrc", (512, 512, 512), mrc_mode=0) as mrc:
-        mrc.data[256] = np.random.default_rng(0).integers(-128, 128, (512, 512))
+    with mrcfile.new_mmap(tmp_path / "big.mrc", (depth, 512, 512), mrc_mode=0) as mrc:
+        mrc.data[depth // 2] = np.random.default_rng(0).integers(-128, 128, (512, 512))
         mrc.voxel_size = 250
     content = torch.load(trained / "best.pt", weights_only=True)
-    content["args"]["resize"] = resize[1:] or None
+    content["args"]["resize"] = resize
     torch.save(content, tmp_path / "best.pt")
     command = [sys.executable, "-c", LIMITED, "--checkpoint", tmp_path / "best.pt", "--test-volume",
                tmp_path / "big.mrc", "--out-dir", tmp_path / "out", "--device", "cpu"]
@@ -524,7 +532,7 @@ def test_a_volume_of_512_cubed_is_predicted_in_bounded_memory(trained, tmp_path,
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("peak GiB")[1]) < 1.5
     prediction = emseg.open_volume(tmp_path / "out" / "prediction.mrc")
-    assert prediction.shape == (512, 512, 512)
+    assert prediction.shape == (depth, 512, 512)
     assert prediction.voxel_size == pytest.approx((25, 25, 25))
 
 
@@ -546,6 +554,7 @@ def test_a_volume_of_512_cubed_is_predicted_in_bounded_memory(trained, tmp_path,
     (["--patch-size", "40", "48"], "nearest to 40: 32 or 48"),
     (["--patch-size", "512", "512"], "do not fit"),
     (["--val-slices", "0,1,2"], "no slice to train on shows the class mitochondrion"),
+    (["--classes", "a", "b", "c", "d", "b"], "--classes names b twice"),
     (["--demo"], "leave --label out"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, change, message):
@@ -575,6 +584,25 @@ def test_slices_of_volumes_that_there_are_not_are_refused(cells, tmp_path, capsy
     line = refused(capsys, "--partial", cells / "image.tif", cells / "label.tif", "3=0", *CLASSES,
                    "--val-slices", "0", "--out-dir", tmp_path / "out", *TINY)
     assert "choose slices of --volume" in line
+
+
+def test_a_comparison_without_labels_is_refused_before_it_trains(cells, tmp_path, capsys):
+    line = refused(capsys, *training_data(cells), "--compare", "--test-volume",
+                   cells / "image.tif@8:12", "--out-dir", tmp_path / "out", *TINY)
+    assert "no labels to score with" in line and not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_takes_no_partial_volumes(trained, cells, tmp_path, capsys):
+    line = refused(capsys, "--checkpoint", trained / "best.pt", "--test-volume",
+                   cells / "image.tif", "--partial", "a", "b", "3=1", "--out-dir", tmp_path / "out")
+    assert "trains nothing" in line
+
+
+def test_how_partial_volumes_are_read_is_said(cells, tmp_path, capsys):
+    run(*training_data(cells), "--test-volume", cells / "image.tif@8:9", "--out-dir",
+        tmp_path / "run", *TINY, "--epochs", 1)
+    said = "image.tif@3:7 shows background (with mitochondrion and vesicle), membrane, nucleus"
+    assert said in capsys.readouterr().out
 
 
 def test_the_demo_takes_no_other_volumes(capsys):
