@@ -7,7 +7,7 @@ Older volumes are often annotated less finely than newer ones: in some cells mit
 insulin vesicles were drawn by themselves, in others they are part of "membrane". Such a partial
 annotation is what full annotation becomes when labels are merged, so the network's probabilities,
 merged alike, can be compared with it. Both kinds of volumes train one network that tells all
-structures apart; this improves even those that the partial annotation does not show.
+structures apart; in the paper this improves even those that the partial annotation does not show.
 
 Equations:
     eq. 1 (sum over both kinds of volumes)      loss_terms; main: loss = loss_full + loss_partial
@@ -31,6 +31,7 @@ Differences from the paper:
     5. Weights start from the Gaussians of the original U-Net. The paper does not say.
     6. Predictions of resized volumes are brought back to the shape of the volume, by interpolated
        probabilities, and are scored there.
+    7. Each volume is normalised by its own mean and spread. The paper does not say.
 
 Run:
     GPU    python train_partial.py --volume cell1.mrc cell2.mrc --label cell1_label.mrc \\
@@ -39,7 +40,11 @@ Run:
 
 Expect:
     GPU    not run
-    CPU    TODO
+    CPU    test Dice of baseline and mixed labels 0.532 and 0.638, mean of four structures, seed 0,
+           71 s on two cores without bf16
+    Fly neuropil, 3 full and 11 partial slices (command in the README), width 16, 600 steps each:
+    test Dice of the baseline 0.518 +- 0.093, of mixed labels 0.533 +- 0.091, seeds 0 to 2 (mixed
+    labels ahead in each); 28 to 34 minutes for both and 1.7 GiB, one CPU thread beside other work
 """
 
 import argparse
