@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,36 @@ def interrupt_after(monkeypatch, steps):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(emseg.Run, "log", interrupting_log)
+
+
+CHECKED_RANKS = """
+import torch, emseg, {script}
+use_best = emseg.Run.use_best
+
+def checked(self, **networks):
+    for network in networks.values():
+        for parameter in network.parameters():
+            first = parameter.detach().clone()
+            torch.distributed.broadcast(first, 0)
+            assert torch.equal(first, parameter), "ranks drift apart"
+    use_best(self, **networks)
+
+emseg.Run.use_best = checked
+{script}.main({script}.parse_args())
+"""
+
+
+def two_processes(script, folder, *arguments):
+    """Run a script (a module) in two processes whose weights must stay equal; return its output."""
+    program = folder / "checked.py"
+    program.write_text(CHECKED_RANKS.format(script=script.__name__))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program,
+               *arguments]
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                            "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def weights(path, start=""):

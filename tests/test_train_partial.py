@@ -468,34 +468,12 @@ def test_workers_change_nothing(trained, cells, tmp_path):
     assert torch.equal(weights(trained / "last.pt"), weights(tmp_path / "workers" / "last.pt"))
 
 
-CHECKED_RANKS = """
-import torch, emseg, train_partial
-use_best = emseg.Run.use_best
-
-def checked(self, **networks):
-    for network in networks.values():
-        for parameter in network.parameters():
-            first = parameter.detach().clone()
-            torch.distributed.broadcast(first, 0)
-            assert torch.equal(first, parameter), "ranks drift apart"
-    use_best(self, **networks)
-
-emseg.Run.use_best = checked
-train_partial.main(train_partial.parse_args())
-"""
-
-
 def test_two_processes_train_and_predict_together(cells, tmp_path):
-    out, script = tmp_path / "two", tmp_path / "checked.py"
-    script.write_text(CHECKED_RANKS)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script,
-               *training_data(cells), "--compare", "--test-volume", f"{cells}/image.tif@8:12",
-               "--test-label", f"{cells}/label.tif@8:12", "--out-dir", out, *TINY]
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                            "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Difference in percentage") == 1
+    out = tmp_path / "two"
+    printed = conftest.two_processes(
+        train_partial, tmp_path, *training_data(cells), "--compare", "--test-volume",
+        cells / "image.tif@8:12", "--test-label", cells / "label.tif@8:12", "--out-dir", out, *TINY)
+    assert printed.count("Difference in percentage") == 1
     run("--checkpoint", out / "best.pt", "--test-volume", cells / "image.tif@8:12", "--test-label",
         cells / "label.tif@8:12", "--device", "cpu", "--out-dir", tmp_path / "one")
     assert metrics(out)["mean"] == metrics(tmp_path / "one")["mean"]

@@ -1,7 +1,6 @@
 """train_sparse.py: its three stages by themselves, and whole runs on small and real data."""
 
 import functools
-import os
 import shutil
 import subprocess
 import sys
@@ -535,34 +534,12 @@ def test_a_3d_network_learns_from_sparse_slices_of_its_windows(cells, tmp_path):
     assert metrics(tmp_path / "run")["mean"]["iou"] > 0.3
 
 
-CHECKED_RANKS = """
-import torch, emseg, train_sparse
-use_best = emseg.Run.use_best
-
-def checked(self, **networks):
-    for network in networks.values():
-        for parameter in network.parameters():
-            first = parameter.detach().clone()
-            torch.distributed.broadcast(first, 0)
-            assert torch.equal(first, parameter), "ranks drift apart"
-    use_best(self, **networks)
-
-emseg.Run.use_best = checked
-train_sparse.main(train_sparse.parse_args())
-"""
-
-
 def test_two_processes_do_all_stages_together(cells, tmp_path):
-    out, script = tmp_path / "two", tmp_path / "checked.py"
-    script.write_text(CHECKED_RANKS)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script,
-               *training_data(cells), "--val-slices", "3", "--test-volume",
-               f"{cells}/image.tif@8:12", "--test-label", f"{cells}/mito.tif@8:12",
-               "--save-probability", "--out-dir", out, *TINY]
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                            "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
+    out = tmp_path / "two"
+    conftest.two_processes(
+        train_sparse, tmp_path, *training_data(cells), "--val-slices", "3", "--test-volume",
+        cells / "image.tif@8:12", "--test-label", cells / "mito.tif@8:12", "--save-probability",
+        "--out-dir", out, *TINY)
     run("--checkpoint", out / "best.pt", "--test-volume", cells / "image.tif@8:12", "--test-label",
         cells / "mito.tif@8:12", "--no-tta", "--device", "cpu", "--out-dir", tmp_path / "one")
     assert metrics(out)["stages"] == metrics(tmp_path / "one")["stages"]
