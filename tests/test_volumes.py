@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 import signal
 import struct
 import subprocess
@@ -20,7 +21,7 @@ import torch
 
 import emseg
 
-DATA = Path(os.environ.get("EMSEG_DATA", "nowhere"))
+DATA = Path(os.environ.get("EMSEG_DATA") or "nowhere")
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="EMSEG_DATA is not set")
 VOXEL = (50.0, 4.6, 4.7)
 
@@ -70,10 +71,13 @@ def patch(path, offset, data):
         stream.write(data)
 
 
-def refused(path, match):
-    with pytest.raises(emseg.InputError, match=match) as caught:
+def assert_refused(path, match):
+    """One line that names the file and, apart from the folder's name, says what `match` says."""
+    with pytest.raises(emseg.InputError) as caught:
         emseg.open_volume(path)[:]
-    assert "\n" not in str(caught.value)
+    message, folder = str(caught.value), str(Path(path).parent)
+    assert re.search(match, message.replace(folder, "")), message
+    assert "\n" not in message and Path(path).name in message
 
 
 # --- formats ---
@@ -143,16 +147,16 @@ def test_answers_are_fresh_arrays(tmp_path):
 def test_tiff_axes_refused(tmp_path, shape, axes, options, match):
     tifffile.imwrite(tmp_path / "a.tif", np.ones(shape, np.uint8), metadata={"axes": axes},
                      **options)
-    refused(tmp_path / "a.tif", match)
+    assert_refused(tmp_path / "a.tif", match)
 
 
 def test_tiff_pages_of_different_size_and_complex_refused(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.tif") as tif:
         tif.write(np.ones((8, 9), np.uint8))
         tif.write(np.ones((8, 10), np.uint8))
-    refused(tmp_path / "a.tif", "different sizes")
+    assert_refused(tmp_path / "a.tif", "different sizes")
     tifffile.imwrite(tmp_path / "b.tif", np.ones((8, 9), np.complex64))
-    refused(tmp_path / "b.tif", "complex64")
+    assert_refused(tmp_path / "b.tif", "complex64")
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"imagej": True}])
@@ -160,9 +164,10 @@ def test_truncated_tiff_refused(tmp_path, options):
     array = np.random.default_rng(0).integers(0, 255, (6, 64, 64), np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", array, **options)
     whole = (tmp_path / "a.tif").read_bytes()
-    for kept in (3, 100, 1000, len(whole) // 2):
+    for kept, match in ((3, "not readable"), (100, "not readable"), (1000, "pages breaks off"),
+                        (len(whole) // 2, "pages breaks off")):
         (tmp_path / "a.tif").write_bytes(whole[:kept])
-        refused(tmp_path / "a.tif", "a.tif")
+        assert_refused(tmp_path / "a.tif", match)
 
 
 def test_tiff_bomb_refused_before_allocation(tmp_path):
@@ -174,7 +179,7 @@ def test_tiff_bomb_refused_before_allocation(tmp_path):
     for offset, kind in zip(offsets, kinds):
         patch(tmp_path / "a.tif", offset, struct.pack("<H" if kind == 3 else "<I", 60000))
     tracemalloc.start()
-    refused(tmp_path / "a.tif", "hostile")
+    assert_refused(tmp_path / "a.tif", "hostile")
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
 
@@ -226,22 +231,22 @@ def test_mrc_odd_headers(tmp_path):
     patch(path, 40, bytes(12))
     assert emseg.open_volume(path).voxel_size is None
     patch(path, 12, struct.pack("<i", 4))
-    refused(path, "mode 4")
+    assert_refused(path, "mode 4")
 
 
 def test_mrc_truncated_extended_and_compressed(tmp_path):
     path = write_mrc(tmp_path / "a.mrc", random_volume())
     patch(path, 0, struct.pack("<iii", 2**30, 2**30, 2**30))
-    refused(path, "truncated")
+    assert_refused(path, "truncated")
     array = random_volume(dtype=np.int16)
     with mrcfile.new(path, array, overwrite=True) as mrc:
         mrc.set_extended_header(np.ones(200, "V1"))
     np.testing.assert_array_equal(emseg.open_volume(path)[:], array)
     Path(path).write_bytes(Path(path).read_bytes()[:-1])
-    refused(path, "truncated")
+    assert_refused(path, "truncated")
     with mrcfile.new(tmp_path / "b.mrc", random_volume(), compression="gzip"):
         pass
-    refused(tmp_path / "b.mrc", "decompress")
+    assert_refused(tmp_path / "b.mrc", "decompress")
 
 
 @pytest.mark.parametrize("order", "CF")
@@ -256,10 +261,10 @@ def test_npy(tmp_path, order):
     assert flat.shape == (1, 20, 30) and flat.dtype == np.uint8
     np.testing.assert_array_equal(flat[0], array[0] > 0)
     np.save(tmp_path / "c.npy", np.array([{}]))
-    refused(tmp_path / "c.npy", "not readable|array of shape")
+    assert_refused(tmp_path / "c.npy", "not readable|array of shape")
     whole = (tmp_path / "a.npy").read_bytes()
     (tmp_path / "a.npy").write_bytes(whole[:-8])
-    refused(tmp_path / "a.npy", "a.npy")
+    assert_refused(tmp_path / "a.npy", "a.npy")
 
 
 def test_png_depths_and_colours(tmp_path):
@@ -277,16 +282,18 @@ def test_png_depths_and_colours(tmp_path):
     write_png(tmp_path / "la.png", np.stack([grey, grey * 0], -1), colour=4)
     np.testing.assert_array_equal(emseg.open_volume(tmp_path / "la.png")[0], grey)
     write_png(tmp_path / "red.png", np.stack([grey, grey, grey + 1], -1), colour=2)
-    refused(tmp_path / "red.png", "colour image")
+    assert_refused(tmp_path / "red.png", "colour image")
 
 
 def test_damaged_png_refused(tmp_path):
     write_png(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (50, 50)))
     whole = (tmp_path / "a.png").read_bytes()
-    for damaged in (whole[:-30], whole[:20], whole[:-20] + b"x" + whole[-19:],
-                    whole[:-16] + bytes([whole[-16] ^ 1]) + whole[-15:]):
+    for damaged, match in (
+            (whole[:-30], "slice 0 is damaged"), (whole[:20], "not a PNG file, or truncated"),
+            (whole[:-20] + b"x" + whole[-19:], "wrong checksum"),
+            (whole[:-16] + bytes([whole[-16] ^ 1]) + whole[-15:], "wrong checksum")):
         (tmp_path / "a.png").write_bytes(damaged)
-        refused(tmp_path / "a.png", "a.png")
+        assert_refused(tmp_path / "a.png", match)
 
 
 def test_folder_order_numbers_and_odd_files(tmp_path):
@@ -300,14 +307,14 @@ def test_folder_order_numbers_and_odd_files(tmp_path):
     write_png(folder / "c9.png", images[0])
     assert emseg.open_volume(folder).numbers is None
     write_png(folder / "c9.png", images[0, :5])
-    refused(folder, "c9.png is")
+    assert_refused(folder, "c9.png is")
     write_png(folder / "c9.png", images[0], bits=16)
-    refused(folder, "c9.png is")
+    assert_refused(folder, "c9.png is")
     os.remove(folder / "c9.png")
     tifffile.imwrite(folder / "d.tif", images[0])
-    refused(folder, "mixes")
+    assert_refused(folder, "mixes")
     (tmp_path / "none").mkdir()
-    refused(tmp_path / "none", "no .tif")
+    assert_refused(tmp_path / "none", "no .tif")
 
 
 def test_folder_of_tiffs_and_of_masks_with_mixed_depths(tmp_path):
@@ -320,7 +327,7 @@ def test_folder_of_tiffs_and_of_masks_with_mixed_depths(tmp_path):
     np.testing.assert_array_equal(emseg.open_volume(folder)[0:3, 2], images[:, 2])
     assert emseg.open_volume(folder).voxel_size == pytest.approx((5, 5, 5))
     tifffile.imwrite(folder / "3.tiff", images, photometric="minisblack")
-    refused(folder, "3 pages")
+    assert_refused(folder, "3 pages")
     mask = random_volume((8, 9)) > 50
     masks = write_folder(tmp_path / "m", [mask * 255], ["0.png"])
     write_png(masks / "1.png", mask, bits=1)
@@ -328,14 +335,15 @@ def test_folder_of_tiffs_and_of_masks_with_mixed_depths(tmp_path):
 
 
 def test_missing_empty_unknown_and_wrong_content(tmp_path):
-    refused(tmp_path / "no.tif", "no such file")
+    assert_refused(tmp_path / "no.tif", "no such file")
     (tmp_path / "a.tif").write_bytes(b"")
-    refused(tmp_path / "a.tif", "empty")
+    assert_refused(tmp_path / "a.tif", "the file is empty")
     (tmp_path / "a.jpg").write_bytes(b"x")
-    refused(tmp_path / "a.jpg", r"\.mrc")
-    for extension in ("tif", "mrc", "npy", "png"):
+    assert_refused(tmp_path / "a.jpg", r"\.mrc")
+    for extension, match in (("tif", "not readable"), ("mrc", "cannot be read"),
+                             ("npy", "not readable"), ("png", "not a PNG file")):
         (tmp_path / f"b.{extension}").write_text("This is not an image. " * 100)
-        refused(tmp_path / f"b.{extension}", "b." + extension)
+        assert_refused(tmp_path / f"b.{extension}", match)
 
 
 # --- crops ---
@@ -361,7 +369,7 @@ def test_crops(tmp_path, crop, box):
     ("0:6:2", "understood"), ("1,,2", "understood"), ("4:2", "empty")])
 def test_bad_crops(tmp_path, crop, match):
     np.save(tmp_path / "a.npy", random_volume())
-    refused(f"{tmp_path}/a.npy@{crop}", match)
+    assert_refused(f"{tmp_path}/a.npy@{crop}", match)
 
 
 def test_name_with_an_at(tmp_path):
@@ -369,7 +377,7 @@ def test_name_with_an_at(tmp_path):
     np.save(tmp_path / "a@1:2.npy", array)
     assert emseg.open_volume(tmp_path / "a@1:2.npy").shape == array.shape
     assert emseg.open_volume(f"{tmp_path}/a@1:2.npy@1:3").shape == (2, 20, 30)
-    refused(tmp_path / "b@1:2.npy", "no such file")
+    assert_refused(tmp_path / "b@1:2.npy", "no such file")
     write_folder(tmp_path / "s", array[:3], ["0.png", "1.png", "2.png"])
     folder = write_folder(tmp_path / "s@1:2", array[3:], ["0.png", "1.png", "2.png"])
     np.testing.assert_array_equal(emseg.open_volume(folder)[:], array[3:])
