@@ -44,7 +44,7 @@ Expect:
            71 s on two cores without bf16
     Fly neuropil, 3 full and 11 partial slices (command in the README), width 16, 600 steps each:
     test Dice of the baseline 0.518 +- 0.093, of mixed labels 0.533 +- 0.091, seeds 0 to 2 (mixed
-    labels ahead in each); 28 to 34 minutes for both and 1.7 GiB, one CPU thread beside other work
+    labels ahead in each); 26 to 33 minutes for both and 1.7 GiB, one CPU thread beside other work
 """
 
 import argparse
@@ -115,10 +115,10 @@ def dice_of_sets(run, result):
     sets, structures = {}, run.data.classes[1:]
     if run.data.val:
         with open(run.folder / "log.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["val_dice"]]
+            rows = list(csv.DictReader(file))
         columns = [*(f"val_dice_{name}" for name in structures), "val_dice"]
         best = {method: max((row for row in rows if row["stage"] == method),
-                            key=lambda row: float(row["val_dice"])) for method in METHODS}
+                            key=lambda row: float(row["val_dice"] or -1)) for method in METHODS}
         sets["Validation set"] = {method: [float(row[column]) if row[column] else None
                                            for column in columns] for method, row in best.items()}
     if result["mean"]:

@@ -175,15 +175,10 @@ def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monk
 
 def test_killed_and_resumed_is_bit_identical(trained, cells, tmp_path):
     out = tmp_path / "killed"
-    command = [sys.executable, ROOT / "train_cps.py", "--volume", f"{cells}/image.tif@0:8",
-               "--label", f"{cells}/mito.tif@0:8", "--label-slices", "0,3,7", "--test-volume",
-               f"{cells}/image.tif@8:12", "--test-label", f"{cells}/mito.tif@8:12",
-               "--out-dir", out, *TINY]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
-    while not (out / "log.csv").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    conftest.kill_after_an_epoch(
+        train_cps, out, "--volume", cells / "image.tif@0:8", "--label", cells / "mito.tif@0:8",
+        "--label-slices", "0,3,7", "--test-volume", cells / "image.tif@8:12", "--test-label",
+        cells / "mito.tif@8:12", *TINY)
     run("--resume", "--out-dir", out)
     assert torch.equal(weights(trained / "last.pt"), weights(out / "last.pt"))
 

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import mrcfile
 import numpy as np
@@ -249,6 +248,16 @@ def test_partial_can_be_given_for_several_data_sets():
 # -- table 1
 
 
+def test_undefined_validation_scores_are_undefined_in_table_1(cells, tmp_path, monkeypatch, capsys):
+    """A validation label without foreground, none of which is predicted: no Dice in any epoch."""
+    monkeypatch.setattr(emseg.Run, "validate", lambda self, predict: {
+        "val_dice": None, **{f"val_dice_{name}": None for name in self.data.classes[1:]}})
+    train(cells, tmp_path / "run", "--compare", "--val-volume", cells / "image.tif@7:8",
+          "--val-label", cells / "label.tif@7:8")
+    wanted = "| Validation set: Baseline |" + " undefined |" * 5
+    assert wanted in capsys.readouterr().out
+
+
 def test_table_1_has_the_papers_rows():
     test = {"baseline": [0.813, None, 0.639], "mixed": [0.843, 0.5, 0.706]}
     lines = train_partial.table_1(["membrane", "insulin"], {"Testing set": test}).splitlines()
@@ -451,14 +460,9 @@ def test_interrupted_and_resumed_is_bit_identical(compared, cells, tmp_path, mon
 
 def test_killed_and_resumed_is_bit_identical(trained, cells, tmp_path):
     out = tmp_path / "killed"
-    command = [sys.executable, ROOT / "train_partial.py", *training_data(cells), "--test-volume",
-               cells / "image.tif@8:12", "--test-label", cells / "label.tif@8:12", "--out-dir",
-               out, *TINY]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
-    while not (out / "log.csv").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    conftest.kill_after_an_epoch(
+        train_partial, out, *training_data(cells), "--test-volume", cells / "image.tif@8:12",
+        "--test-label", cells / "label.tif@8:12", *TINY)
     run("--resume", "--out-dir", out)
     assert torch.equal(weights(trained / "last.pt"), weights(out / "last.pt"))
 
