@@ -747,12 +747,15 @@ class _Resized(LazyArray):
 def parse_slices(text, depth):
     """Slice numbers from text, as a sorted int array within 0..depth - 1.
 
-    "0:165:5" (start:stop:step, stop left out of the set), "0,40,80", mixtures "0:10,40", or "n=7":
-    seven evenly spaced slices, each in the middle of its seventh of the volume, that is
-    round((i + 0.5) * depth / 7 - 0.5) for i = 0..6; n=1 is the middle slice. Raises InputError for
-    text that is malformed, empty, repeats a slice or leaves the volume.
+    "0:165:5" (start:stop:step, stop left out of the set), "0,40,80", mixtures "0:10,40", "every=5",
+    which is 0:depth:5, or "n=7": seven evenly spaced slices, each in the middle of its seventh of
+    the volume, that is round((i + 0.5) * depth / 7 - 0.5) for i = 0..6; n=1 is the middle slice.
+    Raises InputError for text that is malformed, empty, repeats a slice or leaves the volume.
     """
     text = text.strip()
+    every = re.fullmatch(r"every\s*=\s*([1-9]\d*)", text)
+    if every:
+        return np.arange(0, depth, int(every[1]))
     even = re.fullmatch(r"n\s*=\s*(\d+)", text)
     if even:
         n = int(even[1])
@@ -764,7 +767,7 @@ def parse_slices(text, depth):
         match = re.fullmatch(r"\s*(\d+)\s*|\s*(\d*)\s*:\s*(\d*)\s*(?::\s*(\d*)\s*)?", part)
         if not match:
             raise InputError(f"slices '{text}': '{part.strip()}' is not understood; wanted "
-                             "start:stop:step, numbers with commas between, or n=7")
+                             "start:stop:step, numbers with commas between, n=7 or every=5")
         single, start, stop, step = match.groups()
         first = int(single or start or 0)
         last = first + 1 if single else int(stop or depth)
@@ -782,18 +785,25 @@ def parse_slices(text, depth):
 def parse_label_map(text):
     """'191=1,223=2,*=0' -> {191: 1, 223: 2, "*": 0}; * stands for all values not named.
 
-    Class ids are 0 to 254; 255 (IGNORE) marks values that no loss and no metric shall see.
+    '128:256=1' maps the values 128 to 255, as in slices. Class ids are 0 to 254; 255 (IGNORE) marks
+    values that no loss and no metric shall see.
     """
     mapping = {}
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(-?\d+|\*)\s*=\s*(\d+)\s*", part)
-        if not match or int(match[2]) > IGNORE:
+        match = re.fullmatch(r"\s*(-?\d+|\*)\s*(?::\s*(-?\d+)\s*)?=\s*(\d+)\s*", part)
+        values, target = [], int(match[3]) if match else 0
+        if match:
+            first, stop = match[1], match[2]
+            values = [first] if first == "*" else range(
+                int(first), int(first) + 1 if stop is None else int(stop))
+        if not 0 < len(values) <= 2**16 or (values == ["*"] and match[2]) or target > IGNORE:
             raise InputError(f"label map '{text}': '{part.strip()}' is not understood; wanted "
-                             "value=class with classes 0 to 254, or 255 to ignore: '191=1,*=0'")
-        value = "*" if match[1] == "*" else int(match[1])
-        if value in mapping:
-            raise InputError(f"label map '{text}': {value} is mapped twice")
-        mapping[value] = int(match[2])
+                             "value=class or first:stop=class with classes 0 to 254, or 255 to "
+                             "ignore: '191=1,*=0'")
+        for value in values:
+            if value in mapping:
+                raise InputError(f"label map '{text}': {value} is mapped twice")
+            mapping[value] = target
     return mapping
 
 
@@ -992,7 +1002,9 @@ def _values_error(path, values, problem):
         return InputError(f"{path}: {len(values)} different label values; looks like instance ids, "
                           'wanted class ids: --label-map "0=0,*=1" makes one foreground class')
     pairs = ",".join(f"{v}={i}" for i, v in enumerate(values[:12]))
-    pairs += ",*=0" if len(values) > 12 else ""
+    if len(values) > 12:
+        smooth = 0 <= min(values) and 128 <= max(values) <= 255        # the borders of a 0/255 mask
+        pairs = "128:256=1,*=0" if smooth else f"{pairs},*=0"
     advice = f'map them, for example --label-map="{pairs}"'
     if IGNORE in values:
         advice += ", or --ignore-label 255 if that marks voxels nobody annotated"
@@ -1717,11 +1729,12 @@ def cutmix_boxes(batch, size, device, area=(0.25, 0.5)):
 # ==================================================================================================
 
 
-def conv_block(channels, norm="batch", padding=1):
-    """3x3 convolution (+ normalisation) + ReLU for each step of channels (in, ..., out)."""
+def conv_block(channels, norm="batch", padding=1, kernel=3, **options):
+    """Convolution (+ normalisation) + ReLU for each step of channels (in, ..., out); options: of
+    nn.Conv2d."""
     layers = []
     for c_in, c_out in zip(channels[:-1], channels[1:]):
-        layers.append(nn.Conv2d(c_in, c_out, 3, padding=padding))
+        layers.append(nn.Conv2d(c_in, c_out, kernel, padding=padding, **options))
         if norm == "batch":
             layers.append(nn.BatchNorm2d(c_out))
         layers.append(nn.ReLU(inplace=True))
@@ -1758,6 +1771,11 @@ class BilinearUp(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
 
 
+def bilinear(x, size):
+    """x (B, C, h, w) at another size (H, W)."""
+    return F.interpolate(x, size=size, mode="bilinear")
+
+
 def he_initialization(module):
     """Gaussian weights of variance 2 / (inputs of a neuron), no bias (He 2015, for ReLU)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -1770,6 +1788,45 @@ def crop_like(x, reference):
     (H, W), (h, w) = x.shape[-2:], reference.shape[-2:]
     top, left = (H - h) // 2, (W - w) // 2
     return x[..., top : top + h, left : left + w]
+
+
+def any_size(multiple):
+    """Decorator of forward(self, x): x (B, C, H, W) of any size is mirrored at its lower and right
+    border up to the next multiples, and the result (B, K, H, W) is cut back."""
+    def decorate(forward):
+        @functools.wraps(forward)
+        def padded(self, x):
+            H, W = x.shape[-2:]
+            bottom, right = -H % multiple, -W % multiple
+            if bottom or right:
+                x = mirror_pad(x, 0, bottom, 0, right)
+            return forward(self, x)[..., :H, :W]
+        return padded
+    return decorate
+
+
+def vgg_encoder(in_channels, width, depths):
+    """The blocks of a VGG network (Simonyan 2015), with BatchNorm; pooling stands between them.
+
+    width: filters of the first block, doubling with each up to 8 width; depths: convolutions of
+    each block, (2, 2, 3, 3, 3) for VGG16, (2, 2, 4, 4, 4) for VGG19.
+    """
+    widths = [width * min(2**level, 8) for level in range(len(depths))]
+    return nn.ModuleList(conv_block((c_in, *[c] * depth))
+                         for c_in, c, depth in zip([in_channels, *widths], widths, depths))
+
+
+class LearnedUp(nn.ConvTranspose2d):
+    """(B, C, H, W) -> (B, C, fH, fW): each channel enlarged by itself, bilinear to begin with
+    (Long 2015, section 3.3)."""
+
+    def __init__(self, channels, factor):
+        super().__init__(channels, channels, 2 * factor, stride=factor, padding=factor // 2,
+                         groups=channels, bias=False)
+        place = (torch.arange(2 * factor) + 0.5) / factor       # 0..2, the pixel's centre at 1
+        line = 1 - (place - 1).abs()
+        with torch.no_grad():
+            self.weight.copy_((line[:, None] * line).expand_as(self.weight))
 
 
 # ==================================================================================================
@@ -1885,7 +1942,119 @@ class UNet3D(nn.Module):
         return self.head(x)
 
 
-NETWORKS = {"unet": UNet, "resunet": ResUNet, "unet5": UNet5}
+class FCN8s(nn.Module):
+    """Fully convolutional network with VGG16 as encoder (Long 2015): 134,289,379 parameters.
+
+    (B, in_channels, H, W) -> logits (B, out_channels, H, W) of any size, at 1 input and 1 output
+    channel. width: filters of the first block, 64 there. The scores of pool3 and pool4 join those
+    of the last layer on the way up. BatchNorm, since it is trained from scratch; "same" convolutions
+    in place of a border of 100 pixels.
+    """
+
+    dims, stride, offset, margin = 2, 1, 0, 0
+
+    def __init__(self, in_channels, out_channels, width=None):
+        super().__init__()
+        w = width or 64
+        self.encoder = vgg_encoder(in_channels, w, (2, 2, 3, 3, 3))
+        self.pool = nn.MaxPool2d(2)
+        self.classifier = nn.Sequential(                                    # 4096 = 64 * 64
+            conv_block((8 * w, 64 * w), kernel=7, padding=3), nn.Dropout(),
+            conv_block((64 * w, 64 * w), kernel=1, padding=0), nn.Dropout())
+        self.score, self.score_pool4, self.score_pool3 = [
+            nn.Conv2d(c, out_channels, 1) for c in (64 * w, 8 * w, 4 * w)]
+        self.up, self.up_pool4 = LearnedUp(out_channels, 2), LearnedUp(out_channels, 2)
+        self.up_pool3 = LearnedUp(out_channels, 8)
+
+    @any_size(32)
+    def forward(self, x):
+        pooled = []
+        for block in self.encoder:
+            x = self.pool(block(x))
+            pooled.append(x)
+        x = self.up(self.score(self.classifier(x)))
+        x = self.up_pool4(x + self.score_pool4(pooled[3]))
+        return self.up_pool3(x + self.score_pool3(pooled[2]))
+
+
+class SegNet(nn.Module):
+    """SegNet (Badrinarayanan 2017): 29,479,489 parameters at 1 input and 1 output channel.
+
+    (B, in_channels, H, W) -> logits (B, out_channels, H, W) of any size. width: filters of the
+    first block, 64 there. Five blocks of VGG16 down and five mirrored ones up, which put each value
+    back where the maximum was (pooling indices).
+    """
+
+    dims, stride, offset, margin = 2, 1, 0, 0
+
+    def __init__(self, in_channels, out_channels, width=None):
+        super().__init__()
+        w, depths = width or 64, (2, 2, 3, 3, 3)
+        self.encoder = vgg_encoder(in_channels, w, depths)
+        self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+        widths = [8 * w, 8 * w, 4 * w, 2 * w, w, w]
+        self.decoder = nn.ModuleList(
+            conv_block((*[c] * depth, c_out))
+            for c, c_out, depth in zip(widths, widths[1:], reversed(depths)))
+        self.head = nn.Conv2d(w, out_channels, 3, padding=1)
+
+    @any_size(32)
+    def forward(self, x):
+        places = []
+        for block in self.encoder:
+            x, indices = self.pool(block(x))
+            places.append(indices)
+        for block in self.decoder:
+            x = block(self.unpool(x, places.pop()))
+        return self.head(x)
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabv3+ (Chen 2018) with a VGG19-like encoder: 41,997,393 parameters.
+
+    (B, in_channels, H, W) -> logits (B, out_channels, H, W) of any size, at 1 input and 1 output
+    channel. width: filters of the first block, 64 by default. The encoder of the SegET paper
+    (section 3.3) has 23 convolutions in 8 blocks: VGG19's 16 in five, then 3, 2 and 2 dilated by 2
+    at an output stride of 16. Atrous rates 6, 12, 18 and the pooled image; low-level features of
+    stride 4, the third block's, narrowed to 3/4 of the width (48 there).
+    """
+
+    dims, stride, offset, margin = 2, 1, 0, 0
+
+    def __init__(self, in_channels, out_channels, width=None):
+        super().__init__()
+        w = width or 64
+        self.encoder = vgg_encoder(in_channels, w, (2, 2, 4, 4, 4))
+        self.pool = nn.MaxPool2d(2)
+        self.dilated = nn.Sequential(*[
+            conv_block([8 * w] * (depth + 1), padding=2, dilation=2) for depth in (3, 2, 2)])
+        self.branches = nn.ModuleList(
+            [conv_block((8 * w, 4 * w), kernel=1, padding=0),
+             *[conv_block((8 * w, 4 * w), padding=rate, dilation=rate) for rate in (6, 12, 18)]])
+        # One value for each image: nothing that BatchNorm could normalise in a batch of one.
+        self.image = conv_block((8 * w, 4 * w), norm=None, kernel=1, padding=0)
+        self.project = conv_block((5 * 4 * w, 4 * w), kernel=1, padding=0)
+        low = max(3 * w // 4, 1)
+        self.low_level = conv_block((4 * w, low), kernel=1, padding=0)
+        self.decoder = conv_block((4 * w + low, 4 * w, 4 * w))
+        self.head = nn.Conv2d(4 * w, out_channels, 1)
+
+    @any_size(16)
+    def forward(self, x):
+        size = x.shape[-2:]
+        for number, block in enumerate(self.encoder):
+            x = block(self.pool(x) if number else x)
+            if number == 2:
+                low_level = self.low_level(x)
+        x = self.dilated(x)
+        image = self.image(x.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
+        x = self.project(torch.cat([*[branch(x) for branch in self.branches], image], dim=1))
+        x = torch.cat([bilinear(x, low_level.shape[-2:]), low_level], dim=1)
+        return bilinear(self.head(self.decoder(x)), size)
+
+
+NETWORKS = {"unet": UNet, "resunet": ResUNet, "unet5": UNet5, "fcn8s": FCN8s, "segnet": SegNet,
+            "deeplabv3plus": DeepLabV3Plus}
 NETWORKS_3D = {"unet3d": UNet3D}
 
 
@@ -2115,15 +2284,14 @@ def predict_by_windows(predict, image, depth, overlap=1 / 3, rank=0, world=1):
                          for x in (total, weight)]
 
 
-def predict_volume(stream, writer, shape, downsample=1, probability=None, threshold=0.5,
-                   progress=None):
+def predict_volume(stream, writers, shape, downsample=1, probability=None, progress=None):
     """Write a stream of predictions: memory depends on its slabs, not on the volume.
 
     stream: yields (slab, probabilities (n, C, H, W)), see predict_by_slabs and predict_by_windows,
     `downsample` times smaller in y and x than `shape` (Z, Y, X), the shape of the prediction, or of
-    any other size; probabilities are resized linearly. writer, probability: VolumeWriters of class
-    ids and of
-    probabilities (Z, Y, X) of the one channel or (Z, C, Y, X). progress: called with the slices
+    any other size; probabilities are resized linearly. writers: {VolumeWriter: probabilities
+    (n, C, Y, X) -> class ids (n, Y, X)}, for example class_ids; probability: VolumeWriter of the
+    probabilities, (Z, Y, X) of the one channel or (Z, C, Y, X). progress: called with the slices
     done and the slices of the volume.
     """
     done = 0
@@ -2135,7 +2303,8 @@ def predict_volume(stream, writer, shape, downsample=1, probability=None, thresh
             prob = prob[..., : shape[1], : shape[2]]
         elif prob.shape[2:] != shape[1:]:
             prob = F.interpolate(prob, size=shape[1:], mode="bilinear")
-        writer[slab] = class_ids(prob, threshold).to(torch.uint8).cpu().numpy()
+        for writer, decide in writers.items():
+            writer[slab] = decide(prob).to(torch.uint8).cpu().numpy()
         if probability is not None:
             probability[slab] = (prob[:, 0] if prob.shape[1] == 1 else prob).cpu().numpy()
         done += slab.stop - slab.start
@@ -2379,16 +2548,91 @@ def _scale_bar(axis, voxel_size, step):
               path_effects=outline)
 
 
-def _legend(figure, classes, errors):
+def _legend(figure, classes, errors, colors=CLASS_COLORS):
     """Class colours and, where truth is known, error colours below the panels."""
     from matplotlib.patches import Patch
-    handles = [Patch(color=CLASS_COLORS[k % len(CLASS_COLORS)], label=name)
+    handles = [Patch(facecolor=colors[k % len(colors)], label=name, edgecolor="0.6")
                for k, name in enumerate(classes[1:])]
     if errors:
         handles += [Patch(color=color, label=name) for name, color in ERROR_COLORS.items()]
     columns = math.ceil(len(handles) / math.ceil(len(handles) / 6))     # rows of equal length
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8,
                   frameon=False)
+
+
+INSET, ZOOM = 0.4, 2.5                  # side of the inset in a panel; its magnification
+UNKNOWN_COLOR = "0.45"                  # IGNORE in a truth
+
+
+def save_maps(path, items, classes, colors=None, rows=2, max_side=768):
+    """maps.png: slices as image | prediction | truth, every structure in its colour on black, with
+    the busiest place of each slice enlarged in the upper left corner (Zhang 2018, figure 4).
+
+    items: list of (name, image, label or None, prediction), lazy volumes; colors: of the foreground
+    classes, default CLASS_COLORS. The rows are spread evenly over the items and their annotated
+    slices. IGNORE is grey.
+    """
+    import matplotlib.colors
+    colors = colors or [CLASS_COLORS[k % len(CLASS_COLORS)] for k in range(len(classes) - 1)]
+    palette = np.zeros((IGNORE + 1, 3))
+    palette[1 : len(classes)] = matplotlib.colors.to_rgba_array(colors)[:, :3]
+    palette[IGNORE] = matplotlib.colors.to_rgb(UNKNOWN_COLOR)
+    panels = []
+    for name, image, label, prediction in items:
+        step = max(1, math.ceil(max(image.shape[1:]) / max_side))
+        zs = label.slices if label is not None else np.arange(len(image))
+        count = min(len(zs), max(1, rows // len(items)))
+        for z in zs[((np.arange(count) + 0.5) * len(zs) / count).astype(int)]:
+            shown = {"image": overlay(image[z], [], []), "prediction": palette[prediction[z]]}
+            if label is not None:
+                shown["truth"] = palette[label[z]]
+            place = _busiest(prediction[z] if label is None else label[z], len(classes))
+            panels.append((f"{name}  z = {z}", image, shown, place, step))
+    titles = max((list(shown) for _, _, shown, *_ in panels), key=len)
+    height = np.mean([min(1.6, image.shape[1] / image.shape[2]) for _, image, *_ in panels])
+    figure = _new_figure(figsize=(4 * len(titles), (4 * height + 0.1) * len(panels) + 0.5), dpi=120)
+    axes = figure.subplots(len(panels), len(titles), squeeze=False)
+    for row, (name, image, shown, place, step) in zip(axes, panels):
+        for axis, title in zip(row, titles):
+            axis.set_axis_off()
+            if title not in shown:
+                continue
+            axis.set_title(title)
+            axis.imshow(shown[title][::step, ::step], interpolation="antialiased")
+            _inset(axis, shown[title], place, step)
+        row[0].text(0.98, 0.03, name, transform=row[0].transAxes, fontsize=8, ha="right",
+                    color="white", bbox={"facecolor": "black", "alpha": 0.6, "pad": 1.5,
+                                         "edgecolor": "none"})
+        _scale_bar(row[0], image.voxel_size, step)
+    _legend(figure, classes, errors=False, colors=colors)
+    figure.savefig(path)
+
+
+def _busiest(ids, n_classes):
+    """Where to enlarge a slice of class ids: (y, x, height, width) of the place with the largest
+    share of all its structures, each of which counts alike."""
+    height, width = [max(1, round(side * INSET / ZOOM)) for side in ids.shape]
+    share = np.zeros(ids.shape)
+    for k in range(1, n_classes):
+        share += (ids == k) / max(1, (ids == k).sum())
+    total = ndimage.uniform_filter(share, (height, width), mode="constant")
+    y, x = np.unravel_index(total.argmax(), ids.shape)
+    return (int(np.clip(y - height // 2, 0, ids.shape[0] - height)),
+            int(np.clip(x - width // 2, 0, ids.shape[1] - width)), height, width)
+
+
+def _inset(axis, picture, place, step):
+    """A place (y, x, height, width) of a full picture, enlarged in the axis's upper left corner;
+    both framed in grey."""
+    from matplotlib.patches import Rectangle
+    y, x, height, width = place
+    inset = axis.inset_axes((0, 1 - INSET, INSET, INSET))
+    inset.imshow(picture[y : y + height, x : x + width], interpolation="nearest", aspect="auto")
+    inset.set(xticks=[], yticks=[])
+    for spine in inset.spines.values():
+        spine.set(edgecolor="0.6", linewidth=1.5)
+    axis.add_patch(Rectangle((x / step - 0.5, y / step - 0.5), width / step, height / step,
+                             fill=False, edgecolor="0.6", linewidth=1))
 
 
 VIEWS = ((-60, 25), (30, 40))           # azimuth and elevation of the eye, in degrees
@@ -2567,7 +2811,7 @@ def save_curves(path, log):
     stages = list(dict.fromkeys(row.get("stage", "") for row in rows))
     terms = [key for key in rows[0] if key.startswith("loss_")]     # the total moves with weights
     groups = {"loss": terms or ["loss"],
-              "validation": [key for key in ("val_dice", "val_iou") if key in rows[0]]}
+              "validation": [key for key in ("val_dice", "val_iou", "val_miou") if key in rows[0]]}
     groups = {title: keys for title, keys in groups.items() if keys}
     figure = _new_figure(figsize=(5 * len(groups), 3.5), dpi=120)
     for axis, (title, keys) in zip(figure.subplots(1, len(groups), squeeze=False)[0],
@@ -2590,7 +2834,7 @@ def save_curves(path, log):
 # ==================================================================================================
 
 RUN_FILES = ("config.json", "log.csv", "best.pt", "last.pt", "metrics.json", "figure.png",
-             "curves.png", "surfaces.png", "surfaces_*.png", "prediction.*", "prediction_*",
+             "curves.png", "maps.png", "surfaces.png", "surfaces_*.png", "prediction.*", "prediction_*",
              "probability.tif", "probability_*.tif", "stages/*.tif", "stages/*/*.tif")
 # A resumed run takes these from the command line, all else from its config.json.
 OF_THIS_CALL = {"out_dir", "overwrite", "resume", "checkpoint", "device", "amp", "compile",
@@ -2643,8 +2887,8 @@ def add_common_args(parser, models, sources):
     data("--volume", nargs="+", metavar="P", default=[], help="training volumes: TIFF, MRC, NPY or "
          "a folder of slices; P@z0:z1,y0:y1,x0:x1 crops")
     data("--label", nargs="+", metavar="P", default=[], help="their labels, in the same order")
-    data("--label-slices", metavar="S", help="annotated slices: 0:165:5, 0,40,80 or n=7")
-    data("--label-map", metavar="M", help="label value=class id: 191=1,223=2,*=0")
+    data("--label-slices", metavar="S", help="annotated slices: 0:165:5, 0,40,80, n=7 or every=5")
+    data("--label-map", metavar="M", help="label value=class id: 191=1,223=2,*=0 or 128:256=1,*=0")
     data("--ignore-label", type=int, metavar="V", help="label value that marks unannotated voxels")
     data("--classes", nargs="+", metavar="NAME", help="class names, background first")
     data("--unlabeled-volume", nargs="+", metavar="P", default=[], help="volumes without labels")
@@ -2690,11 +2934,12 @@ def add_common_args(parser, models, sources):
             action.help += f" ({sources[action.dest]})"
 
 
-def parse(parser, argv, demo):
+def parse(parser, argv, demo, named_labels=False):
     """Parse the command line; --demo, --resume and --checkpoint bring their own defaults.
 
     demo: the flags of the demo. What is typed always wins, except that a resumed run must have
-    the arguments that it was started with.
+    the arguments that it was started with. named_labels: labels may be NAME=PATH, see named_paths,
+    as many of each name as there are volumes.
     """
     untyped = []                # a list, so that flags that can be given twice append to a copy
     names = vars(parser.parse_args([]))
@@ -2722,13 +2967,24 @@ def parse(parser, argv, demo):
             args = resume_args(parser, args, typed)
     except InputError as error:
         parser.error(str(error))
-    check_args(parser, args)
+    check_args(parser, args, named_paths if named_labels else lambda paths: {None: paths})
     return args
 
 
 def flag_name(name):
     """patch_size -> --patch-size."""
     return "--" + name.replace("_", "-")
+
+
+def named_paths(texts):
+    """{name: [path, ...]} of arguments NAME=PATH, in their order; a bare path has the name None."""
+    paths = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or "/" in name or os.path.exists(_split_crop(text)[0]):
+            name, path = None, text
+        paths.setdefault(name, []).append(path)
+    return paths
 
 
 def format_shape(shape):
@@ -2746,9 +3002,12 @@ def resume_args(parser, args, typed):
     """The arguments of the run in args.out_dir; an error where the command line differs."""
     path = Path(args.out_dir) / "config.json"
     try:
-        saved = json.loads(path.read_text())["args"]
+        config = json.loads(path.read_text())
+        saved, whole = config["args"], config.get("part_of")
     except (OSError, ValueError, KeyError):
         raise InputError(f"--resume: {path} is no config of an earlier run; check --out-dir")
+    if whole:
+        raise InputError(f"--resume: {args.out_dir} is part of the run {whole}; resume that one")
     for name, value in typed.items():
         if name not in OF_THIS_CALL and saved.get(name) != value:
             raise InputError(f"--resume: {flag_name(name)} was {saved.get(name)} and is now "
@@ -2757,8 +3016,9 @@ def resume_args(parser, args, typed):
     return argparse.Namespace(**{**vars(args), **saved, **own})
 
 
-def check_args(parser, args):
-    """Errors that need no file: what must be given together."""
+def check_args(parser, args, by_name):
+    """Errors that need no file: what must be given together. by_name: label arguments -> {name or
+    None: paths}."""
     if args.workers < 0:
         parser.error(f"--workers {args.workers} is negative")
     if not 0 <= args.seed < 2**63:
@@ -2769,11 +3029,13 @@ def check_args(parser, args):
         parser.error("give --volume and --label (or --demo, or --checkpoint and --test-volume)")
     for volume, label in (("volume", "label"), ("val_volume", "val_label"),
                           ("test_volume", "test_label")):
-        volumes, labels = len(getattr(args, volume)), len(getattr(args, label))
-        optional = volume == "test_volume" and not labels
-        if volumes != labels and not optional and not args.demo:
-            parser.error(f"{flag_name(volume)} has {volumes} and {flag_name(label)} {labels} "
-                         f"paths; give one label for each volume")
+        volumes, groups = len(getattr(args, volume)), by_name(getattr(args, label))
+        for name, paths in (groups or {None: []}).items():
+            optional = volume == "test_volume" and not paths
+            if volumes != len(paths) and not optional and not args.demo:
+                of = f" of {name}" if name else ""
+                parser.error(f"{flag_name(volume)} has {volumes} and {flag_name(label)} "
+                             f"{len(paths)} paths{of}; give one label{of} for each volume")
     if args.classes and len(args.classes) < 2:
         parser.error("--classes needs two names at least, the background's first")
     for one, other in (("resume", "overwrite"), ("resume", "checkpoint"), ("demo", "checkpoint")):
@@ -2824,11 +3086,12 @@ class Data:
         return 1 if len(self.classes) == 2 else len(self.classes)
 
 
-def open_data(args, checkpoint=None):
+def open_data(args, checkpoint=None, score_validation=False):
     """Open every volume and label that the command line names, and check them, before any work.
 
     With a checkpoint, classes and normalisation are the checkpoint's and only the test volumes are
-    opened. Raises InputError.
+    opened. score_validation: where the training volumes are predicted for want of test volumes,
+    their validation slices score. Raises InputError.
     """
     label_map = parse_label_map(args.label_map) if args.label_map else None
     n_classes = len(checkpoint["classes"]) if checkpoint else len(args.classes or []) or None
@@ -2872,15 +3135,17 @@ def open_data(args, checkpoint=None):
     for name, path in zip(names_in[len(train):], args.unlabeled_volume):
         volume = open_input(path, args)
         train.append(Item(name, volume, view(volume, args), None))
-    test = items["test"] or [Item(name, v, image, None) for name, v, image
-                             in zip(unique_names(paths), volumes, images)]
+    test = items["test"] or [
+        Item(name, v, image, OnlySlices(label, zs) if score_validation and len(zs) else None)
+        for name, v, image, label, zs in zip(unique_names(paths), volumes, images, labels, held_out)]
     seen = seen_slices([*volumes, *(item.volume for item in items["val"])],
                        [*labels, *(item.label for item in items["val"])])
     shrunk = [shrink(item.label, args) for item in train[: len(volumes)]]
     slices = [label.slices for label in shrunk]
     return Data(
         names, measure_normalization(images, slices, args.normalize), seen,
-        [without_seen_slices(item, seen) for item in test], images, shrunk, slices, merges,
+        [without_seen_slices(item, seen) for item in test] if items["test"] else test,
+        images, shrunk, slices, merges,
         [item.image for item in train],
         [np.setdiff1d(np.arange(len(image)), shrink(label, args).slices)
          for image, label in zip(images, labels)]
@@ -2943,11 +3208,12 @@ def check_annotation(counts, names, label_slices):
 
 
 def validation_slices(text, label):
-    """The annotated slices that --val-slices keeps for validation; n=2 means two of these."""
+    """The annotated slices that --val-slices keeps for validation; n=2 means two of these, every=5
+    every fifth of them."""
     if not text:
         return []
     try:
-        if text.strip().startswith("n"):
+        if "=" in text:
             return label.slices[parse_slices(text, len(label.slices))]
         chosen = parse_slices(text, len(label))
     except InputError as error:
@@ -3057,18 +3323,18 @@ def write_demo(run, shape, voxel_size=(20.0, 8.0, 8.0)):
         pairs = args.volume + args.label, args.test_volume + args.test_label
         for seed, paths in enumerate(pairs):
             image, label = phantom(shape, voxel_size, seed=1000 * args.seed + seed)
-            write_pair(paths, image, label, voxel_size)
+            write_volumes(paths, image, [label], voxel_size)
     run.barrier()
 
 
-def write_pair(paths, image, label, voxel_size):
-    """Write an image and its label, both uint8, as TIFF or MRC; an MRC image becomes int8, shifted
+def write_volumes(paths, image, labels, voxel_size):
+    """Write an image and its labels, all uint8, as TIFF or MRC; an MRC image becomes int8, shifted
     by 128, as tomograms often are."""
     if paths[0].endswith(MRC_EXTENSIONS):
         image = (image.astype(np.int16) - 128).astype(np.int8)
-    for path, array in zip(paths, (image, label)):
+    for path, array in zip(paths, (image, *labels)):
         with create_volume(path, array.shape, array.dtype, voxel_size,
-                           max_value=int(label.max())) as writer:
+                           max_value=max(int(label.max()) for label in labels)) as writer:
             writer[:] = array
 
 
@@ -3214,16 +3480,20 @@ class Run:
         run.report([run.predict(predict, item) for item in data.test])
     """
 
-    def __init__(self, args, script):
-        self.args, self.script = args, Path(script)
+    def __init__(self, args, script, whole=None, checkpoint=None):
+        self.args, self.script, self.whole = args, Path(script), whole
         self.device = choose_device(args.device)
         self.dtype = choose_precision(self.device, args.amp)
         self.rank, self.world = 0, int(os.environ.get("WORLD_SIZE", 1))
         if self.world > 1:
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            if not whole:
+                torch.distributed.init_process_group(
+                    "nccl" if self.device.type == "cuda" else "gloo")
             self.rank = torch.distributed.get_rank()
         self.training = not args.checkpoint
-        self.checkpoint = load_checkpoint(args.checkpoint, script) if args.checkpoint else None
+        if args.checkpoint and not checkpoint:
+            checkpoint = load_checkpoint(args.checkpoint, script)
+        self.checkpoint = checkpoint
         self.folder = Path(args.out_dir)
         if self.rank == 0:
             self._check_folder()
@@ -3233,13 +3503,15 @@ class Run:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
         torch.manual_seed(args.seed)
-        self.step, self.seconds, self.best, self.sums, self.pending = 0, 0.0, None, {}, None
+        self.step, self.seconds, self.sums, self.pending = 0, 0.0, {}, None
+        self.best, self.history = None, []      # the metric of end_epoch: highest, of each epoch
         self.predicted_voxels, self.predict_seconds, self.interrupted = 0, 0.0, False
         self.stage, self.threshold = None, getattr(args, "threshold", 0.5)
         if self.checkpoint:
             self.best, self.seconds = self.checkpoint["best"], self.checkpoint["seconds"]
-        self.say(f"{self.device}, {str(self.dtype)[6:]}" + (f", {self.world} processes"
-                                                            if self.world > 1 else ""))
+        if not whole:
+            self.say(f"{self.device}, {str(self.dtype)[6:]}" + (f", {self.world} processes"
+                                                                if self.world > 1 else ""))
 
     def _check_folder(self):
         """Refuse a folder that holds something, unless told what to do with it."""
@@ -3254,6 +3526,31 @@ class Run:
                              f"folder")
         if self.args.resume and not (self.folder / "last.pt").exists():
             raise InputError(f"--resume: {self.folder} holds no last.pt; start with --overwrite")
+
+    def part(self, name, **changes):
+        """A run in the subfolder `name`, a part of this one: with changed arguments, resumed with
+        this one if it has begun, and with its own share of a checkpoint (see gather)."""
+        folder = self.folder / name
+        changes["resume"] = self.args.resume and (folder / "last.pt").exists()
+        changes["overwrite"] = self.args.overwrite or self.args.resume
+        checkpoint = self.checkpoint and self.checkpoint.get("parts", {}).get(name, self.checkpoint)
+        self.barrier()          # before a process can write the file that another one looks for
+        return Run(argparse.Namespace(**{**vars(self.args), **changes, "out_dir": str(folder)}),
+                   self.script, self, checkpoint)
+
+    def gather(self, parts):
+        """Take over what the parts {name: Run} have learnt. In training write their best.pt into
+        one, from which --checkpoint predicts all of them."""
+        self.networks = {f"{name}/{key}": network for name, part in parts.items()
+                         for key, network in part.networks.items()}
+        self.seconds = sum(part.seconds for part in parts.values())
+        bests = [part.best for part in parts.values()]
+        self.best = None if None in bests else sum(bests) / len(bests)
+        if not self.training:
+            self._new_folder()
+        elif self.rank == 0:
+            self.save("best.pt", parts={name: load_checkpoint(part.folder / "best.pt", self.script)
+                                        for name, part in parts.items()})
 
     def say(self, text):
         """Print a line, once for all processes."""
@@ -3288,9 +3585,9 @@ class Run:
             else:
                 yield [crop.to(self.device, non_blocking=True) for crop in batch]
 
-    def open_data(self):
+    def open_data(self, **options):
         """See the function open_data."""
-        self.data = open_data(self.args, self.checkpoint)
+        self.data = open_data(self.args, self.checkpoint, **options)
         for note in self.data.notes:
             self.say(note)
         return self.data
@@ -3298,12 +3595,13 @@ class Run:
     def begin(self, steps_per_epoch, stages=None, **modules):
         """Start or resume: modules are the networks, optimisers and scalers to save.
 
-        stages: {name: epochs} of a training in stages; default: one stage of --epochs.
-        steps_per_epoch: a number, or {name: number}.
+        stages: {name: epochs} of a training in stages; default: one stage of --epochs; {} of a run
+        whose parts train. steps_per_epoch: a number, or {name: number}.
         """
         self.modules, self.ends = modules, []           # ends: the last step + 1 of each epoch
         self.stages, self.total = {}, 0                 # name -> its first step, its last + 1
-        for name, epochs in (stages or {None: self.args.epochs}).items():
+        stages = {None: self.args.epochs} if stages is None else stages
+        for name, epochs in stages.items():
             steps = steps_per_epoch[name] if isinstance(steps_per_epoch, dict) else steps_per_epoch
             start, self.total = self.total, self.total + epochs * steps
             self.ends += range(start + steps, self.total + 1, steps)
@@ -3320,7 +3618,8 @@ class Run:
         if self.rank:
             return
         old = [file for pattern in RUN_FILES for file in self.folder.glob(pattern)]
-        read = [path for name in INPUTS for path in getattr(self.args, name)]
+        read = [path for name in INPUTS for paths in named_paths(getattr(self.args, name)).values()
+                for path in paths]
         read += [path for pair in getattr(self.args, "partial", []) for path in pair[:2]]
         inputs = {os.path.realpath(_split_crop(path)[0]) for path in read}
         for file in old:
@@ -3343,7 +3642,9 @@ class Run:
                              cwd=self.script.resolve().parent) if shutil.which("git") else None
         cuda = self.device.type == "cuda"
         return {
-            "args": vars(self.args), "argv": sys.argv, "classes": self.data.classes,
+            "args": vars(self.args), "argv": sys.argv,
+            "part_of": str(self.whole.folder) if self.whole else None,
+            "classes": self.data.classes,
             "normalization": self.data.normalization,
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor()
             or platform.machine(), "precision": str(self.dtype)[6:], "processes": self.world,
@@ -3370,7 +3671,7 @@ class Run:
             return
         self.stage = stage
         if self.step == self.stages[stage][0]:
-            self.best = None
+            self.best, self.history = None, []
         self.session = (time.monotonic(), self.step)
         handlers = {number: signal.signal(number, self._interrupt)
                     for number in (signal.SIGINT, signal.SIGTERM)}
@@ -3424,7 +3725,8 @@ class Run:
         self._check_finite()
         self.save("last.pt")
         self.say(f"\ninterrupted at step {self.step}; saved {self.folder / 'last.pt'}; continue "
-                 f"with: python {self.script.name} --resume --out-dir {self.folder}")
+                 f"with: python {self.script.name} --resume --out-dir "
+                 f"{(self.whole or self).folder}")
         raise SystemExit(130)
 
     def log(self, lr, **losses):
@@ -3470,8 +3772,8 @@ class Run:
         print(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n", flush=True)
 
     def validate(self, predict, items=None, context=1):
-        """val_dice and val_iou, means over foreground classes and validation volumes, and the Dice
-        of each class, val_dice_NAME; or {}.
+        """val_dice and val_iou, means over foreground classes and validation volumes, val_miou, the
+        mean over all classes, and the Dice of each class, val_dice_NAME; or {}.
 
         items: Items to score in place of data.val; predict, context: see score_slices.
         """
@@ -3482,11 +3784,12 @@ class Run:
                                        self.threshold, self.rank, self.world), self.data.classes)
                    for item in items]
         mean = mean_scores(results)
-        return {"val_dice": mean["dice"], "val_iou": mean["iou"],
+        return {"val_dice": mean["dice"], "val_iou": mean["iou"], "val_miou": mean["miou"],
                 **{f"val_dice_{name}": score["dice"] for name, score in mean["per_class"].items()}}
 
-    def end_epoch(self, validation):
-        """Write the epoch's row of log.csv, last.pt, and best.pt if the validation says so."""
+    def end_epoch(self, validation, metric="val_dice"):
+        """Write the epoch's row of log.csv, last.pt, and best.pt if this metric of the validation
+        has not been as high before."""
         self._check_finite()
         epoch = self.epoch_of(self.step) - 1
         count = self.step - (self.ends[epoch - 1] if epoch else 0)
@@ -3501,10 +3804,12 @@ class Run:
                 if new:
                     writer.writeheader()
                 writer.writerow(row)
-        dice = validation.get("val_dice")
-        better = dice is not None and (self.best is None or dice > self.best)
+        value = validation.get(metric)
+        better = value is not None and (self.best is None or value > self.best)
         if better:
-            self.best = dice
+            self.best = value
+        if value is not None:
+            self.history.append(value)
         if better or (self.step == self.stages[self.stage][1] and self.best is None):
             self.save("best.pt")
         self.save("last.pt")
@@ -3516,8 +3821,8 @@ class Run:
         self.say(f"\r{line}\x1b[K" if terminal else line)
         self._stop_if_interrupted()
 
-    def save(self, name):
-        """last.pt: everything; best.pt: the networks, without optimisers."""
+    def save(self, name, **more):
+        """last.pt: everything; best.pt: the networks, without optimisers. more: also to save."""
         if self.rank:
             return
         keep = {key: module.state_dict() for key, module in self.modules.items()
@@ -3526,8 +3831,8 @@ class Run:
             "script": self.script.name, "model": self.args.model, "args": vars(self.args),
             "classes": self.data.classes, "normalization": self.data.normalization,
             "seen": self.data.seen, "stage": self.stage, "step": self.step,
-            "seconds": self.seconds, "best": self.best,
-            "sums": self.sums, "modules": keep})
+            "seconds": self.seconds, "best": self.best, "history": self.history,
+            "sums": self.sums, "modules": keep, **more})
 
     def _restore(self, checkpoint):
         """Take over the state of an interrupted run."""
@@ -3535,6 +3840,7 @@ class Run:
             load_weights(module, checkpoint, key, self.folder / "last.pt")
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
         self.best, self.sums = checkpoint["best"], checkpoint["sums"]
+        self.history = checkpoint["history"]
         log, epoch = self.folder / "log.csv", self.epoch_of(self.step)
         if self.rank == 0 and log.exists():
             lines = log.read_text().splitlines(keepends=True)
@@ -3602,17 +3908,22 @@ class Run:
             self.barrier()
         self.barrier()
 
-    def predict(self, predict, item, image=None, stage=None, context=1, depth=None):
+    def predict(self, predict, item, image=None, stage=None, context=1, depth=None, channels=None,
+                decide=None, also=None):
         """Write the prediction of an Item, and its probabilities if asked. Returns its path.
 
         predict: uint8 slices (B, H, W) -> probabilities (B, C, H, W). All processes share the work.
         image: what the network sees, in place of item.image; stage: see output; context: see
-        predict_by_slabs; depth: of the windows of a 3D network.
+        predict_by_slabs; depth: of the windows of a 3D network. channels: of the probabilities,
+        where they are not one for each class. decide: probabilities (n, C, H, W) -> class ids
+        (n, H, W), in place of class_ids; also: {path: function alike} of further files.
         """
         started = time.monotonic()
-        image = item.image if image is None else image
-        shape, channels, path = item.volume.shape, self.data.out_channels, self.output(item, stage)
-        outputs = [(path, shape, np.uint8)]
+        image, also = item.image if image is None else image, also or {}
+        shape, path = item.volume.shape, self.output(item, stage)
+        channels = channels or self.data.out_channels
+        decide = decide or functools.partial(class_ids, threshold=self.threshold)
+        outputs = [(file, shape, np.uint8) for file in (path, *also)]
         if self.args.save_probability and not stage:
             stacked = shape if channels == 1 else (shape[0], channels, *shape[1:])
             name = path.stem.replace("prediction", "probability", 1)
@@ -3624,8 +3935,9 @@ class Run:
             stream = predict_by_slabs(predict, image, shape, context, **share,
                                       pixels=2**22 if self.device.type == "cuda" else 2**20)
         with self.writers(item, *outputs) as writers:
-            predict_volume(stream, writers[0], shape, self.args.downsample, *writers[1:],
-                           threshold=self.threshold, progress=self._predicting)
+            ids = dict(zip(writers, (decide, *also.values())))
+            predict_volume(stream, ids, shape, self.args.downsample, *writers[len(ids):],
+                           progress=self._predicting)
         self._predicting(1, 1)
         self.predicted_voxels += math.prod(shape)
         self.predict_seconds += time.monotonic() - started
@@ -3642,12 +3954,12 @@ class Run:
         if self.world > 1:
             torch.distributed.barrier()
 
-    def report(self, predictions, stages=None, surfaces=False):
+    def report(self, predictions, stages=None, surfaces=False, **more):
         """Score the predictions (paths, one per test Item); write metrics.json, figure.png and
         curves.png; print the scores and what was written. stages: {name: paths} of a method in
         stages, the last of which are the predictions; each is scored and shown, for each volume
-        and as the mean over volumes. surfaces: also draw each volume's structures in 3D. Returns
-        what metrics.json holds, in the first process."""
+        and as the mean over volumes. surfaces: also draw each volume's structures in 3D. more: for
+        metrics.json, too. Returns what it holds, in the first process."""
         if self.rank:
             return None
         named, stages = stages is not None, stages or {"prediction": predictions}
@@ -3674,10 +3986,11 @@ class Run:
             "seed": self.args.seed,
             "selected_on": "last epoch" if self.best is None else "validation",
             "classes": self.data.classes, "volumes": volumes, "mean": list(mean.values())[-1],
-            **({"stages": mean} if named else {}),
+            **({"stages": mean} if named else {}), **more,
             "train_seconds": round(self.seconds, 1),
             "predict_seconds": round(self.predict_seconds, 1),
-            "predict_voxels_per_second": round(self.predicted_voxels / self.predict_seconds),
+            "predict_voxels_per_second": round(self.predicted_voxels / self.predict_seconds)
+            if self.predict_seconds else None,
             "peak_memory_gib": peak_memory_gib(self.device),
             "parameters": sum(map(count_parameters, self.networks.values()))}
         self._write_json("metrics.json", content)

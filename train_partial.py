@@ -145,7 +145,7 @@ def write_cells(run):
             if kind == "partial":
                 label[label >= emseg.MITOCHONDRION] = emseg.MEMBRANE
             folder.mkdir(parents=True, exist_ok=True)
-            emseg.write_pair(pair, image, label, CELL_VOXEL)
+            emseg.write_volumes(pair, image, [label], CELL_VOXEL)
     run.barrier()
     args.volume, args.label = map(list, zip(*pairs["full"]))
     args.partial = [[*pair, "3=1,4=1"] for pair in pairs["partial"]]

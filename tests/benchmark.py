@@ -21,8 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import emseg
+import train_seget
 
-NETWORKS = {**emseg.NETWORKS, **emseg.NETWORKS_3D}
+NETWORKS = {**train_seget.MODELS, **emseg.NETWORKS_3D}
 BATCH_3D = 2, 16, 128, 128              # patches of 3D networks, whatever the command line says
 
 
@@ -120,14 +121,14 @@ def networks(args, device, dtype):
     print(f"{device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}; matrix product {rate / 1e9:.0f} GFLOP/s; width "
           f"{args.width or 'of the paper'}")
-    print(f"{'network':10}{'batch':>20}{'parameters':>12}{'patches/s':>11}{'Mvoxel/s':>10}"
+    print(f"{'network':14}{'batch':>20}{'parameters':>12}{'patches/s':>11}{'Mvoxel/s':>10}"
           f"{'GiB':>7}{'of matrix rate':>16}")
     for name in NETWORKS:
         step = Step(name, args, device, dtype)
         seconds = median_seconds(step.whole, device)
         inference = median_seconds(step.infer, device)
         share = floating_point_operations(step) / seconds / rate
-        print(f"{name:10}{emseg.format_shape(step.batch):>20}"
+        print(f"{name:14}{emseg.format_shape(step.batch):>20}"
               f"{emseg.count_parameters(step.network):12,}{step.batch[0] / seconds:11.1f}"
               f"{step.image.numel() / inference / 1e6:10.2f}"
               f"{emseg.peak_memory_gib(device) or 0:7.2f}{share:16.0%}")
@@ -167,7 +168,7 @@ def stack(args, shape):
         "started = time.perf_counter()\n"
         "with emseg.create_volume(folder + '/out.tif', volume.shape, np.uint8) as writer:\n"
         "    stream = emseg.predict_by_slabs(predict, volume, volume.shape)\n"
-        "    emseg.predict_volume(stream, writer, volume.shape)\n"
+        "    emseg.predict_volume(stream, {writer: emseg.class_ids}, volume.shape)\n"
         "seconds = time.perf_counter() - started\n"
         "print(f'{seconds:.1f} s, {np.prod(volume.shape) / seconds / 1e6:.2f} Mvoxel/s, peak '\n"
         "      f'{emseg.peak_memory_gib(torch.device(\"cpu\"))} GiB, of which {base} before')\n")

@@ -310,7 +310,8 @@ def write(predict, image, writer, shape, probability=None, downsample=1, thresho
           progress=None, **options):
     """Predict slab by slab into a writer."""
     stream = emseg.predict_by_slabs(predict, InMemory(image), shape, **options)
-    emseg.predict_volume(stream, writer, shape, downsample, probability, threshold, progress)
+    emseg.predict_volume(stream, {writer: functools.partial(emseg.class_ids, threshold=threshold)},
+                         shape, downsample, probability, progress)
 
 
 @pytest.mark.parametrize("pixels", [1, 200, 700, 10**6])
@@ -392,10 +393,20 @@ def test_slices_beyond_the_volume_are_not_written():
     ids, prob, calls = Writer((5, 4, 6)), Writer((5, 4, 6)), []
     values = random_image(8, 1, 4, 6).sigmoid()
     stream = [(slice(0, 3), values[:3]), (slice(3, 8), values[3:])]
-    emseg.predict_volume(stream, ids, (5, 4, 6), probability=prob,
+    emseg.predict_volume(stream, {ids: emseg.class_ids}, (5, 4, 6), probability=prob,
                          progress=lambda *call: calls.append(call))
     np.testing.assert_array_equal(prob.array, values[:5, 0].numpy())
     assert (ids.written == 1).all() and calls == [(3, 5), (5, 5)]
+
+
+def test_one_stream_fills_several_files():
+    values = random_image(5, 3, 4, 6).sigmoid()
+    highest, second = Writer((5, 4, 6)), Writer((5, 4, 6))
+    stream = [(slice(0, 2), values[:2]), (slice(2, 5), values[2:])]
+    emseg.predict_volume(stream, {highest: emseg.class_ids,
+                                  second: lambda prob: prob[:, 1] > 0.4}, (5, 4, 6))
+    np.testing.assert_array_equal(highest.array, values.numpy().argmax(1))
+    np.testing.assert_array_equal(second.array, values.numpy()[:, 1] > np.float32(0.4))
 
 
 @pytest.mark.parametrize("pixels", [1, 100, 350, 10**6])
@@ -598,7 +609,7 @@ def test_windows_are_written_up_to_the_last_slice(Z, world):
     ids, prob, calls = Writer(volume.shape), Writer((Z, 2, 4, 5)), []
     for rank in range(world):
         stream = emseg.predict_by_windows(predict_window, InMemory(volume), 8, 0.5, rank, world)
-        emseg.predict_volume(stream, ids, volume.shape, probability=prob,
+        emseg.predict_volume(stream, {ids: emseg.class_ids}, volume.shape, probability=prob,
                              progress=lambda *call: calls.append(call))
     wanted = windows_at_once(volume, 8, 0.5)[:Z]
     np.testing.assert_allclose(prob.array, wanted, atol=1e-5)

@@ -246,6 +246,201 @@ def test_gradient_reaches_every_parameter(options):
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
+# -- rivals of SegET
+
+
+def normalised(state, name, x, **options):
+    """All convolutions, BatchNorms with their running statistics, and ReLUs of a conv_block, from
+    its weights alone."""
+    convs = sorted({int(key.split(".")[-2]) for key in state if key.startswith(f"{name}.")
+                    and state[key].dim() == 4 and len(key.split(".")) == len(name.split(".")) + 2})
+    for i in convs:
+        kernel = state[f"{name}.{i}.weight"]
+        x = F.conv2d(x, kernel, state[f"{name}.{i}.bias"],
+                     **{"padding": kernel.shape[-1] // 2, **options})
+        mean, var, scale, shift = [state[f"{name}.{i + 1}.{part}"].view(1, -1, 1, 1) for part in
+                                   ("running_mean", "running_var", "weight", "bias")]
+        x = ((x - mean) / (var + 1e-5).sqrt() * scale + shift).relu()
+    return x
+
+
+def random_statistics(network):
+    """Give BatchNorm statistics and weights that show where they are used; prediction mode."""
+    torch.manual_seed(1)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for tensor, low, high in ((norm.running_mean, -0.1, 0.1), (norm.running_var, 0.05, 0.2),
+                                      (norm.weight, 0.5, 2), (norm.bias, -0.5, 1)):
+                nn.init.uniform_(tensor, low, high)
+    return network.eval()
+
+
+def halves(x):
+    """2 x 2 maxima (B, C, H, W) and the places of these maxima in the picture, flattened."""
+    B, C, H, W = x.shape
+    place = torch.arange(H * W, dtype=torch.float32).view(1, 1, H, W).expand_as(x)
+    def blocks(x):
+        return x.unflatten(2, (H // 2, 2)).unflatten(4, (W // 2, 2)).permute(
+            0, 1, 2, 4, 3, 5).flatten(4)
+    best, at = blocks(x).max(-1)
+    return best, blocks(place).gather(-1, at[..., None])[..., 0].long()
+
+
+def enlarged(x, factor):
+    """Bilinear enlargement by SciPy; pixels are areas, borders are held."""
+    H, W = x.shape[-2:]
+    y, xs = [(np.arange(n * factor) + 0.5) / factor - 0.5 for n in (H, W)]
+    grid = np.meshgrid(y, xs, indexing="ij")
+    return torch.tensor(np.array([[ndimage.map_coordinates(
+        channel, grid, order=1, mode="nearest") for channel in image] for image in x.numpy()]))
+
+
+def vgg_by_hand(state, x, blocks):
+    """Pooled outputs, outputs and places of the encoder's blocks."""
+    pooled, full, places = [], [], []
+    for level in range(blocks):
+        full.append(normalised(state, f"encoder.{level}", pooled[-1] if level else x))
+        best, at = halves(full[-1])
+        pooled.append(best)
+        places.append(at)
+    return pooled, full, places
+
+
+def fcn8s_by_hand(state, x):
+    (_, _, pool3, pool4, pool5), *_ = vgg_by_hand(state, x, 5)
+    x = normalised(state, "classifier.0", pool5)
+    x = normalised(state, "classifier.2", x)
+
+    def score(name, x):
+        return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def up(name, x, factor):
+        return F.conv_transpose2d(x, state[f"{name}.weight"], stride=factor, padding=factor // 2,
+                                  groups=x.shape[1])
+
+    x = up("up", score("score", x), 2) + score("score_pool4", pool4)
+    return up("up_pool3", up("up_pool4", x, 2) + score("score_pool3", pool3), 8)
+
+
+def segnet_by_hand(state, x):
+    pooled, full, places = vgg_by_hand(state, x, 5)
+    x = pooled[-1]
+    for level in range(5):
+        flat = torch.zeros_like(full[4 - level]).flatten(2)
+        x = flat.scatter(2, places[4 - level].flatten(2), x.flatten(2)).view_as(full[4 - level])
+        x = normalised(state, f"decoder.{level}", x)
+    return F.conv2d(x, state["head.weight"], state["head.bias"], padding=1)
+
+
+def deeplab_by_hand(state, x):
+    _, full, _ = vgg_by_hand(state, x, 5)
+    x = full[4]
+    for block in range(3):
+        x = normalised(state, f"dilated.{block}", x, padding=2, dilation=2)
+    seen = [normalised(state, "branches.0", x)] + [
+        normalised(state, f"branches.{i}", x, padding=rate, dilation=rate)
+        for i, rate in enumerate((6, 12, 18), 1)]
+    image = F.conv2d(x.mean((2, 3), keepdim=True), state["image.0.weight"], state["image.0.bias"])
+    seen.append(image.relu() * torch.ones_like(seen[0]))
+    x = normalised(state, "project", torch.cat(seen, 1))
+    low = normalised(state, "low_level", full[2])
+    x = normalised(state, "decoder", torch.cat([enlarged(x, 4), low], 1))
+    return enlarged(F.conv2d(x, state["head.weight"], state["head.bias"]), 4)
+
+
+RIVALS = {"fcn8s": (fcn8s_by_hand, 134_289_379), "segnet": (segnet_by_hand, 29_479_489),
+          "deeplabv3plus": (deeplab_by_hand, 41_997_393)}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_by_hand(name):
+    torch.manual_seed(0)
+    network = random_statistics(emseg.NETWORKS[name](2, 3, 4)).double()
+    x = torch.randn(2, 2, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = RIVALS[name][0](network.state_dict(), x)
+        assert wanted.std() > 0.01
+        torch.testing.assert_close(network(x), wanted)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_have_the_parameters_that_they_say(name):
+    with torch.device("meta"):
+        network = emseg.NETWORKS[name](1, 1)
+    assert emseg.count_parameters(network) == RIVALS[name][1]
+    assert f"{RIVALS[name][1]:,} parameters" in emseg.NETWORKS[name](1, 1, 2).__doc__
+
+
+def test_rivals_have_the_convolutions_of_their_papers():
+    with torch.device("meta"):
+        fcn8s, segnet, deeplab = [emseg.NETWORKS[name](1, 1) for name in RIVALS]
+    vgg16 = [(1, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 256),
+             (256, 512), *[(512, 512)] * 5]
+    assert convolutions(fcn8s.encoder) == convolutions(segnet.encoder) == [(*c, 3) for c in vgg16]
+    assert convolutions(fcn8s.classifier) == [(512, 4096, 7), (4096, 4096, 1)]
+    mirrored = [(o, i, 3) for i, o in reversed(vgg16)]
+    mirrored[-1] = (64, 64, 3)
+    assert convolutions(segnet.decoder) == mirrored
+    encoder = convolutions(deeplab.encoder) + convolutions(deeplab.dilated)
+    assert len(encoder) == 23 and len(deeplab.encoder) + len(deeplab.dilated) == 8
+    assert [len(block) // 3 for block in deeplab.encoder] == [2, 2, 4, 4, 4]
+    assert convolutions(deeplab.branches) == [(512, 256, 1), *[(512, 256, 3)] * 3]
+    rates = [m.dilation[0] for m in deeplab.branches.modules() if isinstance(m, nn.Conv2d)]
+    assert rates == [1, 6, 12, 18]
+    assert convolutions(deeplab.low_level) == [(256, 48, 1)]
+
+
+@pytest.mark.parametrize("sides", [(32, 64), (16, 48), (17, 31), (50, 33), (1, 7)])
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_take_any_size(name, sides):
+    network = emseg.NETWORKS[name](1, 2, 2).eval()
+    assert (network.stride, network.offset, network.margin) == (1, 0, 0)
+    x = torch.randn(2, 1, *sides)
+    assert network(x).shape == (2, 2, *sides)
+    emseg.check_patch_size(network, sides, name)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_learn_from_a_batch_of_one(name):
+    torch.manual_seed(0)
+    network = emseg.NETWORKS[name](1, 1, 4).train()
+    network(torch.randn(1, 1, 64, 64)).square().mean().backward()
+    for parameter_name, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), parameter_name
+
+
+def test_any_size_mirrors_and_cuts():
+    class Shifted(nn.Module):
+        @emseg.any_size(4)
+        def forward(self, x):
+            assert x.shape[-2] % 4 == x.shape[-1] % 4 == 0
+            self.seen = x
+            return x + 1
+
+    x, network = torch.randn(1, 2, 6, 11), Shifted()
+    torch.testing.assert_close(network(x), x + 1)
+    assert network.seen.shape == (1, 2, 8, 12)
+    torch.testing.assert_close(network.seen[..., 6:, :11], x[..., [4, 3], :])
+    torch.testing.assert_close(network.seen[..., :6, 11], x[..., 9])
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_learned_up_begins_bilinear(factor):
+    up, x = emseg.LearnedUp(3, factor), torch.randn(2, 3, 5, 7)
+    out = up(x).detach()
+    assert out.shape == (2, 3, 5 * factor, 7 * factor)
+    inside = (..., slice(factor, -factor), slice(factor, -factor))      # borders fade to 0
+    torch.testing.assert_close(out[inside], enlarged(x, factor).float()[inside], atol=1e-5, rtol=0)
+
+
+def test_conv_block_passes_options_to_its_convolutions():
+    block = emseg.conv_block((2, 4, 6), kernel=5, padding=4, dilation=2, stride=2)
+    convs = block[::3]
+    assert [(c.kernel_size, c.padding, c.dilation, c.stride) for c in convs] == [
+        ((5, 5), (4, 4), (2, 2), (2, 2))] * 2
+    assert block(torch.randn(2, 2, 16, 16)).shape == (2, 6, 4, 4)
+
+
 def tiny_3d(in_channels=1, out_channels=2, width=8):
     torch.manual_seed(0)
     return emseg.UNet3D(in_channels, out_channels, width)
