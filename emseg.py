@@ -1783,6 +1783,14 @@ def he_initialization(module):
         nn.init.zeros_(module.bias)
 
 
+def glorot_initialization(module):
+    """Uniform weights of variance 2 / (inputs + outputs of a neuron), no bias (Glorot 2010), with
+    which Keras begins a convolution."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
 def crop_like(x, reference):
     """The centre of x (B, C, H, W) at the spatial size of reference."""
     (H, W), (h, w) = x.shape[-2:], reference.shape[-2:]
@@ -2487,9 +2495,7 @@ def save_slices(path, items, classes, rows=4, max_side=768):
     """
     panels = []
     for name, image, label, predictions in items:
-        zs = label.slices if label is not None else np.arange(len(image))
-        count = min(len(zs), max(1, rows // len(items)))
-        for z in zs[((np.arange(count) + 0.5) * len(zs) / count).astype(int)]:
+        for z in _spread(image, label, rows // len(items)):
             shown = _panels(z, image, label, predictions, classes,
                             step=max(1, math.ceil(max(image.shape[1:]) / max_side)))
             panels.append((f"{name}  z = {z}", image, shown))
@@ -2511,6 +2517,13 @@ def save_slices(path, items, classes, rows=4, max_side=768):
         _scale_bar(row[0], image.voxel_size, shrunk)
     _legend(figure, classes, "truth" in titles)
     figure.savefig(path)
+
+
+def _spread(image, label, count):
+    """The z of `count` slices, at least one, spread evenly over those that are annotated."""
+    zs = label.slices if label is not None else np.arange(len(image))
+    count = min(len(zs), max(1, count))
+    return zs[((np.arange(count) + 0.5) * len(zs) / count).astype(int)]
 
 
 def _panels(z, image, label, predictions, classes, step):
@@ -2580,16 +2593,16 @@ def save_maps(path, items, classes, colors=None, rows=2, max_side=768):
     panels = []
     for name, image, label, prediction in items:
         step = max(1, math.ceil(max(image.shape[1:]) / max_side))
-        zs = label.slices if label is not None else np.arange(len(image))
-        count = min(len(zs), max(1, rows // len(items)))
-        for z in zs[((np.arange(count) + 0.5) * len(zs) / count).astype(int)]:
-            shown = {"image": overlay(image[z], [], []), "prediction": palette[prediction[z]]}
+        for z in _spread(image, label, rows // len(items)):
+            ids = {"prediction": prediction[z]}
             if label is not None:
-                shown["truth"] = palette[label[z]]
-            place = _busiest(prediction[z] if label is None else label[z], len(classes))
+                ids["truth"] = label[z]
+            shown = {"image": overlay(image[z], [], []),
+                     **{title: palette[slice_ids] for title, slice_ids in ids.items()}}
+            place = _busiest(list(ids.values())[-1], len(classes))
             panels.append((f"{name}  z = {z}", image, shown, place, step))
     titles = max((list(shown) for _, _, shown, *_ in panels), key=len)
-    height = np.mean([min(1.6, image.shape[1] / image.shape[2]) for _, image, *_ in panels])
+    height = np.mean([np.clip(i.shape[1] / i.shape[2], 0.2, 1.6) for _, i, *_ in panels])
     figure = _new_figure(figsize=(4 * len(titles), (4 * height + 0.1) * len(panels) + 0.5), dpi=120)
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
     for row, (name, image, shown, place, step) in zip(axes, panels):
@@ -2844,7 +2857,7 @@ INPUTS = {"volume", "label", "unlabeled_volume", "val_volume", "val_label", "tes
           "test_label"}
 OF_THIS_DATA = INPUTS | {"partial", "label_slices", "val_slices", "voxel_size", "demo", "tta",
                          "save_probability"}
-OF_PREDICTION = {"label_map", "ignore_label", "seed", "threshold"}
+OF_PREDICTION = {"label_map", "ignore_label", "seed", "threshold", "overlap"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -1,7 +1,7 @@
 """SegET: one binary network for each structure of an electron tomogram, with dilated context.
 
 Zhang E, Zhang F, Liu Z, Wan X, Zhu L (2018). SegET: Deep neural network with rich contextual
-features for cellular structures segmentation in electron tomography image.
+features for cellular structures segmentation in electron tomography image. arXiv:1811.11729
 
 Structures of a cell differ in size by orders of magnitude: a synaptic cleft crosses the picture, a
 microtubule has a few pixels. SegET gives each structure a network of its own, of one design: strided
@@ -339,6 +339,14 @@ def merge_structures(prob, threshold, overlap):
     return torch.where(score > 0, k + 1, 0)
 
 
+def check_validation(name, part):
+    """Raise InputError where no validation slice shows the structure: background alone would choose
+    the epoch and the rate."""
+    if part.data.val and not any((item.label[z] == 1).any() for item in part.data.val
+                                 for z in item.label.slices):
+        raise emseg.InputError(f"no validation slice shows {name}; choose others with --val-slices")
+
+
 def merge_data(parts, names, overlap):
     """What the whole run sees: the test volumes of its parts, with all structures as classes."""
     items = []
@@ -463,15 +471,17 @@ def main(args):
     # data
     structures = parse_structures(args, run.checkpoint and run.checkpoint["classes"])
     parts = {name: run.part(name, **own) for name, own in structures.items()}
-    for part in parts.values():
+    for name, part in parts.items():
         part.open_data(score_validation=True)
+        check_validation(name, part)
     run.data = merge_data(parts, structures, args.overlap)
 
     # networks
     networks = {}
     for name, part in parts.items():
         torch.manual_seed(args.seed)                    # as if the structure were alone
-        networks[name] = part.prepare(MODELS[args.model](1, 1, args.width))
+        network = MODELS[args.model](1, 1, args.width).apply(emseg.glorot_initialization)
+        networks[name] = part.prepare(network)
 
     if run.training:
         emseg.check_patch_size(networks[name], args.patch_size, args.model)

@@ -926,6 +926,66 @@ def test_save_slices_shares_the_rows_among_the_volumes(tmp_path):
             image.read_slices.clear()
 
 
+def maps(*shapes, labelled=True):
+    """What save_maps takes, from items."""
+    return [(name, image, label, *preds.values())
+            for name, image, label, preds in items(*shapes, labelled=labelled)]
+
+
+@pytest.mark.parametrize("shapes", [[(5, 40, 40)], [(3, 40, 60), (2, 60, 40)], [(1, 1500, 30)],
+                                    [(2, 12, 900)], [(1, 2, 2)]])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_save_maps_shows_classes_in_their_colours(tmp_path, shapes, labelled):
+    emseg.save_maps(tmp_path / "maps.png", maps(*shapes, labelled=labelled), CLASSES,
+                    ["#12ab34", "#fe5601"])
+    picture = imread(tmp_path / "maps.png")
+    assert picture.std() > 0
+    assert has_color(picture, "#fe5601") > 1e-4             # prediction, and legend
+    assert has_color(picture, "#12ab34") > 1e-4
+    assert has_color(picture, emseg.CLASS_COLORS[0]) == 0
+
+
+def test_save_maps_has_a_panel_for_image_prediction_and_truth(tmp_path, figures):
+    (both,) = maps((1, 100, 100))
+    emseg.save_maps(tmp_path / "maps.png", [both, (*both[:2], None, both[3])], CLASSES, rows=2)
+    axes = figures[-1].axes
+    assert [axis.get_title() for axis in axes] == ["image", "prediction", "truth", "image",
+                                                   "prediction", ""]
+    colors = np.array([[0, 0, 0], *map(rgb, emseg.CLASS_COLORS[:2])])
+    for axis, ids in zip(axes[1:3], (both[3], both[2])):
+        np.testing.assert_allclose(axis.images[0].get_array(), colors[ids[0]])
+    for axis in axes[:5]:                       # the inset is what the frame frames
+        (inset,) = axis.child_axes
+        (frame,) = [p for p in axis.patches if p.get_width() < 50]
+        y, x = round(frame.get_y() + 0.5), round(frame.get_x() + 0.5)
+        shown = inset.images[0].get_array()
+        assert shown.shape[:2] == (16, 16) == (frame.get_height(), frame.get_width())
+        np.testing.assert_allclose(
+            shown, axis.images[0].get_array()[y : y + 16, x : x + 16])
+
+
+def test_save_maps_shows_what_nobody_knows_in_grey(tmp_path, figures):
+    (name, image, label, pred), = maps((1, 60, 60))
+    label.array[0, :30] = IGNORE
+    emseg.save_maps(tmp_path / "maps.png", [(name, image, label, pred)], CLASSES)
+    np.testing.assert_allclose(figures[-1].axes[2].images[0].get_array()[:30],
+                               float(emseg.UNKNOWN_COLOR))
+
+
+def test_the_inset_shows_where_small_structures_are():
+    ids = np.zeros((200, 300), np.uint8)
+    ids[:150, :200] = 1                         # large: little of it fits
+    ids[170:174, 250:254] = 2
+    y, x, height, width = emseg._busiest(ids, 3)
+    assert (height, width) == (32, 48)
+    assert y <= 170 and y + height >= 174 and x <= 250 and x + width >= 254
+    assert emseg._busiest(np.zeros((2, 2), np.uint8), 3) == (0, 0, 1, 1)
+    ids[:] = 0
+    ids[199, 299] = 1
+    y, x, *_ = emseg._busiest(ids, 2)
+    assert (y + height, x + width) == (200, 300)
+
+
 @pytest.mark.parametrize("side, step, nm, text", [(400, 1, 8.0, "500 nm"), (400, 1, 40.0, "2 µm"),
                                                   (2000, 3, 0.5, "200 nm"), (64, 1, 5.0, "50 nm")])
 def test_scale_bar_has_the_length_that_it_names(side, step, nm, text):

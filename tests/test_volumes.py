@@ -596,13 +596,14 @@ def test_parse_slices():
     assert parse("::10") == [0, 10] and parse("18:") == [18, 19]
     assert parse("n=1", 9) == [4] and parse("n=3", 9) == [1, 4, 7]
     assert parse("n=4", 4) == [0, 1, 2, 3]
+    assert parse("every=5", 11) == [0, 5, 10] and parse(" every = 20 ", 11) == [0]
     assert parse("n=7", 165) == [round((i + 0.5) * 165 / 7 - 0.5) for i in range(7)]
 
 
 @pytest.mark.parametrize("text, match", [
     ("0:21", "0:20"), ("20", "0:20"), ("", "understood"), ("3:3", "empty"), ("1,1", "twice"),
     ("0:5,4", "twice"), ("-1", "understood"), ("n=0", "1 to 20"), ("n=21", "1 to 20"),
-    ("a", "understood"), ("0:9:0", "empty"), ("1,", "understood"), ("1:2:3:4", "understood")])
+    ("a", "understood"), ("0:9:0", "empty"), ("every=0", "understood"), ("every=", "understood"), ("1,", "understood"), ("1:2:3:4", "understood")])
 def test_bad_slices(text, match):
     with pytest.raises(emseg.InputError, match=match):
         emseg.parse_slices(text, 20)
@@ -610,7 +611,10 @@ def test_bad_slices(text, match):
 
 def test_parse_label_map():
     assert emseg.parse_label_map("191=1, 223=2,-1=255,*=0") == {191: 1, 223: 2, -1: 255, "*": 0}
-    for text in ("", "1", "1=2,1=3", "1=256", "a=1", "1=-1"):
+    assert emseg.parse_label_map("128:131=1,-2:0=2, 5 : 6 = 0") == {
+        128: 1, 129: 1, 130: 1, -2: 2, -1: 2, 5: 0}
+    for text in ("", "1", "1=2,1=3", "1=256", "a=1", "1=-1", "1:3=1,2=0", "3:3=1", "4:3=1", "*:3=1",
+                 "1:=1", ":3=1", "0:100000=1"):
         with pytest.raises(emseg.InputError, match="label map"):
             emseg.parse_label_map(text)
 
