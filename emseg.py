@@ -3551,6 +3551,14 @@ class Run:
         return Run(argparse.Namespace(**{**vars(self.args), **changes, "out_dir": str(folder)}),
                    self.script, self, checkpoint)
 
+    def begin_parts(self):
+        """Start or resume a run that has nothing to train but its parts, before these begin."""
+        if self.training:
+            self.begin(0, stages={})
+        else:
+            self._new_folder()
+        self.barrier()
+
     def gather(self, parts):
         """Take over what the parts {name: Run} have learnt. In training write their best.pt into
         one, from which --checkpoint predicts all of them."""
@@ -3559,9 +3567,7 @@ class Run:
         self.seconds = sum(part.seconds for part in parts.values())
         bests = [part.best for part in parts.values()]
         self.best = None if None in bests else sum(bests) / len(bests)
-        if not self.training:
-            self._new_folder()
-        elif self.rank == 0:
+        if self.training and self.rank == 0:
             self.save("best.pt", parts={name: load_checkpoint(part.folder / "best.pt", self.script)
                                         for name, part in parts.items()})
 
@@ -3602,19 +3608,18 @@ class Run:
         """See the function open_data."""
         self.data = open_data(self.args, self.checkpoint, **options)
         for note in self.data.notes:
-            self.say(note)
+            self.say(f"{self.folder.name}: {note}" if self.whole else note)
         return self.data
 
     def begin(self, steps_per_epoch, stages=None, **modules):
         """Start or resume: modules are the networks, optimisers and scalers to save.
 
-        stages: {name: epochs} of a training in stages; default: one stage of --epochs; {} of a run
-        whose parts train. steps_per_epoch: a number, or {name: number}.
+        stages: {name: epochs} of a training in stages; default: one stage of --epochs.
+        steps_per_epoch: a number, or {name: number}.
         """
         self.modules, self.ends = modules, []           # ends: the last step + 1 of each epoch
         self.stages, self.total = {}, 0                 # name -> its first step, its last + 1
-        stages = {None: self.args.epochs} if stages is None else stages
-        for name, epochs in stages.items():
+        for name, epochs in ({None: self.args.epochs} if stages is None else stages).items():
             steps = steps_per_epoch[name] if isinstance(steps_per_epoch, dict) else steps_per_epoch
             start, self.total = self.total, self.total + epochs * steps
             self.ends += range(start + steps, self.total + 1, steps)
@@ -3630,7 +3635,9 @@ class Run:
         """Make the run folder, without the files of an earlier run, and write config.json."""
         if self.rank:
             return
-        old = [file for pattern in RUN_FILES for file in self.folder.glob(pattern)]
+        parts = [file.parent for file in self.folder.glob("*/config.json") if _is_part(file)]
+        old = [file for folder in (self.folder, *parts) for pattern in RUN_FILES
+               for file in folder.glob(pattern)]
         read = [path for name in INPUTS for paths in named_paths(getattr(self.args, name)).values()
                 for path in paths]
         read += [path for pair in getattr(self.args, "partial", []) for path in pair[:2]]
@@ -3643,6 +3650,9 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             for file in old:
                 file.unlink()
+            for folder in parts:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
             self._write_json("config.json", self._config())
         except OSError as error:
             raise InputError(f"--out-dir {self.folder}: {error.strerror}")
@@ -3766,8 +3776,9 @@ class Run:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def _title(self, epoch):
-        """The epoch for printing, with its stage where there are several."""
-        return f"{self.stage} epoch {epoch}" if self.stage else f"epoch {epoch}"
+        """The epoch for printing, with its stage or the part where there are several."""
+        of = self.stage or (self.folder.name if self.whole else "")
+        return f"{of} epoch {epoch}".lstrip()
 
     def _progress(self):
         """A line that renews itself on a terminal; elsewhere a line every few seconds."""
@@ -4025,6 +4036,14 @@ class Run:
             self.say(f"{prediction}  {stage}{': ' * bool(stage)}{name}: " + "  ".join(
                 f"{key} {'undefined' if value is None else format(value, '.4f')}"
                 for key, value in values))
+
+
+def _is_part(config):
+    """Whether a config.json is that of a part of another run."""
+    try:
+        return json.loads(config.read_text()).get("part_of") is not None
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def duration(seconds):

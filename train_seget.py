@@ -201,7 +201,7 @@ class SlidingWindows(torch.utils.data.Dataset):
             y, x = np.meshgrid(*[self.starts(*s) for s in zip(image.shape[1:], patch_size, stride)],
                                indexing="ij")
             for z in slices[v]:
-                structure = (label[z] == 1).cumsum(0, dtype=np.int64).cumsum(1)
+                structure = (label[z] == 1).cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
                 total = np.pad(structure, ((1, 0), (1, 0)))         # [y, x]: pixels above and left
                 count = total[y + h, x + w] - total[y, x + w] - total[y + h, x] + total[y, x]
                 windows.append(np.stack(np.broadcast_arrays(v, z, y, x, count > 0), -1))
@@ -488,7 +488,7 @@ def main(args):
         patches = {name: SlidingWindows(
             part.data.images, part.data.labels, args.patch_size, args.stride, part.data.slices,
             part.args.copies, args.seed) for name, part in parts.items()}
-        run.begin(0, {})
+    run.begin_parts()
     for name, part in parts.items():
         network, own = networks[name], part.args
 

@@ -776,21 +776,25 @@ def test_overwrite_replaces_the_structures(trained, cells, masks, tmp_path, caps
     assert "is not empty" in refused(
         capsys, "--volume", cells / "image.tif@0:8", "--label", *labels(masks, "mito", "vesicle"),
         "--out-dir", tmp_path / "out", *TINY)
-    train(cells, masks, tmp_path / "out", "--overwrite")
+    other = tmp_path / "out" / "other"                      # a run of its own that stands here
+    train(cells, masks, other, structures=("mito",))
+    train(cells, masks, tmp_path / "out", "--overwrite", structures=("mito",))
     assert torch.equal(weights(tmp_path / "out" / "mito" / "last.pt"),
                        weights(trained / "mito" / "last.pt"))
+    assert not (tmp_path / "out" / "vesicle").exists()
+    assert (other / "best.pt").exists() and (other / "mito" / "best.pt").exists()
 
 
-def test_overwrite_never_deletes_a_label(trained, cells, masks, tmp_path, capsys):
+@pytest.mark.parametrize("place", ["prediction.tif", "mito/prediction.tif"])
+def test_overwrite_never_deletes_a_label(cells, masks, tmp_path, capsys, place):
     train(cells, masks, tmp_path / "out", "--epochs", "1", structures=("mito",))
-    read = tmp_path / "out" / "prediction.tif"
+    read = tmp_path / "out" / place
+    tifffile.imwrite(read, tifffile.imread(masks / "mito.tif")[8:12],       # as if drawn into it
+                     photometric="minisblack")
     message = refused(capsys, "--volume", cells / "image.tif@8:12", "--label", f"mito={read}",
-                      "--out-dir", tmp_path / "out", "--overwrite", *TINY, "--val-slices", "")
-    assert "would delete" in message and read.exists()
-    read = tmp_path / "out" / "mito" / "prediction.tif"
-    message = refused(capsys, "--volume", cells / "image.tif@8:12", "--label", f"mito={read}",
-                      "--out-dir", tmp_path / "out", "--overwrite", *TINY, "--val-slices", "")
-    assert "would delete" in message and read.exists()
+                      "--out-dir", tmp_path / "out", "--overwrite", *TINY)
+    assert f"would delete {read}" in message and read.exists()
+    assert (tmp_path / "out" / "mito" / "best.pt").exists()
 
 
 def test_two_processes_train_and_predict_together(cells, masks, tmp_path):
