@@ -3426,11 +3426,14 @@ def command(main):
         except OSError as error:
             print(f"{prog}: error: {error}", file=sys.stderr)
             raise SystemExit(2)
-        except RuntimeError as error:
-            if not re.search("out of memory|allocate memory", str(error)):
+        except (RuntimeError, ValueError) as error:
+            if re.search("out of memory|allocate memory", str(error)):
+                advice = "out of memory; give a smaller --batch-size, --patch-size or --width"
+            elif "more than 1 value per channel" in str(error):
+                advice = "a batch of one so small patch cannot be normalised; give larger ones"
+            else:
                 raise
-            print(f"{prog}: error: out of memory; give a smaller --batch-size, --patch-size or "
-                  f"--width", file=sys.stderr)
+            print(f"{prog}: error: {advice}", file=sys.stderr)
             raise SystemExit(2)
         except KeyboardInterrupt:
             resumable = (Path(args.out_dir) / "last.pt").exists()
@@ -3547,6 +3550,8 @@ class Run:
         changes["resume"] = self.args.resume and (folder / "last.pt").exists()
         changes["overwrite"] = self.args.overwrite or self.args.resume
         checkpoint = self.checkpoint and self.checkpoint.get("parts", {}).get(name, self.checkpoint)
+        if checkpoint and not checkpoint["modules"]:
+            raise InputError(f"{self.args.checkpoint}: holds no network; give best.pt")
         self.barrier()          # before a process can write the file that another one looks for
         return Run(argparse.Namespace(**{**vars(self.args), **changes, "out_dir": str(folder)}),
                    self.script, self, checkpoint)
@@ -3997,7 +4002,7 @@ class Run:
             if item.label is not None:
                 for name, prediction in opened.items():
                     results[name].append(evaluate(prediction, item.label, self.data.classes))
-                    self._say_scores(predictions[number].name, name if named else "",
+                    self._say_scores(predictions[number], name if named else "",
                                      results[name][-1])
                 entry.update(results[name][-1])
                 if named:
@@ -4030,10 +4035,11 @@ class Run:
         return content
 
     def _say_scores(self, prediction, stage, result):
-        """One line for each class of a prediction."""
+        """One line for each class of a prediction (its path)."""
+        shown = prediction.relative_to((self.whole or self).folder)
         for name, score in result["per_class"].items():
             values = [(key, score[key]) for key in ("dice", "iou", "precision", "recall")]
-            self.say(f"{prediction}  {stage}{': ' * bool(stage)}{name}: " + "  ".join(
+            self.say(f"{shown}  {stage}{': ' * bool(stage)}{name}: " + "  ".join(
                 f"{key} {'undefined' if value is None else format(value, '.4f')}"
                 for key, value in values))
 

@@ -359,17 +359,17 @@ def merge_data(parts, names, overlap):
     return emseg.Data(["background", *names], None, [], items)
 
 
-def table_1(model, results):
+def table_1(model, scored, results):
     """The paper's table 1 as Markdown: mIoU of each structure and their average.
 
-    results: {structure: the mean block of its metrics.json, or None}.
+    scored: what was scored; results: {structure: the mean block of its metrics.json, or None}.
     """
     def shown(value):
         return "undefined" if value is None else f"{value:.4f}"
 
     values = [block and block["miou"] for block in results.values()]
     return "\n".join([
-        f"| mIoU | {' | '.join(results)} | average |", f"| --- |{' --- |' * (len(results) + 1)}",
+        f"| mIoU, {scored} | {' | '.join(results)} | average |", f"| --- |{' --- |' * (len(results) + 1)}",
         f"| {model} | {' | '.join(map(shown, values))} | {shown(mean_of(values))} |"])
 
 
@@ -565,7 +565,8 @@ def main(args):
              emseg.open_volume(str(path))) for item, path in zip(run.data.test, merged)],
             run.data.classes, structure_colors(parts))
         run.report(merged, structures=results, average=average)
-        run.say(table_1(args.model, results))
+        run.say(table_1(args.model, "test volumes" if args.test_volume else "validation slices",
+                        results))
 
 
 if __name__ == "__main__":

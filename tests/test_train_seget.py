@@ -570,10 +570,10 @@ def test_metrics_hold_the_papers_table(trained, cells, masks, capsys):
 
 def test_table_1_has_the_papers_columns():
     block = {"miou": 0.5}
-    assert train_seget.table_1("seget", {"a": block, "b": {"miou": 0.75}}).splitlines() == [
-        "| mIoU | a | b | average |", "| --- | --- | --- | --- |",
+    assert train_seget.table_1("seget", "here", {"a": block, "b": {"miou": 0.75}}).splitlines() == [
+        "| mIoU, here | a | b | average |", "| --- | --- | --- | --- |",
         "| seget | 0.5000 | 0.7500 | 0.6250 |"]
-    assert train_seget.table_1("seget", {"a": block, "b": None}).splitlines()[-1] == (
+    assert train_seget.table_1("seget", "", {"a": block, "b": None}).splitlines()[-1] == (
         "| seget | 0.5000 | undefined | undefined |")
 
 
@@ -764,6 +764,29 @@ def test_killed_and_resumed_is_bit_identical(trained, cells, masks, tmp_path):
         assert torch.equal(weights(tmp_path / "out" / name / "best.pt"),
                            weights(trained / name / "best.pt"))
     assert metrics(tmp_path / "out")["structures"] == metrics(trained)["structures"]
+
+
+def test_a_checkpoint_without_networks_is_refused(trained, cells, tmp_path, capsys):
+    message = refused(capsys, "--checkpoint", trained / "last.pt", "--test-volume",
+                      cells / "image.tif", "--out-dir", tmp_path / "out")
+    assert "last.pt: holds no network; give best.pt" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_that_cannot_be_normalised_is_one_line(cells, masks, tmp_path, capsys):
+    message = refused(capsys, "--volume", cells / "image.tif@0:8", "--label",
+                      *labels(masks, "mito"), "--out-dir", tmp_path / "out", *TINY, "--batch-size",
+                      "1", "--patch-size", "16", "16")
+    assert "a batch of one so small patch cannot be normalised" in message
+
+
+def test_scores_say_which_prediction_they_are_of(cells, masks, tmp_path, capsys):
+    train(cells, masks, tmp_path / "out", "--epochs", "1")
+    said = capsys.readouterr().out.splitlines()
+    for start in ("mito/prediction.tif  mito: dice", "prediction.tif  mito: dice",
+                  "prediction.tif  vesicle: dice", "mito epoch 0  loss", "| mIoU, test volumes |",
+                  "vesicle/prediction.tif  vesicle: dice"):
+        assert sum(line.startswith(start) for line in said) == 1, start
 
 
 def test_a_part_is_not_resumed_by_itself(trained, capsys):
