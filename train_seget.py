@@ -82,7 +82,7 @@ PRESETS = {
 }
 COLORS = {"synapse": "white", "mts": "red", "centriole": "yellow", "granules": "dodgerblue",
           "golgi": "limegreen"}                         # figure 4
-DEMO_STRUCTURES = {"nucleus": emseg.NUCLEUS, "mitochondrion": emseg.MITOCHONDRION,
+DEMO_STRUCTURES = {"membrane": emseg.MEMBRANE, "mitochondrion": emseg.MITOCHONDRION,
                    "vesicle": emseg.VESICLE}
 
 
@@ -445,7 +445,8 @@ def parse_args(argv=None):
            "highest score counts (section 3.2), or the one named last, for structures inside of "
            "others")
     parser.set_defaults(model="seget", batch_size=12, patch_size=[512, 512])
-    demo = dict(width=8, epochs=8, batch_size=8, patch_size=[96, 96], downsample=2, lr=5e-3)
+    demo = dict(width=8, epochs=10, batch_size=4, patch_size=[64, 64], downsample=2, lr=6e-3,
+                decay=4e-3, augment=True)
     args = emseg.parse(parser, argv, demo, named_labels=True)
     if args.unlabeled_volume:
         parser.error("--unlabeled-volume: this method learns from labels only; leave it out")
