@@ -19,7 +19,7 @@ Contents, in the order data flows
     Losses        soft Dice and cross entropy, blind to IGNORE
     Inference     slices, their neighbours or 3D windows; blended tiles, eight views, slab by slab
     Metrics       confusion counts and the scores that follow from them
-    Figures       slices with their errors, surfaces in 3D, training curves
+    Figures       slices with their errors, class maps, surfaces in 3D, training curves
     Runs          command line, data, run folder, checkpoints, progress
 """
 
@@ -3494,6 +3494,9 @@ class Run:
             run.end_epoch(run.validate(predict))
         run.use_best(network=network)
         run.report([run.predict(predict, item) for item in data.test])
+
+    A run may consist of parts, runs in its subfolders that train one after another: see part,
+    begin_parts and gather.
     """
 
     def __init__(self, args, script, whole=None, checkpoint=None):
@@ -3874,7 +3877,8 @@ class Run:
         if self.rank == 0 and log.exists():
             lines = log.read_text().splitlines(keepends=True)
             self._write_text("log.csv", "".join(lines[: epoch + 1]))
-        self.say(f"resuming {self.folder} at step {self.step} of {self.total}")
+        if self.total:
+            self.say(f"resuming {self.folder} at step {self.step} of {self.total}")
 
     # -- results
 

@@ -20,6 +20,7 @@ import conftest
 import emseg
 import train_seget
 from conftest import ROOT, log_without_seconds, metrics, weights
+from test_inference import InMemory
 from test_networks import convolutions, enlarged, normalised, random_statistics
 
 IGNORE = emseg.IGNORE
@@ -262,21 +263,13 @@ def test_the_regulariser_is_the_sum_of_squared_kernels():
 # -- patches
 
 
-class InMemory(emseg.LazyArray):
-    def __init__(self, array):
-        super().__init__("memory", array.shape, array.dtype, None)
-        self.array = array
-
-    def read(self, z, y, x):
-        return self.array[z, y, x].copy()
-
-
 def coordinates(shape):
-    """A volume whose voxels say where they are, and a label with one structure in a corner."""
+    """A volume whose voxels say where they are, and a label with a structure and a lone pixel."""
     z, y, x = np.indices(shape)
     image = (z * shape[1] * shape[2] + y * shape[2] + x).astype(np.int32)
     label = np.zeros(shape, np.uint8)
     label[1, 30:33, 40:44] = 1
+    label[-1, -1, -1] = 1
     return InMemory(image), InMemory(label)
 
 
@@ -306,7 +299,7 @@ def test_a_pass_shows_every_patch_once_and_positive_ones_again():
     patches = train_seget.SlidingWindows([image], [label], (16, 20), (10, 12), [[1, 3]], copies=3)
     ys, xs = [0, 10, 20, 30, 34], [0, 12, 24, 36, 48, 50]
     every = [(z, y, x) for z in (1, 3) for y in ys for x in xs]
-    positive = {(1, y, x) for y in (20, 30) for x in (24, 36)}
+    positive = {(1, y, x) for y in (20, 30) for x in (24, 36)} | {(3, 34, 50)}
     wanted = sorted(every + [place for place in every if place in positive] * 3)
     assert len(patches) == len(wanted) == 60 + 3 * len(positive)
     orders = []
@@ -341,7 +334,7 @@ def test_several_volumes_are_cut_up():
     big, small = coordinates((2, 40, 40)), coordinates((3, 33, 44))
     patches = train_seget.SlidingWindows(*zip(big, small), (20, 20), (20, 20), [[0], [1, 2]],
                                          copies=1)
-    assert len(patches) == 4 + 2 * 6 + 1        # 2 x 3 windows; one of z = 1 holds the structure
+    assert len(patches) == 4 + 2 * 6 + 2        # 2 x 3 windows, one of each z with the structure
     volumes = patches.windows[:, 0].tolist()
     assert volumes == [0] * 4 + [1] * 12
 
@@ -394,6 +387,14 @@ def test_settings_are_those_of_section_3_2():
     assert {name: tuple(own[key] for key in keys) for name, own in structures.items()} == wanted
     assert (args.batch_size, args.patch_size, args.stride) == (12, [512, 512], [256, 256])
     assert (args.model, args.val_slices, args.augment) == ("seget", "every=5", False)
+
+
+def test_the_readme_shows_these_settings():
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")]
+            for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `--")]
+    shown = {row[0][2:].replace("-", "_"): [float(value) for value in row[1:]] for row in rows}
+    wanted = [*train_seget.PRESETS.values()]
+    assert shown == {key: [preset[key] for preset in wanted] for key in wanted[0]}
 
 
 def test_flags_override_settings_and_other_names_have_the_stated_ones():
