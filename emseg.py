@@ -996,7 +996,7 @@ def _listed(values, most=12):
     return shown + (f", … ({len(values)} in all)" if len(values) > most else "")
 
 
-def _values_error(path, values, problem):
+def _values_error(path, values, problem, n_classes=None):
     """InputError that lists the label values and shows the flags that would settle them."""
     if len(values) > 255:
         return InputError(f"{path}: {len(values)} different label values; looks like instance ids, "
@@ -1005,7 +1005,11 @@ def _values_error(path, values, problem):
     if len(values) > 12:
         smooth = 0 <= min(values) and 128 <= max(values) <= 255        # the borders of a 0/255 mask
         pairs = "128:256=1,*=0" if smooth else f"{pairs},*=0"
+    elif n_classes == 2:
+        pairs = "0=0,*=1"
     advice = f'map them, for example --label-map="{pairs}"'
+    if n_classes == 2 and len(values) > 2:
+        advice += ", or name all classes with --classes"
     if IGNORE in values:
         advice += ", or --ignore-label 255 if that marks voxels nobody annotated"
     return InputError(f"{path}: label values {_listed(values)}: {problem}; {advice}")
@@ -1040,7 +1044,8 @@ def _class_ids(path, values, n_classes, label_map, ignore_label, mask_class):
             n_classes == 2 or max(used, default=0) >= n_classes):
         id_of = {v: mask_class if v else 0 for v in used}
     elif n_classes == 2 or min(used, default=0) < 0 or max(used, default=0) >= n_classes:
-        raise _values_error(path, used, f"wanted class ids 0 to {n_classes - 1}")
+        raise _values_error(path, used, f"wanted class ids 0 to {n_classes - 1}",
+                            n_classes)
     else:
         id_of = {v: v for v in used}
     return np.array([id_of.get(int(v), IGNORE) for v in values], np.uint8)
@@ -2469,10 +2474,10 @@ def overlay(image, masks, colors, alpha=0.45):
     return rgb
 
 
-def class_overlay(image, label, classes):
+def class_overlay(image, label, classes, colors=CLASS_COLORS):
     """The image with every foreground class of `label` in its fixed colour."""
     masks = [label == k for k in range(1, len(classes))]
-    return overlay(image, masks, CLASS_COLORS * (1 + len(classes) // len(CLASS_COLORS)))
+    return overlay(image, masks, list(colors) * (1 + len(classes) // len(colors)))
 
 
 def error_overlay(image, label, pred):
@@ -2486,17 +2491,17 @@ def error_overlay(image, label, pred):
     return overlay(image, masks, ERROR_COLORS.values())
 
 
-def save_slices(path, items, classes, rows=4, max_side=768):
+def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768):
     """figure.png: slices as image | truth | prediction | errors, without truth image | prediction.
 
     items: list of (name, image, label or None, {stage: prediction}), lazy volumes. Of a method in
     stages, the errors of each stage are shown side by side. The rows are spread evenly over the
-    items and over the slices that are annotated.
+    items and over the slices that are annotated. colors: of the foreground classes.
     """
     panels = []
     for name, image, label, predictions in items:
         for z in _spread(image, label, rows // len(items)):
-            shown = _panels(z, image, label, predictions, classes,
+            shown = _panels(z, image, label, predictions, classes, colors,
                             step=max(1, math.ceil(max(image.shape[1:]) / max_side)))
             panels.append((f"{name}  z = {z}", image, shown))
     titles = max((list(shown) for *_, shown in panels), key=len)
@@ -2515,7 +2520,7 @@ def save_slices(path, items, classes, rows=4, max_side=768):
                                          "edgecolor": "none"})
         shrunk = image.shape[2] / shown["image"].shape[1]
         _scale_bar(row[0], image.voxel_size, shrunk)
-    _legend(figure, classes, "truth" in titles)
+    _legend(figure, classes, "truth" in titles, colors)
     figure.savefig(path)
 
 
@@ -2526,17 +2531,18 @@ def _spread(image, label, count):
     return zs[((np.arange(count) + 0.5) * len(zs) / count).astype(int)]
 
 
-def _panels(z, image, label, predictions, classes, step):
+def _panels(z, image, label, predictions, classes, colors, step):
     """{title: RGB} of slice z, every step-th pixel; see save_slices."""
     grey = image[z][::step, ::step]
     shown = {"image": overlay(grey, [], [])}
     preds = {name: prediction[z][::step, ::step] for name, prediction in predictions.items()}
     if label is None:
-        return shown | {name: class_overlay(grey, pred, classes) for name, pred in preds.items()}
+        return shown | {name: class_overlay(grey, pred, classes, colors)
+                        for name, pred in preds.items()}
     truth = label[z][::step, ::step]
-    shown["truth"] = class_overlay(grey, truth, classes)
+    shown["truth"] = class_overlay(grey, truth, classes, colors)
     if len(preds) == 1:
-        shown |= {name: class_overlay(grey, pred, classes) for name, pred in preds.items()}
+        shown |= {name: class_overlay(grey, pred, classes, colors) for name, pred in preds.items()}
         return shown | {"errors": error_overlay(grey, truth, *preds.values())}
     return shown | {f"{name}: errors": error_overlay(grey, truth, pred)
                     for name, pred in preds.items()}
@@ -2561,11 +2567,14 @@ def _scale_bar(axis, voxel_size, step):
               path_effects=outline)
 
 
-def _legend(figure, classes, errors, colors=CLASS_COLORS):
-    """Class colours and, where truth is known, error colours below the panels."""
+def _legend(figure, classes, errors, colors, unknown=False):
+    """Class colours and, where truth is known, error colours below the panels; unknown: what grey
+    means, too."""
     from matplotlib.patches import Patch
     handles = [Patch(facecolor=colors[k % len(colors)], label=name, edgecolor="0.6")
                for k, name in enumerate(classes[1:])]
+    if unknown:
+        handles.append(Patch(facecolor=UNKNOWN_COLOR, label="not scored", edgecolor="0.6"))
     if errors:
         handles += [Patch(color=color, label=name) for name, color in ERROR_COLORS.items()]
     columns = math.ceil(len(handles) / math.ceil(len(handles) / 6))     # rows of equal length
@@ -2577,18 +2586,18 @@ INSET, ZOOM = 0.4, 2.5                  # side of the inset in a panel; its magn
 UNKNOWN_COLOR = "0.45"                  # IGNORE in a truth
 
 
-def save_maps(path, items, classes, colors=None, rows=2, max_side=768):
+def save_maps(path, items, classes, colors=CLASS_COLORS, rows=2, max_side=768):
     """maps.png: slices as image | prediction | truth, every structure in its colour on black, with
     the busiest place of each slice enlarged in the upper left corner (Zhang 2018, figure 4).
 
     items: list of (name, image, label or None, prediction), lazy volumes; colors: of the foreground
-    classes, default CLASS_COLORS. The rows are spread evenly over the items and their annotated
+    classes. The rows are spread evenly over the items and their annotated
     slices. IGNORE is grey.
     """
     import matplotlib.colors
-    colors = colors or [CLASS_COLORS[k % len(CLASS_COLORS)] for k in range(len(classes) - 1)]
     palette = np.zeros((IGNORE + 1, 3))
-    palette[1 : len(classes)] = matplotlib.colors.to_rgba_array(colors)[:, :3]
+    for k in range(1, len(classes)):
+        palette[k] = matplotlib.colors.to_rgb(colors[(k - 1) % len(colors)])
     palette[IGNORE] = matplotlib.colors.to_rgb(UNKNOWN_COLOR)
     panels = []
     for name, image, label, prediction in items:
@@ -2617,7 +2626,10 @@ def save_maps(path, items, classes, colors=None, rows=2, max_side=768):
                     color="white", bbox={"facecolor": "black", "alpha": 0.6, "pad": 1.5,
                                          "edgecolor": "none"})
         _scale_bar(row[0], image.voxel_size, step)
-    _legend(figure, classes, errors=False, colors=colors)
+    unknown = any((picture == palette[IGNORE]).all(-1).any() for _, _, shown, *_ in panels
+                  for title, picture in shown.items() if title == "truth")
+    _legend(figure, classes, False, colors, unknown)
+    figure.get_layout_engine().set(h_pad=0.08)
     figure.savefig(path)
 
 
@@ -3103,8 +3115,8 @@ def open_data(args, checkpoint=None, score_validation=False):
     """Open every volume and label that the command line names, and check them, before any work.
 
     With a checkpoint, classes and normalisation are the checkpoint's and only the test volumes are
-    opened. score_validation: where the training volumes are predicted for want of test volumes,
-    their validation slices score. Raises InputError.
+    opened. score_validation: for want of test volumes, training and validation volumes are
+    predicted, and what validates scores. Raises InputError.
     """
     label_map = parse_label_map(args.label_map) if args.label_map else None
     n_classes = len(checkpoint["classes"]) if checkpoint else len(args.classes or []) or None
@@ -3148,17 +3160,21 @@ def open_data(args, checkpoint=None, score_validation=False):
     for name, path in zip(names_in[len(train):], args.unlabeled_volume):
         volume = open_input(path, args)
         train.append(Item(name, volume, view(volume, args), None))
-    test = items["test"] or [
-        Item(name, v, image, OnlySlices(label, zs) if score_validation and len(zs) else None)
-        for name, v, image, label, zs in zip(unique_names(paths), volumes, images, labels, held_out)]
     seen = seen_slices([*volumes, *(item.volume for item in items["val"])],
                        [*labels, *(item.label for item in items["val"])])
+    if items["test"]:
+        test = [without_seen_slices(item, seen) for item in items["test"]]
+    else:
+        own = [(v, image, OnlySlices(label, zs) if score_validation and len(zs) else None)
+               for v, image, label, zs in zip(volumes, images, labels, held_out)]
+        own += [(item.volume, item.image, item.label) for item in items["val"] if score_validation]
+        test = [Item(name, *each)
+                for name, each in zip(unique_names([v.path for v, *_ in own]), own)]
     shrunk = [shrink(item.label, args) for item in train[: len(volumes)]]
     slices = [label.slices for label in shrunk]
     return Data(
         names, measure_normalization(images, slices, args.normalize), seen,
-        [without_seen_slices(item, seen) for item in test] if items["test"] else test,
-        images, shrunk, slices, merges,
+        test, images, shrunk, slices, merges,
         [item.image for item in train],
         [np.setdiff1d(np.arange(len(image)), shrink(label, args).slices)
          for image, label in zip(images, labels)]
@@ -3300,7 +3316,8 @@ def without_seen_slices(item, seen):
             used |= set(other["z"])
     slices = [z for z, in_file in zip(item.label.slices, own["z"]) if in_file not in used]
     if not slices:
-        raise InputError(f"{item.volume.path}: every labelled slice was trained on; test on others")
+        raise InputError(f"{item.volume.path}: every labelled slice was trained or "
+                         f"validated on; test on others")
     return Item(item.name, item.volume, item.image, OnlySlices(item.label, slices))
 
 
@@ -3526,6 +3543,7 @@ class Run:
         self.best, self.history = None, []      # the metric of end_epoch: highest, of each epoch
         self.predicted_voxels, self.predict_seconds, self.interrupted = 0, 0.0, False
         self.stage, self.threshold = None, getattr(args, "threshold", 0.5)
+        self.colors = CLASS_COLORS              # of the foreground classes, in figure.png
         if self.checkpoint:
             self.best, self.seconds = self.checkpoint["best"], self.checkpoint["seconds"]
         if not whole:
@@ -4027,7 +4045,7 @@ class Run:
             "peak_memory_gib": peak_memory_gib(self.device),
             "parameters": sum(map(count_parameters, self.networks.values()))}
         self._write_json("metrics.json", content)
-        save_slices(self.folder / "figure.png", shown, self.data.classes)
+        save_slices(self.folder / "figure.png", shown, self.data.classes, self.colors)
         for number, (_, _, label, opened) in enumerate(shown if surfaces else []):
             name = self.output(self.data.test[number]).stem.replace("prediction", "surfaces", 1)
             rows = opened if label is None else {"truth": label, **opened}

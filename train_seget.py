@@ -80,6 +80,7 @@ PRESETS = {
     "other structures": dict(lr=1e-3, decay=1e-5, epochs=100, patience=8, reduce_patience=3,
                              weight_cap=0, copies=0),
 }
+RESERVED = ("background", "average", "demo", "stages", "other structures")
 COLORS = {"synapse": "white", "mts": "red", "centriole": "yellow", "granules": "dodgerblue",
           "golgi": "limegreen"}                         # figure 4
 DEMO_STRUCTURES = {"membrane": emseg.MEMBRANE, "mitochondrion": emseg.MITOCHONDRION,
@@ -272,14 +273,11 @@ def parse_structures(args, known=None):
         known = ["background", *named["label"]]
     structures = {}
     for k, name in enumerate(known[1:], 1):
-        if not re.fullmatch(r"[\w-]([\w -]*[\w-])?", name) or name in ("background", "average",
-                                                                       "demo", "stages"):
-            raise emseg.InputError(f"'{name}' cannot be the name of a structure, nor of its folder; "
-                                   f"wanted letters, digits, _ and -")
+        check_name(name, known)
         own = {kind: paths.get(None if bare else name, []) for kind, paths in named.items()}
         if len(own["val_label"]) != len(args.val_volume):
             raise emseg.InputError(f"--val-label has none for {name}")
-        preset = PRESETS.get(name.lower(), PRESETS["other structures"])
+        preset = PRESETS[preset_of(name)]
         own.update({key: value for key, value in preset.items() if getattr(args, key) is None})
         own["classes"] = [known[0], name]
         if bare and len(known) > 2:
@@ -288,9 +286,27 @@ def parse_structures(args, known=None):
     unknown = [name for paths in named.values() for name in paths
                if name is not None and name not in structures]
     if unknown:
-        raise emseg.InputError(f"{unknown[0]} has no training labels; the structures are "
+        raise emseg.InputError(f"{unknown[0]} is none of the structures, which are "
                                f"{', '.join(structures)}")
     return structures
+
+
+def check_name(name, known):
+    """Raise InputError for the name of a structure that is no good as a folder's. known: all."""
+    if not re.fullmatch(r"[\w-]([\w -]*[\w-])?", name) or len(name) > 100:
+        raise emseg.InputError(f"'{name[:100]}' cannot be the name of a structure and its folder; "
+                               f"wanted letters, digits, _ and -, spaces only between them")
+    if name.lower() in RESERVED:
+        raise emseg.InputError(f"a structure cannot be named {name}, which means something else in "
+                               f"the run folder; choose another name")
+    if [other.lower() for other in known].count(name.lower()) > 1:
+        raise emseg.InputError(f"two structures are named {name}, upper and lower case apart; "
+                               f"choose another name for one")
+
+
+def preset_of(name):
+    """The key of a structure's settings in PRESETS."""
+    return name.lower() if name.lower() in PRESETS else "other structures"
 
 
 def one_class(label_map, k, n_classes):
@@ -339,12 +355,17 @@ def merge_structures(prob, threshold, overlap):
     return torch.where(score > 0, k + 1, 0)
 
 
-def check_validation(name, part):
-    """Raise InputError where no validation slice shows the structure: background alone would choose
-    the epoch and the rate."""
+def open_structure(name, part):
+    """Open the data of a structure's run. Raises InputError, with its name, also where no
+    validation slice shows it: background alone would choose the epoch and the rate."""
+    try:
+        part.open_data(score_validation=True)
+    except emseg.InputError as error:
+        raise emseg.InputError(f"{name}: {error}")
     if part.data.val and not any((item.label[z] == 1).any() for item in part.data.val
                                  for z in item.label.slices):
-        raise emseg.InputError(f"no validation slice shows {name}; choose others with --val-slices")
+        raise emseg.InputError(f"no validation slice shows {name}; choose others with "
+                               f"--val-slices or --val-volume")
 
 
 def merge_data(parts, names, overlap):
@@ -384,10 +405,10 @@ def structure_colors(names):
     return [COLORS.get(name.lower()) or next(others) for name in names]
 
 
-def describe(own, patches):
+def describe(name, own, patches):
     """The settings of a structure, to print."""
     weights = f"weights up to {own.weight_cap:g}" if own.weight_cap else "no weights"
-    return (f"{len(patches)} patches with {own.copies} copies of positive ones, {weights}, rate "
+    return (f"{name}, settings of {preset_of(name)}: {len(patches)} patches with {own.copies} copies of positive ones, {weights}, rate "
             f"{own.lr:g} (decay {own.decay:g}, halved after {own.reduce_patience} epochs without "
             f"improvement), {own.epochs} epochs at most, ended after {own.patience} of these")
 
@@ -473,9 +494,11 @@ def main(args):
     structures = parse_structures(args, run.checkpoint and run.checkpoint["classes"])
     parts = {name: run.part(name, **own) for name, own in structures.items()}
     for name, part in parts.items():
-        part.open_data(score_validation=True)
-        check_validation(name, part)
+        open_structure(name, part)
     run.data = merge_data(parts, structures, args.overlap)
+    run.colors = structure_colors(parts)
+    for part, color in zip(parts.values(), run.colors):
+        part.colors = [color]
 
     # networks
     networks = {}
@@ -503,7 +526,7 @@ def main(args):
 
         # train
         if part.training:
-            part.say(f"{name}: {describe(own, patches[name])}")
+            part.say(describe(name, own, patches[name]))
             part.begin(args.steps_per_epoch or math.ceil(len(patches[name]) / args.batch_size),
                        network=network, optimizer=optimizer, scaler=scaler)
             batches = part.batches(patches[name], args.batch_size)
@@ -564,10 +587,9 @@ def main(args):
         emseg.save_maps(run.folder / "maps.png", [
             (Path(item.volume.path).name, emseg.as_uint8(item.volume), item.label,
              emseg.open_volume(str(path))) for item, path in zip(run.data.test, merged)],
-            run.data.classes, structure_colors(parts))
+            run.data.classes, run.colors)
         run.report(merged, structures=results, average=average)
-        run.say(table_1(args.model, "test volumes" if args.test_volume else "validation slices",
-                        results))
+        run.say(table_1(args.model, "test" if args.test_volume else "validation", results))
 
 
 if __name__ == "__main__":

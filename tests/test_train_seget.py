@@ -390,8 +390,9 @@ def test_settings_are_those_of_section_3_2():
 
 
 def test_the_readme_shows_these_settings():
-    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")]
-            for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `--")]
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines()
+             if line.startswith("| `--") and line.count("|") == 8]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
     shown = {row[0][2:].replace("-", "_"): [float(value) for value in row[1:]] for row in rows}
     wanted = [*train_seget.PRESETS.values()]
     assert shown == {key: [preset[key] for preset in wanted] for key in wanted[0]}
@@ -446,12 +447,15 @@ def test_class_ids_become_one_mask_for_each_class():
 @pytest.mark.parametrize("arguments, message", [
     (["--label", "a=1", "a=2", "3", "4"], "some labels have a name and some have none"),
     (["--label", "a=1", "a=2", "--classes", "bg", "a"], "--classes: the labels already have names"),
-    (["--label", "background=1", "background=2"], "'background' cannot be the name"),
-    (["--label", "demo=1", "demo=2"], "'demo' cannot be the name"),
+    (["--label", "background=1", "background=2"], "a structure cannot be named background"),
+    (["--label", "Demo=1", "Demo=2"], "a structure cannot be named Demo"),
+    (["--label", "x" * 101 + "=1", "x" * 101 + "=2"], "cannot be the name of a structure"),
+    (["--label", "a=1", "a=2", "A=1", "A=2"], "two structures are named a, upper and lower case"),
+    (["--label", "1", "2", "--classes", "bg", "x", "x"], "two structures are named x"),
     (["--label", "a.b=1", "a.b=2"], "'a.b' cannot be the name of a structure"),
     (["--label", "=1", "=2"], "'' cannot be the name"),
     (["--label", "a=1", "a=2", "--test-volume", "t", "--test-label", "b=1"],
-     "b has no training labels; the structures are a"),
+     "b is none of the structures, which are a"),
     (["--label", "a=1", "a=2", "b=1", "b=2", "--val-volume", "t", "--val-label", "b=1"],
      "--val-label has none for a"),
 ])
@@ -476,6 +480,21 @@ def test_structures_that_make_no_sense(arguments, message):
 ])
 def test_arguments_that_make_no_sense(capsys, arguments, message):
     assert message in refused(capsys, "--volume", "v1", "v2", *arguments)
+
+
+def test_ids_in_place_of_a_mask_are_refused_with_a_map_that_works(cells, masks, tmp_path, capsys):
+    command = ["--volume", cells / "image.tif", "--label", f"a={cells / 'label.tif'}", "--out-dir",
+               tmp_path / "out", *TINY, "--epochs", "1"]
+    message = refused(capsys, *command)
+    assert message.endswith('--label-map="0=0,*=1", or name all classes with --classes')
+    run(*command, "--label-map", "0=0,*=1")
+    signed = -tifffile.imread(masks / "mito.tif").astype(np.int8)
+    tifffile.imwrite(tmp_path / "signed.tif", signed)
+    command[3] = f"a={tmp_path / 'signed.tif'}"
+    assert refused(capsys, *command, "--overwrite").endswith('--label-map="0=0,*=1"')
+    run(*command, "--overwrite", "--label-map", "0=0,*=1")
+    entry = metrics(tmp_path / "out" / "a")["volumes"][0]["per_class"]["a"]
+    assert entry["tp"] + entry["fn"] == (signed[::5] == -1).sum()
 
 
 def test_a_path_that_holds_an_equals_sign_is_a_path(tmp_path):
@@ -675,7 +694,13 @@ def test_validation_volumes_take_the_place_of_slices(cells, masks, tmp_path):
         "--out-dir", tmp_path / "out", *TINY, "--epochs", "1")
     seen = torch.load(tmp_path / "out" / "mito" / "best.pt", weights_only=True)["seen"]
     assert [each["z"] for each in seen] == [[*range(8)], [*range(8, 12)]]
-    assert metrics(tmp_path / "out")["structures"]["mito"] is None      # nothing is left to score
+    content = metrics(tmp_path / "out")                     # they are predicted, and score
+    assert [v["voxels"] for v in content["volumes"]] == [8 * 112 * 128, 4 * 112 * 128]
+    pred = tifffile.imread(tmp_path / "out" / "mito" / "prediction_2_image.tif")
+    truth = tifffile.imread(masks / "mito.tif")[8:12]
+    assert content["structures"]["mito"]["accuracy"] == pytest.approx((pred == truth).mean())
+    rows = log_without_seconds(tmp_path / "out" / "mito")
+    assert content["average"]["miou"] == pytest.approx(float(rows[0]["val_miou"]))
 
 
 def test_weights_and_copies_reach_the_training(trained, cells, masks, tmp_path, capsys):
@@ -785,7 +810,7 @@ def test_scores_say_which_prediction_they_are_of(cells, masks, tmp_path, capsys)
     train(cells, masks, tmp_path / "out", "--epochs", "1")
     said = capsys.readouterr().out.splitlines()
     for start in ("mito/prediction.tif  mito: dice", "prediction.tif  mito: dice",
-                  "prediction.tif  vesicle: dice", "mito epoch 0  loss", "| mIoU, test volumes |",
+                  "prediction.tif  vesicle: dice", "mito epoch 0  loss", "| mIoU, test |",
                   "vesicle/prediction.tif  vesicle: dice"):
         assert sum(line.startswith(start) for line in said) == 1, start
 
@@ -833,6 +858,16 @@ def test_two_processes_train_and_predict_together(cells, masks, tmp_path):
         pred = tifffile.imread(tmp_path / "out" / name / "prediction.tif")
         truth = tifffile.imread(masks / f"{name}.tif")[8:12]
         assert content["structures"][name]["accuracy"] == pytest.approx((pred == truth).mean())
+
+
+@pytest.mark.parametrize("sides", [(32, 48), (50, 33), (17, 90)])
+@pytest.mark.parametrize("model", sorted(train_seget.MODELS))
+def test_every_network_predicts_slices_of_any_size(model, sides):
+    """Multiples of 16 or not: padded, and cut back to the same size."""
+    network = train_seget.MODELS[model](1, 1, 2).eval()
+    with torch.no_grad():
+        prob = emseg.predict_slices(network, torch.randn(2, 1, *sides))
+    assert prob.shape == (2, 1, *sides) and (prob >= 0).all() and (prob <= 1).all()
 
 
 @pytest.mark.parametrize("model", sorted(train_seget.MODELS))
@@ -891,7 +926,7 @@ def test_a_structure_without_training_pixels_is_refused(cells, masks, tmp_path, 
     message = refused(capsys, "--volume", cells / "image.tif@0:8", "--label",
                       *labels(masks, "mito"), f"none={tmp_path / 'empty.tif'}", "--out-dir",
                       tmp_path / "out", *TINY)
-    assert "empty.tif: no foreground" in message and not (tmp_path / "out").exists()
+    assert "error: none: " in message and "empty.tif: no foreground" in message and not (tmp_path / "out").exists()
 
 
 def test_a_structure_without_validation_pixels_is_refused(cells, masks, tmp_path, capsys):
