@@ -1960,8 +1960,8 @@ class FCN8s(nn.Module):
 
     (B, in_channels, H, W) -> logits (B, out_channels, H, W) of any size, at 1 input and 1 output
     channel. width: filters of the first block, 64 there. The scores of pool3 and pool4 join those
-    of the last layer on the way up. BatchNorm, since it is trained from scratch; "same" convolutions
-    in place of a border of 100 pixels.
+    of the last layer on the way up. BatchNorm, since it is trained from scratch; padded
+    convolutions in place of a border of 100 pixels.
     """
 
     dims, stride, offset, margin = 2, 1, 0, 0
@@ -2859,8 +2859,9 @@ def save_curves(path, log):
 # ==================================================================================================
 
 RUN_FILES = ("config.json", "log.csv", "best.pt", "last.pt", "metrics.json", "figure.png",
-             "curves.png", "maps.png", "surfaces.png", "surfaces_*.png", "prediction.*", "prediction_*",
-             "probability.tif", "probability_*.tif", "stages/*.tif", "stages/*/*.tif")
+             "curves.png", "maps.png", "surfaces.png", "surfaces_*.png", "prediction.*",
+             "prediction_*", "probability.tif", "probability_*.tif", "stages/*.tif",
+             "stages/*/*.tif")
 # A resumed run takes these from the command line, all else from its config.json.
 OF_THIS_CALL = {"out_dir", "overwrite", "resume", "checkpoint", "device", "amp", "compile",
                 "workers"}

@@ -4,9 +4,9 @@ Zhang E, Zhang F, Liu Z, Wan X, Zhu L (2018). SegET: Deep neural network with ri
 features for cellular structures segmentation in electron tomography image. arXiv:1811.11729
 
 Structures of a cell differ in size by orders of magnitude: a synaptic cleft crosses the picture, a
-microtubule has a few pixels. SegET gives each structure a network of its own, of one design: strided
-convolutions instead of pooling, a center that looks through dilations 1, 2, 4 and 8 side by side,
-and a decoder whose levels are all fused for the result. Small structures weigh as much as the
+microtubule has a few pixels. SegET gives each structure a network of its own, of one design:
+strided convolutions instead of pooling, a center that looks through dilations 1, 2, 4 and 8 side by
+side, and a decoder whose levels are all fused for the result. Small structures weigh as much as the
 background of their patch, and rare ones are shown more often.
 
 Equations:
@@ -22,8 +22,8 @@ Equations:
     figure 4                                    emseg.save_maps
     table 1                                     table_1
 
-Widths that the paper leaves open: the third convolution of an encoder block halves the channels, and
-the skip is what it returns; all seven convolutions of the center have 16 times the width (256);
+Widths that the paper leaves open: the third convolution of an encoder block halves the channels,
+and the skip is what it returns; all seven convolutions of the center have 16 times the width (256);
 decoder blocks have the width of the encoder block beside them; both fusions have the width of the
 last decoder block (16), so that the last level keeps its weight (section 2.4).
 
@@ -38,7 +38,7 @@ Differences from the paper:
        number of them, and again after as many more.
     5. Rivals have the widths of their own papers (--width 16 makes them as wide as SegET), and
        BatchNorm; `unet` is emseg's, with four levels. The paper adapted theirs by trial.
-    6. No augmentation, as in the paper; --augment adds flips and quarter turns.
+    6. Networks begin as in Keras, which the authors used (Glorot's uniform weights).
     7. A pixel that several masks claim counts in the scores of each structure, and in the merged
        ones not at all (--overlap).
 
@@ -181,9 +181,9 @@ def squared_norm(network):
 class SlidingWindows(torch.utils.data.Dataset):
     """All patches of a sliding window, in random order, again and again (section 3.1).
 
-    images, labels: lazy uint8 arrays (Z, Y, X); patch_size, stride: (Y, X); slices: for each volume,
-    the z to cut up. The last window of a row or column ends at the border, so that the others keep
-    their stride. Patches that hold the structure occur 1 + copies times (section 3.2).
+    images, labels: lazy uint8 arrays (Z, Y, X); patch_size, stride: (Y, X); slices: for each
+    volume, the z to cut up. The last window of a row or column ends at the border, so that the
+    others keep their stride. Patches that hold the structure occur 1 + copies times (section 3.2).
 
     Item i is `image, label`, uint8 tensors of patch_size, and depends on (seed, i) alone; each run
     of len() items shows every patch once. Raises InputError where a patch does not fit.
@@ -390,7 +390,8 @@ def table_1(model, scored, results):
 
     values = [block and block["miou"] for block in results.values()]
     return "\n".join([
-        f"| mIoU, {scored} | {' | '.join(results)} | average |", f"| --- |{' --- |' * (len(results) + 1)}",
+        f"| mIoU, {scored} | {' | '.join(results)} | average |",
+        f"| --- |{' --- |' * (len(results) + 1)}",
         f"| {model} | {' | '.join(map(shown, values))} | {shown(mean_of(values))} |"])
 
 
@@ -408,9 +409,10 @@ def structure_colors(names):
 def describe(name, own, patches):
     """The settings of a structure, to print."""
     weights = f"weights up to {own.weight_cap:g}" if own.weight_cap else "no weights"
-    return (f"{name}, settings of {preset_of(name)}: {len(patches)} patches with {own.copies} copies of positive ones, {weights}, rate "
-            f"{own.lr:g} (decay {own.decay:g}, halved after {own.reduce_patience} epochs without "
-            f"improvement), {own.epochs} epochs at most, ended after {own.patience} of these")
+    return (f"{name}, settings of {preset_of(name)}: {len(patches)} patches with {own.copies} "
+            f"copies of positive ones, {weights}, rate {own.lr:g} (decay {own.decay:g}, halved "
+            f"after {own.reduce_patience} epochs without improvement), {own.epochs} epochs at "
+            f"most, ended after {own.patience} of these")
 
 
 # -- the command -----------------------------------------------------------------------------------
