@@ -2591,24 +2591,27 @@ def save_maps(path, items, classes, colors=CLASS_COLORS, rows=2, max_side=768):
     the busiest place of each slice enlarged in the upper left corner (Zhang 2018, figure 4).
 
     items: list of (name, image, label or None, prediction), lazy volumes; colors: of the foreground
-    classes. The rows are spread evenly over the items and their annotated
-    slices. IGNORE is grey.
+    classes. The rows are spread evenly over the items and their annotated slices. IGNORE is grey.
     """
     import matplotlib.colors
     palette = np.zeros((IGNORE + 1, 3))
     for k in range(1, len(classes)):
         palette[k] = matplotlib.colors.to_rgb(colors[(k - 1) % len(colors)])
     palette[IGNORE] = matplotlib.colors.to_rgb(UNKNOWN_COLOR)
-    panels = []
+    panels, unknown = [], False
     for name, image, label, prediction in items:
         step = max(1, math.ceil(max(image.shape[1:]) / max_side))
         for z in _spread(image, label, rows // len(items)):
-            ids = {"prediction": prediction[z]}
+            slices = {"image": image[z], "prediction": prediction[z]}
             if label is not None:
-                ids["truth"] = label[z]
-            shown = {"image": overlay(image[z], [], []),
-                     **{title: palette[slice_ids] for title, slice_ids in ids.items()}}
-            place = _busiest(list(ids.values())[-1], len(classes))
+                slices["truth"] = label[z]
+                unknown |= bool((slices["truth"] == IGNORE).any())
+            whole = {title: ids[::step, ::step] for title, ids in slices.items()}
+            place = _busiest(list(whole.values())[-1], len(classes))
+            y, x, height, width = [step * n for n in place]
+            shown = {title: [palette[ids] if title != "image" else overlay(ids, [], [])
+                             for ids in (whole[title], ids[y : y + height, x : x + width])]
+                     for title, ids in slices.items()}
             panels.append((f"{name}  z = {z}", image, shown, place, step))
     titles = max((list(shown) for _, _, shown, *_ in panels), key=len)
     height = np.mean([np.clip(i.shape[1] / i.shape[2], 0.2, 1.6) for _, i, *_ in panels])
@@ -2620,14 +2623,13 @@ def save_maps(path, items, classes, colors=CLASS_COLORS, rows=2, max_side=768):
             if title not in shown:
                 continue
             axis.set_title(title)
-            axis.imshow(shown[title][::step, ::step], interpolation="antialiased")
-            _inset(axis, shown[title], place, step)
+            picture, enlarged = shown[title]
+            axis.imshow(picture, interpolation="antialiased")
+            _inset(axis, enlarged, place)
         row[0].text(0.98, 0.03, name, transform=row[0].transAxes, fontsize=8, ha="right",
                     color="white", bbox={"facecolor": "black", "alpha": 0.6, "pad": 1.5,
                                          "edgecolor": "none"})
         _scale_bar(row[0], image.voxel_size, step)
-    unknown = any((picture == palette[IGNORE]).all(-1).any() for _, _, shown, *_ in panels
-                  for title, picture in shown.items() if title == "truth")
     _legend(figure, classes, False, colors, unknown)
     figure.get_layout_engine().set(h_pad=0.08)
     figure.savefig(path)
@@ -2646,18 +2648,18 @@ def _busiest(ids, n_classes):
             int(np.clip(x - width // 2, 0, ids.shape[1] - width)), height, width)
 
 
-def _inset(axis, picture, place, step):
-    """A place (y, x, height, width) of a full picture, enlarged in the axis's upper left corner;
-    both framed in grey."""
+def _inset(axis, enlarged, place):
+    """What is at a place (y, x, height, width) of an axis's picture, enlarged in its upper left
+    corner; both framed in grey."""
     from matplotlib.patches import Rectangle
     y, x, height, width = place
     inset = axis.inset_axes((0, 1 - INSET, INSET, INSET))
-    inset.imshow(picture[y : y + height, x : x + width], interpolation="nearest", aspect="auto")
+    inset.imshow(enlarged, interpolation="nearest", aspect="auto")
     inset.set(xticks=[], yticks=[])
     for spine in inset.spines.values():
         spine.set(edgecolor="0.6", linewidth=1.5)
-    axis.add_patch(Rectangle((x / step - 0.5, y / step - 0.5), width / step, height / step,
-                             fill=False, edgecolor="0.6", linewidth=1))
+    axis.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor="0.6",
+                             linewidth=1))
 
 
 VIEWS = ((-60, 25), (30, 40))           # azimuth and elevation of the eye, in degrees

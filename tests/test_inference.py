@@ -964,6 +964,20 @@ def test_save_maps_has_a_panel_for_image_prediction_and_truth(tmp_path, figures)
             shown, axis.images[0].get_array()[y : y + 16, x : x + 16])
 
 
+def test_save_maps_thins_large_slices_but_not_their_inset(tmp_path, figures):
+    (both,) = maps((1, 100, 100))
+    both[3].array[0, 49, 49] = 0                # seen at full resolution alone
+    emseg.save_maps(tmp_path / "maps.png", [both], CLASSES, max_side=50)
+    axis = figures[-1].axes[1]
+    (inset,) = axis.child_axes
+    (frame,) = [p for p in axis.patches if p.get_width() < 50]
+    y, x = round(2 * (frame.get_y() + 0.5)), round(2 * (frame.get_x() + 0.5))
+    colors = np.array([[0, 0, 0], *map(rgb, emseg.CLASS_COLORS[:2])])
+    np.testing.assert_allclose(axis.images[0].get_array(), colors[both[3].array[0, ::2, ::2]])
+    np.testing.assert_allclose(inset.images[0].get_array(),
+                               colors[both[3].array[0, y : y + 16, x : x + 16]])
+
+
 def test_save_maps_shows_what_nobody_knows_in_grey(tmp_path, figures):
     (name, image, label, pred), = maps((1, 60, 60))
     label.array[0, :30] = IGNORE
