@@ -1033,7 +1033,7 @@ def test_real_organelles_one_network_each(real_data, tmp_path):
              for name in ORGANELLES]
     run("--volume", f"{real_data / 'lucchi/Train_In'}@0:10,0:512,0:768", "--label", *masks,
         "--label-map", "128:256=1,*=0", "--width", 8, "--downsample", 2, "--patch-size", 128, 128,
-        "--batch-size", 8, "--epochs", 3, "--steps-per-epoch", 20, "--lr", "5e-3", "--augment",
+        "--batch-size", 4, "--epochs", 6, "--steps-per-epoch", 25, "--lr", "6e-3", "--augment",
         "--out-dir", tmp_path / "run", "--device", "cpu")
     content = metrics(tmp_path / "run")
     for name, least in ORGANELLES.items():
