@@ -49,7 +49,8 @@ Run:
 
 Expect:
     GPU    not run
-    CPU    mIoU DEMO
+    CPU    test mIoU of membrane, mitochondria, vesicles 0.710, 0.841, 0.587, average 0.713, seed 0,
+           89 s on two cores without bf16
     EPFL organelles, every fifth of 20 slices held out (command in the README), width 16, 1000 steps
     each, seed 0: validation mIoU of mitochondria, vesicles, PSD 0.949, 0.795, 0.828, average 0.857
     (unet 0.856, fcn8s 0.799, deeplabv3plus 0.740, segnet 0.733); 47 minutes for all three and 1.4
