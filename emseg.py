@@ -1044,8 +1044,7 @@ def _class_ids(path, values, n_classes, label_map, ignore_label, mask_class):
             n_classes == 2 or max(used, default=0) >= n_classes):
         id_of = {v: mask_class if v else 0 for v in used}
     elif n_classes == 2 or min(used, default=0) < 0 or max(used, default=0) >= n_classes:
-        raise _values_error(path, used, f"wanted class ids 0 to {n_classes - 1}",
-                            n_classes)
+        raise _values_error(path, used, f"wanted class ids 0 to {n_classes - 1}", n_classes)
     else:
         id_of = {v: v for v in used}
     return np.array([id_of.get(int(v), IGNORE) for v in values], np.uint8)

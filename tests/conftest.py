@@ -9,9 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tifffile
 import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import nn
 
 import emseg
 
@@ -147,3 +151,58 @@ def readme_commands(script):
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     return [line.split(script, 1)[1].split() for line in text.splitlines()
             if line.startswith("    ") and script in line and "cp " not in line]
+
+
+class InMemory(emseg.LazyArray):
+    """A NumPy array behind the interface of a volume; read_slices lists what was read."""
+
+    def __init__(self, array, slices=None, voxel_size=None):
+        array = np.asarray(array)
+        super().__init__("memory.tif", array.shape, array.dtype, voxel_size)
+        self.array, self.read_slices = array, []
+        self.slices = np.arange(len(array)) if slices is None else np.array(slices)
+
+    def read(self, z, y, x):
+        self.read_slices.extend(range(z.start, z.stop))
+        return self.array[z, y, x].copy()
+
+
+def convolutions(network):
+    """(in, out, kernel side) of every convolution, in the order in which they are made."""
+    return [(m.in_channels, m.out_channels, m.kernel_size[0]) for m in network.modules()
+            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+
+
+def normalised(state, name, x, **options):
+    """All convolutions, BatchNorms with their running statistics, and ReLUs of a conv_block, from
+    its weights alone."""
+    convs = sorted({int(key.split(".")[-2]) for key in state if key.startswith(f"{name}.")
+                    and state[key].dim() == 4 and len(key.split(".")) == len(name.split(".")) + 2})
+    for i in convs:
+        kernel = state[f"{name}.{i}.weight"]
+        x = F.conv2d(x, kernel, state[f"{name}.{i}.bias"],
+                     **{"padding": kernel.shape[-1] // 2, **options})
+        mean, var, scale, shift = [state[f"{name}.{i + 1}.{part}"].view(1, -1, 1, 1) for part in
+                                   ("running_mean", "running_var", "weight", "bias")]
+        x = ((x - mean) / (var + 1e-5).sqrt() * scale + shift).relu()
+    return x
+
+
+def random_statistics(network):
+    """Give BatchNorm statistics and weights that show where they are used; prediction mode."""
+    torch.manual_seed(1)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for tensor, low, high in ((norm.running_mean, -0.1, 0.1), (norm.running_var, 0.05, 0.2),
+                                      (norm.weight, 0.5, 2), (norm.bias, -0.5, 1)):
+                nn.init.uniform_(tensor, low, high)
+    return network.eval()
+
+
+def enlarged(x, factor):
+    """Bilinear enlargement by SciPy; pixels are areas, borders are held."""
+    H, W = x.shape[-2:]
+    y, xs = [(np.arange(n * factor) + 0.5) / factor - 0.5 for n in (H, W)]
+    grid = np.meshgrid(y, xs, indexing="ij")
+    return torch.tensor(np.array([[ndimage.map_coordinates(
+        channel, grid, order=1, mode="nearest") for channel in image] for image in x.numpy()]))

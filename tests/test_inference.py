@@ -14,23 +14,10 @@ from scipy import ndimage
 from torch import nn
 
 import emseg
+from conftest import InMemory
 
 IGNORE = emseg.IGNORE
 CLASSES = ["background", "a", "b"]
-
-
-class InMemory(emseg.LazyArray):
-    """A NumPy array behind the interface of a volume; read_slices lists what was read."""
-
-    def __init__(self, array, slices=None, voxel_size=None):
-        array = np.asarray(array)
-        super().__init__("memory.tif", array.shape, array.dtype, voxel_size)
-        self.array, self.read_slices = array, []
-        self.slices = np.arange(len(array)) if slices is None else np.array(slices)
-
-    def read(self, z, y, x):
-        self.read_slices.extend(range(z.start, z.stop))
-        return self.array[z, y, x].copy()
 
 
 class Writer:

@@ -19,9 +19,8 @@ from torch import nn
 import conftest
 import emseg
 import train_seget
-from conftest import ROOT, log_without_seconds, metrics, weights
-from test_inference import InMemory
-from test_networks import convolutions, enlarged, normalised, random_statistics
+from conftest import (ROOT, InMemory, convolutions, enlarged, log_without_seconds, metrics,
+                      normalised, random_statistics, weights)
 
 IGNORE = emseg.IGNORE
 run = functools.partial(conftest.run, train_seget)
