@@ -1677,14 +1677,14 @@ def sampling_grid(batch, size, device, flip=False, rot90=False, rotation=0.0, sc
 
 
 def warp(image, grid, mode):
-    """Sample image (B, H, W) at grid (B, H, W, 2), float32; mode bilinear, or nearest for labels.
+    """Sample image (B, H, W) at grid (B, h, w, 2), float32; mode bilinear, or nearest for labels.
 
     All slices of a crop (B, Z, H, W) are sampled alike. What lies outside is mirrored, so that
     image and label stay a true pair up to the border.
     """
     slices = image.reshape(len(image), -1, *image.shape[-2:]).float()
     return F.grid_sample(slices, grid, mode=mode, padding_mode="reflection",
-                         align_corners=False).reshape(image.shape)
+                         align_corners=False).reshape(*image.shape[:-2], *grid.shape[1:3])
 
 
 def augment(image, label, normalization, brightness=0.0, contrast=0.0, **geometry):
@@ -1745,18 +1745,50 @@ def conv_block(channels, norm="batch", padding=1, kernel=3, **options):
     return nn.Sequential(*layers)
 
 
-class Conv3d(nn.Conv3d):
-    """A convolution with kernel 3 and padding 1 whose gradient can be trusted.
+class BySlice(nn.Module):
+    """A 2D layer on every slice: (B, C, Z, H, W) -> (B, C', Z, H', W'), no copy in channels-last
+    memory."""
 
-    On a CPU PyTorch (seen in 2.13) fills the gradient of a bf16 convolution's weights with garbage
-    where its input is two slices deep. A third slice, of zeros, changes nothing but that.
-    """
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
 
     def forward(self, x):
-        depth = x.shape[2]
-        if depth > 2:
-            return super().forward(x)
-        return super().forward(F.pad(x, (0, 0, 0, 0, 0, 3 - depth)))[:, :, :depth]
+        return fold_slices(x, self.layer)
+
+
+def fold_slices(x, layer):
+    """Call a 2D layer on x (B, C, Z, H, W) as B * Z images."""
+    B, _, Z = x.shape[:3]
+    return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, Z)).transpose(1, 2)
+
+
+def channels_last(network):
+    """The network, its 2D and 3D kernels in the channels-last memory format."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in network.parameters():
+        if parameter.dim() in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
+    return network
+
+
+class Conv3d(nn.Conv3d):
+    """A 3 x 3 x 3 convolution with padding 1, as a 2D one over each slice and its two neighbours.
+
+    nn.Conv3d on a CPU is up to six times slower below 32 channels (torch 2.14), and in bf16 gets
+    the gradient of its weights wrong where the input is two slices deep (seen in 2.13).
+    """
+
+    def __init__(self, in_channels, out_channels, bias=True):
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
+
+    def forward(self, x):
+        Z = x.shape[2]
+        x = F.pad(x, (0, 0, 0, 0, 1, 1))
+        x = torch.cat([x[:, :, k : k + Z] for k in range(3)], dim=1)        # (B, 3 C, Z, H, W)
+        weight = self.weight.transpose(1, 2).flatten(1, 2)                  # (C', 3 C, 3, 3)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return fold_slices(x, lambda x: F.conv2d(x, weight, self.bias, padding=1))
 
 
 def norm_conv_block_3d(*channels):
@@ -1764,7 +1796,7 @@ def norm_conv_block_3d(*channels):
     layers = []
     for c_in, c_out in zip(channels[:-1], channels[1:]):
         layers += [nn.GroupNorm(math.gcd(8, c_in), c_in),
-                   Conv3d(c_in, c_out, 3, padding=1, bias=False), nn.ReLU(inplace=True)]
+                   Conv3d(c_in, c_out, bias=False), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
@@ -1787,12 +1819,13 @@ def he_initialization(module):
         nn.init.zeros_(module.bias)
 
 
-def glorot_initialization(module):
+def glorot_initialization(module, kinds=(nn.Conv2d,)):
     """Uniform weights of variance 2 / (inputs + outputs of a neuron), no bias (Glorot 2010), with
-    which Keras begins a convolution."""
-    if isinstance(module, nn.Conv2d):
+    which Keras begins a convolution; kinds: the layers to treat so."""
+    if isinstance(module, kinds) and not isinstance(module, LearnedUp):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def crop_like(x, reference):
@@ -1842,7 +1875,8 @@ class LearnedUp(nn.ConvTranspose2d):
 
 
 # ==================================================================================================
-# Networks: (in_channels, out_channels, width=None) -> module with dims, stride, margin, offset
+# Networks: (in_channels, out_channels, width=None) -> module with dims, stride, margin, offset;
+# 3D ones also with min_depth, the slices that they need
 # ==================================================================================================
 
 
@@ -1928,7 +1962,7 @@ class UNet3D(nn.Module):
     which is Çiçek's training from sparse annotation.
     """
 
-    dims, stride, offset, margin = 3, 8, 0, 0
+    dims, stride, offset, margin, min_depth = 3, 8, 0, 0, 8
 
     def __init__(self, in_channels, out_channels, width=None):
         super().__init__()
@@ -2147,8 +2181,9 @@ def check_patch_size(network, patch_size, name):
     if len(patch_size) != network.dims:
         raise InputError(f"--patch-size {format_shape(patch_size)}: {name} takes "
                          f"{'two sides, Y X' if network.dims == 2 else 'three sides, Z Y X'}")
-    if network.dims == 3 and patch_size[0] < 8:
-        raise InputError(f"--patch-size {format_shape(patch_size)}: {name} needs 8 slices or more")
+    if network.dims == 3 and patch_size[0] < network.min_depth:
+        raise InputError(f"--patch-size {format_shape(patch_size)}: {name} needs "
+                         f"{network.min_depth} slices or more")
     smallest = 2 * network.margin + 1
     wrong = [s for s in patch_size[-2:] if s % stride != offset or s < smallest]
     if wrong:
@@ -2177,11 +2212,12 @@ def blending_window(*sides, device=None):
     return window
 
 
-def predict_slices(network, image, max_tile=None):
+def predict_slices(network, image, max_tile=None, overlap=OVERLAP):
     """Probabilities (B, C, ..., H, W) float32 of network input (B, C', ..., H, W) of any H, W.
 
-    Sides up to max_tile (y, x; default: MAX_TILE) are predicted whole, longer ones in overlapping
-    tiles that are blended. Borders are mirrored up to a size that the network takes and cut off.
+    Sides up to max_tile (y, x; default: MAX_TILE) are predicted whole, longer ones in tiles that
+    overlap by a share `overlap` or more and are blended. Borders are mirrored up to a size that the
+    network takes and cut off.
     """
     H, W = image.shape[-2:]
     margin = network.margin
@@ -2189,7 +2225,8 @@ def predict_slices(network, image, max_tile=None):
                       for side, most in zip((H, W), max_tile or (MAX_TILE, MAX_TILE))]
     bottom, right = max(tile_h - H, 0), max(tile_w - W, 0)
     image = mirror_pad(image, margin, bottom + margin, margin, right + margin)
-    starts = [(y, x) for y in tile_starts(H, tile_h) for x in tile_starts(W, tile_w)]
+    starts = [(y, x) for y in tile_starts(H, tile_h, overlap)
+              for x in tile_starts(W, tile_w, overlap)]
     if len(starts) == 1:
         return probabilities(network(image))[..., :H, :W]
     window = blending_window(tile_h, tile_w, device=image.device)
@@ -2199,9 +2236,9 @@ def predict_slices(network, image, max_tile=None):
             image[..., y : y + tile_h + 2 * margin, x : x + tile_w + 2 * margin]))
         if total is None:
             total = prob.new_zeros(*prob.shape[:-2], *weight.shape)
-        total[..., y : y + tile_h, x : x + tile_w] += prob * window
+        total[..., y : y + tile_h, x : x + tile_w] += prob.mul_(window)
         weight[y : y + tile_h, x : x + tile_w] += window
-    return (total / weight)[..., :H, :W]
+    return total.div_(weight)[..., :H, :W]
 
 
 def mirror_pad(image, top, bottom, left, right):
@@ -2274,10 +2311,11 @@ def predict_by_slabs(predict, image, shape, context=1, pixels=2**20, rank=0, wor
 def predict_by_windows(predict, image, depth, overlap=1 / 3, rank=0, world=1):
     """Yield (slab, probabilities (n, C, H, W)) of a 3D network, blended along z.
 
-    predict: uint8 tensor (depth, H, W) -> (depth, C, H, W). Windows overlap by `overlap` or more;
-    only as many slices as a window has are held at a time. Ranks share the slices in equal parts.
+    predict: uint8 tensor (depth, H, W) -> (depth, C, H, W); a volume with fewer slices is one
+    window. Windows overlap by `overlap` or more; only as many slices as a window has are held at a
+    time. Ranks share the slices in equal parts.
     """
-    image = EdgePadded(image, 0, max(depth - len(image), 0))
+    depth = min(depth, len(image))
     starts = tile_starts(len(image), depth, overlap)
     ends = [*starts[1:], len(image)]                # slices start:end are done after their window
     first, last = [rank_ * len(starts) // world for rank_ in (rank, rank + 1)]
@@ -2289,11 +2327,15 @@ def predict_by_windows(predict, image, depth, overlap=1 / 3, rank=0, world=1):
         window = blending_window(depth, device=prob.device).view(-1, 1, 1, 1)
         if total is None:
             total, weight = torch.zeros_like(prob), torch.zeros_like(window)
-        total, weight = total + prob * window, weight + window
+        total.addcmul_(prob, window)
+        del prob                                    # one buffer of a window's size, not two
+        weight += window
+        done = end - start
         if start >= starts[first]:
-            yield slice(start, end), total[: end - start] / weight[: end - start]
-        total, weight = [F.pad(x[end - start :], (0, 0) * 3 + (0, end - start))
-                         for x in (total, weight)]
+            yield slice(start, end), total[:done] / weight[:done]
+        for buffer in (total, weight):              # what overlaps the next window moves down
+            for z in range(depth):
+                buffer[z] = buffer[z + done] if z + done < depth else 0
 
 
 def predict_volume(stream, writers, shape, downsample=1, probability=None, progress=None):
@@ -2324,18 +2366,22 @@ def predict_volume(stream, writers, shape, downsample=1, probability=None, progr
             progress(done, shape[0])
 
 
-def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=0, world=1):
+def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=0, world=1,
+                 depth=None):
     """Confusion counts (N, K, K) of the N annotated slices of a lazy image and its Labels.
 
     predict: uint8 tensor (context, H, W) around a slice -> probabilities (n, C, H, W), of which the
-    middle one is the slice's.
+    middle one is the slice's. depth: of the windows of a 3D network, (depth, H, W) -> (depth, C, H,
+    W), which stay inside of the volume.
     """
     counts = np.zeros((len(label.slices), len(classes), len(classes)), dtype=np.int64)
-    image = with_context(image, context)
+    depth = depth and min(depth, len(image))
+    image = image if depth else with_context(image, context)
     for row in range(rank, len(label.slices), world):
         z = label.slices[row]
-        prob = predict(torch.from_numpy(image[z : z + context]))
-        pred = class_ids(prob[len(prob) // 2][None], threshold)
+        start = min(max(z - depth // 2, 0), len(image) - depth) if depth else z
+        prob = predict(torch.from_numpy(image[start : start + (depth or context)]))
+        pred = class_ids(prob[z - start if depth else len(prob) // 2][None], threshold)
         counts[row] = confusion(pred.to(torch.uint8).cpu().numpy(), label[z][None],
                                 len(classes))[0]
     if world > 1:
@@ -2376,13 +2422,14 @@ def _nanmean(values, axis=None):
     return _ratio(np.where(valid, values, 0).sum(axis), valid.sum(axis))
 
 
-def scores(counts, classes):
+def scores(counts, classes, organelles=None):
     """Scores of one volume from its per-slice confusion counts (Z, K, K): the metrics.json block.
 
     Per foreground class: Dice, IoU, precision, recall over the whole volume (3D); dice_slices, the
     mean of the 2D Dice of the slices, where a slice without the class in truth and prediction
     counts 1; the two `nonempty` variants leave out slices without the class in the truth
-    (Pagano 2023). dice and iou: means over foreground classes; miou: over all classes; accuracy.
+    (Pagano 2023). dice and iou: means over foreground classes; miou: over all classes; accuracy;
+    miou_org: mean IoU over the classes `organelles` (ids), where they are given (Guay 2021).
     Undefined values (the class is in neither truth nor prediction) are None.
     """
     tp = np.diagonal(counts, axis1=1, axis2=2).astype(float)                # (Z, K)
@@ -2402,11 +2449,14 @@ def scores(counts, classes):
     per_class = {name: {key: _plain(value[k], count=key in ("tp", "fp", "fn"))
                         for key, value in values.items()}
                  for k, name in enumerate(classes) if k > 0}
-    return {
+    result = {
         "per_class": per_class,
         "dice": _plain(_nanmean(values["dice"][1:])), "iou": _plain(_nanmean(values["iou"][1:])),
         "miou": _plain(_nanmean(values["iou"])), "accuracy": _plain(_ratio(TP.sum(), T.sum())),
     }
+    if organelles:
+        result["miou_org"] = _plain(_nanmean(values["iou"][list(organelles)]))
+    return result
 
 
 def _plain(value, count=False):
@@ -2423,10 +2473,11 @@ def mean_scores(volumes):
     per_class = {name: {key: mean([v["per_class"][name][key] for v in volumes])
                         for key in volumes[0]["per_class"][name]} for name in names}
     return {"per_class": per_class,
-            **{key: mean([v[key] for v in volumes]) for key in ("dice", "iou", "miou", "accuracy")}}
+            **{key: mean([v[key] for v in volumes]) for key in volumes[0]
+               if key in ("dice", "iou", "miou", "miou_org", "accuracy")}}
 
 
-def evaluate(prediction, label, classes, pixels=2**24):
+def evaluate(prediction, label, classes, organelles=None, pixels=2**24):
     """`scores` of two lazy volumes (Z, Y, X) of class ids, read slab by slab; also their voxels.
 
     Raises InputError where the shapes differ or the prediction holds a class that does not exist.
@@ -2444,7 +2495,7 @@ def evaluate(prediction, label, classes, pixels=2**24):
         pred = pred.astype(np.uint8)
         counts.append(confusion(pred, truth, len(classes)))
         ignored += truth.size - int(counts[-1].sum())
-    result = scores(np.concatenate(counts), classes)
+    result = scores(np.concatenate(counts), classes, organelles)
     return {"voxels": math.prod(label.shape), "ignored": ignored, **result}
 
 
@@ -2458,7 +2509,7 @@ ERROR_COLORS = {"true positive": "#2ca02c", "false negative": "#d62728",
                 "false positive": "#1f77b4"}
 
 
-def _new_figure(**options):
+def new_figure(**options):
     """A matplotlib figure that needs no screen and no global state."""
     import matplotlib.figure
     return matplotlib.figure.Figure(layout="constrained", **options)
@@ -2505,7 +2556,7 @@ def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768)
             panels.append((f"{name}  z = {z}", image, shown))
     titles = max((list(shown) for *_, shown in panels), key=len)
     height = 3.1 * np.mean([min(1.6, i.shape[1] / i.shape[2]) for _, i, _ in panels]) + 0.25
-    figure = _new_figure(figsize=(3.1 * len(titles), height * len(panels) + 0.4), dpi=120)
+    figure = new_figure(figsize=(3.1 * len(titles), height * len(panels) + 0.4), dpi=120)
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
     for title, axis in zip(titles, axes[0]):
         axis.set_title(title)
@@ -2519,7 +2570,7 @@ def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768)
                                          "edgecolor": "none"})
         shrunk = image.shape[2] / shown["image"].shape[1]
         _scale_bar(row[0], image.voxel_size, shrunk)
-    _legend(figure, classes, "truth" in titles, colors)
+    legend(figure, classes, "truth" in titles, colors)
     figure.savefig(path)
 
 
@@ -2566,7 +2617,7 @@ def _scale_bar(axis, voxel_size, step):
               path_effects=outline)
 
 
-def _legend(figure, classes, errors, colors, unknown=False):
+def legend(figure, classes, errors, colors, unknown=False):
     """Class colours and, where truth is known, error colours below the panels; unknown: what grey
     means, too."""
     from matplotlib.patches import Patch
@@ -2614,7 +2665,7 @@ def save_maps(path, items, classes, colors=CLASS_COLORS, rows=2, max_side=768):
             panels.append((f"{name}  z = {z}", image, shown, place, step))
     titles = max((list(shown) for _, _, shown, *_ in panels), key=len)
     height = np.mean([np.clip(i.shape[1] / i.shape[2], 0.2, 1.6) for _, i, *_ in panels])
-    figure = _new_figure(figsize=(4 * len(titles), (4 * height + 0.1) * len(panels) + 0.5), dpi=120)
+    figure = new_figure(figsize=(4 * len(titles), (4 * height + 0.1) * len(panels) + 0.5), dpi=120)
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
     for row, (name, image, shown, place, step) in zip(axes, panels):
         for axis, title in zip(row, titles):
@@ -2629,7 +2680,7 @@ def save_maps(path, items, classes, colors=CLASS_COLORS, rows=2, max_side=768):
                     color="white", bbox={"facecolor": "black", "alpha": 0.6, "pad": 1.5,
                                          "edgecolor": "none"})
         _scale_bar(row[0], image.voxel_size, step)
-    _legend(figure, classes, False, colors, unknown)
+    legend(figure, classes, False, colors, unknown)
     figure.get_layout_engine().set(h_pad=0.08)
     figure.savefig(path)
 
@@ -2687,7 +2738,7 @@ def save_surfaces(path, items, classes, max_side=128, pixels=300):
                     + [compose([surface], [k], [False]) for k, surface in enumerate(views[0])])
     ink = np.argwhere((np.array(rows) < 1).any(axis=(0, 1, 4)))         # the same margin all round
     margin = max(0, min(ink.min(), pixels - 1 - ink.max()) - 8) if len(ink) else 0
-    figure = _new_figure(figsize=(2.2 * len(titles), 2.2 * len(items) + 0.3), dpi=120)
+    figure = new_figure(figsize=(2.2 * len(titles), 2.2 * len(items) + 0.3), dpi=120)
     axes = figure.subplots(len(items), len(titles), squeeze=False)
     side = _scene_size(shares[0], block) / pixels
     for pictures, axes_of_row, (name, volume) in zip(rows, axes, items.items()):
@@ -2837,9 +2888,10 @@ def save_curves(path, log):
     stages = list(dict.fromkeys(row.get("stage", "") for row in rows))
     terms = [key for key in rows[0] if key.startswith("loss_")]     # the total moves with weights
     groups = {"loss": terms or ["loss"],
-              "validation": [key for key in ("val_dice", "val_iou", "val_miou") if key in rows[0]]}
+              "validation": [key for key in ("val_dice", "val_iou", "val_miou",
+                                              "val_miou_org") if key in rows[0]]}
     groups = {title: keys for title, keys in groups.items() if keys}
-    figure = _new_figure(figsize=(5 * len(groups), 3.5), dpi=120)
+    figure = new_figure(figsize=(5 * len(groups), 3.5), dpi=120)
     for axis, (title, keys) in zip(figure.subplots(1, len(groups), squeeze=False)[0],
                                    groups.items()):
         for key in keys:
@@ -2862,7 +2914,8 @@ def save_curves(path, log):
 RUN_FILES = ("config.json", "log.csv", "best.pt", "last.pt", "metrics.json", "figure.png",
              "curves.png", "maps.png", "surfaces.png", "surfaces_*.png", "prediction.*",
              "prediction_*", "probability.tif", "probability_*.tif", "stages/*.tif",
-             "stages/*/*.tif")
+             "stages/*/*.tif", "weights*.tif", "weights.png", "histogram.png",
+             "instances.png", "instances_*.png")
 # A resumed run takes these from the command line, all else from its config.json.
 OF_THIS_CALL = {"out_dir", "overwrite", "resume", "checkpoint", "device", "amp", "compile",
                 "workers"}
@@ -3131,8 +3184,11 @@ def open_data(args, checkpoint=None, score_validation=False):
         paths = getattr(args, f"{kind}_volume")
         opened = [open_input(path, args) for path in paths]
         label_paths = getattr(args, f"{kind}_label")
+        own = dict(rules)
+        if kind == "test" and getattr(args, "test_ignore_label", None) is not None:
+            own["ignore_label"] = args.test_ignore_label
         truths = open_labels(label_paths, opened, n_classes, require_foreground=False,
-                             **rules)[0] if label_paths else [None] * len(opened)
+                             **own)[0] if label_paths else [None] * len(opened)
         items[kind] = [Item(name, v, view(v, args), truth)
                        for name, v, truth in zip(unique_names(paths), opened, truths)]
     if checkpoint:
@@ -3546,6 +3602,7 @@ class Run:
         self.predicted_voxels, self.predict_seconds, self.interrupted = 0, 0.0, False
         self.stage, self.threshold = None, getattr(args, "threshold", 0.5)
         self.colors = CLASS_COLORS              # of the foreground classes, in figure.png
+        self.organelles = getattr(args, "organelles", None)     # class ids of miou_org
         if self.checkpoint:
             self.best, self.seconds = self.checkpoint["best"], self.checkpoint["seconds"]
         if not whole:
@@ -3615,8 +3672,7 @@ class Run:
 
     def prepare(self, network):
         """Move a network to the device, channels last, and compile it if asked."""
-        network = network.to(self.device, memory_format=torch.channels_last
-                             if network.dims == 2 else torch.channels_last_3d)
+        network = channels_last(network.to(self.device))
         if self.args.compile:
             network.compile()
         return network
@@ -3823,20 +3879,22 @@ class Run:
                 f"{duration(rate * (self.total - self.step))} left")
         print(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n", flush=True)
 
-    def validate(self, predict, items=None, context=1):
+    def validate(self, predict, items=None, context=1, depth=None):
         """val_dice and val_iou, means over foreground classes and validation volumes, val_miou, the
-        mean over all classes, and the Dice of each class, val_dice_NAME; or {}.
+        mean over all classes (and val_miou_org over self.organelles), and the Dice of each class,
+        val_dice_NAME; or {}.
 
-        items: Items to score in place of data.val; predict, context: see score_slices.
+        items: Items to score in place of data.val; predict, context, depth: see score_slices.
         """
         items = self.data.val if items is None else items
         if not items:
             return {}
         results = [scores(score_slices(predict, item.image, item.label, self.data.classes, context,
-                                       self.threshold, self.rank, self.world), self.data.classes)
-                   for item in items]
+                                       self.threshold, self.rank, self.world, depth),
+                          self.data.classes, self.organelles) for item in items]
         mean = mean_scores(results)
-        return {"val_dice": mean["dice"], "val_iou": mean["iou"], "val_miou": mean["miou"],
+        return {**{f"val_{key}": mean[key] for key in ("dice", "iou", "miou", "miou_org")
+                   if key in mean},
                 **{f"val_dice_{name}": score["dice"] for name, score in mean["per_class"].items()}}
 
     def end_epoch(self, validation, metric="val_dice"):
@@ -3916,24 +3974,27 @@ class Run:
             load_weights(network, checkpoint, name, path)
 
     @torch.inference_mode()
-    def predict_slices(self, network, image, prepare=None):
+    def predict_slices(self, network, image, prepare=None, tile=None, overlap=OVERLAP):
         """uint8 slices (B, H, W) -> probabilities (B, C, H, W): prepared, tiled, eight views.
 
         prepare: slices on the device -> network input, in place of the normalisation. For a 3D
         network the slices are a window (Z, H, W), tiled like the crops that it was trained on.
+        tile, overlap: see predict_slices, in place of the defaults.
         """
         network.eval()
+        n = len(image)
+        if network.dims == 3 and n < network.min_depth:         # the last slice, again
+            image = torch.cat([image, image[-1:].expand(network.min_depth - n, -1, -1)])
         image = image.to(self.device)
         image = prepare(image) if prepare else normalize(image, self.data.normalization)
-        max_tile = None
         if network.dims == 3:
-            image, max_tile = image.transpose(0, 1)[None], self.args.patch_size[1:]
+            image, tile = image.transpose(0, 1)[None], tile or self.args.patch_size[1:]
 
         def once(view):
             with self.autocast():
-                return predict_slices(network, view, max_tile)
+                return predict_slices(network, view, tile, overlap)
         prob = eight_views(once, image) if self.args.tta else once(image)
-        return prob if network.dims == 2 else prob[0].transpose(0, 1)
+        return prob if network.dims == 2 else prob[0].transpose(0, 1)[:n]
 
     def output(self, item, stage=None):
         """The path of an Item's prediction, or of its result at an earlier stage, always TIFF."""
@@ -3990,16 +4051,17 @@ class Run:
         with self.writers(item, *outputs) as writers:
             ids = dict(zip(writers, (decide, *also.values())))
             predict_volume(stream, ids, shape, self.args.downsample, *writers[len(ids):],
-                           progress=self._predicting)
-        self._predicting(1, 1)
+                           progress=functools.partial(self.progress, "predicting  slice"))
+        self.progress("", 1, 1)
         self.predicted_voxels += math.prod(shape)
         self.predict_seconds += time.monotonic() - started
         return path
 
-    def _predicting(self, done, total):
-        """Progress of a prediction, on a terminal only."""
+    def progress(self, what, done, total):
+        """How far something other than training is: a line that renews itself, on a terminal only.
+        """
         if self.rank == 0 and sys.stdout.isatty():
-            text = f"predicting  slice {done}/{total}" if done < total else ""
+            text = f"{what} {done}/{total}" if done < total else ""
             print(f"\r{text}\x1b[K", end="", flush=True)
 
     def barrier(self):
@@ -4022,10 +4084,12 @@ class Run:
             opened = {name: open_volume(str(paths[number])) for name, paths in stages.items()}
             entry = {"volume": item.volume.path, "label": item.label and item.label.path,
                      "prediction": str(predictions[number]), "voxels": math.prod(item.volume.shape),
-                     **dict.fromkeys(("ignored", "per_class", "dice", "iou", "miou", "accuracy"))}
+                     **dict.fromkeys(("ignored", "per_class", "dice", "iou", "miou", "accuracy",
+                                      *(["miou_org"] if self.organelles else [])))}
             if item.label is not None:
                 for name, prediction in opened.items():
-                    results[name].append(evaluate(prediction, item.label, self.data.classes))
+                    results[name].append(evaluate(prediction, item.label, self.data.classes,
+                                                  self.organelles))
                     self._say_scores(predictions[number], name if named else "",
                                      results[name][-1])
                 entry.update(results[name][-1])
@@ -4047,7 +4111,8 @@ class Run:
             "peak_memory_gib": peak_memory_gib(self.device),
             "parameters": sum(map(count_parameters, self.networks.values()))}
         self._write_json("metrics.json", content)
-        save_slices(self.folder / "figure.png", shown, self.data.classes, self.colors)
+        if shown:
+            save_slices(self.folder / "figure.png", shown, self.data.classes, self.colors)
         for number, (_, _, label, opened) in enumerate(shown if surfaces else []):
             name = self.output(self.data.test[number]).stem.replace("prediction", "surfaces", 1)
             rows = opened if label is None else {"truth": label, **opened}

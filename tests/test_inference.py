@@ -855,8 +855,8 @@ def test_save_slices_shows_classes_and_errors(tmp_path, shapes, labelled):
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn."""
-    drawn, new_figure = [], emseg._new_figure
-    monkeypatch.setattr(emseg, "_new_figure",
+    drawn, new_figure = [], emseg.new_figure
+    monkeypatch.setattr(emseg, "new_figure",
                         lambda **options: drawn.append(new_figure(**options)) or drawn[-1])
     return drawn
 
@@ -990,7 +990,7 @@ def test_the_inset_shows_where_small_structures_are():
 @pytest.mark.parametrize("side, step, nm, text", [(400, 1, 8.0, "500 nm"), (400, 1, 40.0, "2 µm"),
                                                   (2000, 3, 0.5, "200 nm"), (64, 1, 5.0, "50 nm")])
 def test_scale_bar_has_the_length_that_it_names(side, step, nm, text):
-    figure = emseg._new_figure()
+    figure = emseg.new_figure()
     axis = figure.subplots()
     axis.imshow(np.zeros((9, math.ceil(side / step))))
     emseg._scale_bar(axis, (20.0, 99.0, nm), step)

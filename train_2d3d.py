@@ -1,0 +1,1015 @@
+"""2D-3D networks: a 2D encoder-decoder that looks at neighbouring slices, in ensembles.
+
+Guay MD, Emam ZAS, Anderson AB, Aronova MA, Pokrovskaya ID, Storrie B, Leapman RD (2021). Dense
+cellular segmentation for EM using 2D-3D neural network ensembles. Scientific Reports 11, 2561.
+doi:10.1038/s41598-021-81590-0
+
+Every voxel of a platelet gets one of seven classes. A 2D U-Net runs over the slices of a thin
+window, helped by 3x3x3 convolutions at both ends; a small 3D spatial pyramid then sees its features
+and its own class predictions, and both predictions are trained. Networks of other random seeds turn
+out better or worse, and make other errors: the best few, averaged, beat the best one.
+
+Equations:
+    eq. 1 (loss)                            main: loss = loss_3d + loss_2d + loss_l2
+    W = w + W_cb + W_ep                     voxel_weights, edge_weights
+    figure 2, top (network)                 Hybrid, 10,267,022 parameters
+    Network training (windows)              Windows, 828 in an epoch
+    Network training (augmentation)         augment
+    Validation and performance metrics      emseg.scores: miou, miou_org
+    Validation ... (rival networks)         SameUNet3D, DeepVess, emseg.UNet, DeepLabV3
+    ensembles                               main: see_ensemble
+    figure 2, bottom; figure 4; table 1     save_instances, save_histogram, table_1
+
+Differences from the paper:
+    1. The elastic map is uniform noise of +-20 pixels every 40 pixels, smoothed (authors' code);
+       the printed "mean 20" would be a shift. Images are sampled bilinearly, labels and weights at
+       the nearest pixel.
+    2. Logits have no ReLU, and the pyramid is given logits, not probabilities; all transposed
+       convolutions are 1x2x2 and keep z. (The authors' code differs in both.)
+    3. Reflections are done; the authors' code discards them.
+    4. Eq. 1 as printed is a mean over voxels; the authors' code sums, so that its L2 terms weigh
+       438,080 times less (--l2-2d, --l2-3d, --l2-p). N counts annotated voxels.
+    5. The paper takes W from a file, and its code says how an edge is weighted, not which edges
+       were. Here each class is one side of an edge and all others are the other; W_cb is 1 for the
+       rarest class; borders of a slice are no edges.
+    6. Windows overlap by a third or more and are blended; the authors' code takes each voxel from
+       the window in whose middle it is.
+    7. What the paper leaves open for rivals (rate, windows) is marked in SETTINGS. Their L2 terms
+       are lambda_3D for 3D kernels, else lambda_2D, and lambda_P for the last layer. DeepVess's
+       windows are its own, 7 x 33 x 33.
+    8. Windows reach beyond the volume by what a network's output is smaller than its input, where
+       they are mirrored: every voxel is trained on.
+
+Run:
+    GPU    python train_2d3d.py --volume train.tif --label train_label.tif --val-volume eval.tif \\
+               --val-label eval_label.tif --test-volume test.tif --test-label test_label.tif \\
+               --test-ignore-label 0 --organelles 2 3 4 5 6 --instances 26 --top-k 4
+    CPU    python train_2d3d.py --demo
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import emseg
+
+# Windows, spacing, epochs and rate of a model (Network training; authors' code). Not in the paper:
+# spacing and rate of the rivals, but those of unet3d-thin and deeplab-* give the number of training
+# steps that it reports, those of unet are the authors'; batch and spacing of deepvess; "others".
+SETTINGS = {
+    "2d3d": dict(patch_size=[5, 300, 300], spacing=[2, 100, 100], epochs=40, lr=1e-3, batch_size=1),
+    "unet": dict(patch_size=[572, 572], spacing=[1, 80, 80], epochs=100, lr=10**-3.3, batch_size=1,
+                 l2_2d=1e-5),
+    "unet3d-thin": dict(patch_size=[5, 300, 300], spacing=[4, 102, 102], epochs=100, lr=1e-3,
+                        batch_size=1),
+    "unet3d-thick": dict(patch_size=[16, 180, 180], spacing=[4, 120, 120], epochs=100, lr=1e-3,
+                         batch_size=1),
+    "deeplab": dict(patch_size=[572, 572], spacing=[2, 115, 115], epochs=40, lr=1e-3, batch_size=1),
+    "deepvess": dict(patch_size=[7, 33, 33], spacing=[2, 20, 20], epochs=40, lr=1e-3,
+                     batch_size=64),
+    "others": dict(patch_size=[320, 320], spacing=[1, 100, 100], epochs=40, lr=1e-3, batch_size=1),
+}
+LAMBDAS = dict(l2_2d=10**-4.7, l2_3d=1e-5, l2_p=1e-9)
+CONVOLUTIONS = nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d
+OVERLAP = 1 / 3                         # of the windows of a prediction, in every axis
+
+
+# -- networks --------------------------------------------------------------------------------------
+
+
+def conv_block(channels, depths):
+    """Convolution + ReLU for each step of channels (in, ..., out), on (B, C, Z, H, W); depths: of
+    each kernel, 3 for 3x3x3 or 1 for 1x3x3."""
+    layers = []
+    for c_in, c_out, depth in zip(channels, channels[1:], depths):
+        layers += [emseg.Conv3d(c_in, c_out) if depth == 3
+                   else emseg.BySlice(nn.Conv2d(c_in, c_out, 3, padding=1)),
+                   nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+def pointwise(c_in, c_out):
+    """A 1x1x1 convolution."""
+    return emseg.BySlice(nn.Conv2d(c_in, c_out, 1))
+
+
+def upsample(c_in, c_out):
+    """A 1x2x2 transposed convolution that doubles y and x."""
+    return emseg.BySlice(nn.ConvTranspose2d(c_in, c_out, 2, stride=2))
+
+
+class Hybrid(nn.Module):
+    """2D-3D+3x3x3 (figure 2, top): 10,267,022 parameters at 1 input and 7 output channels.
+
+    (B, in_channels, Z, H, W) -> logits (B, out_channels, Z, H - 4, W - 4) for sides of 4 + a
+    multiple of 8, of which two pixels are lost on each side: 300 -> 296. width: filters of the
+    first convolution, 32 in the paper. No normalisation; every convolution is followed by a ReLU.
+
+    volumetric=False has 1x3x3 convolutions in the encoder-decoder (9,916,238); pyramid=False ends
+    with the 2D predictions (7,882,311). With both=True the result is (3D logits, 2D logits), the
+    first of them None without a pyramid.
+    """
+
+    dims, stride, offset, margin, min_depth = 3, 8, 4, 2, 1
+
+    def __init__(self, in_channels, out_channels, width=None, volumetric=True, pyramid=True):
+        super().__init__()
+        w, first = width or 32, 3 if volumetric else 1
+        self.encoder = nn.ModuleList([
+            conv_block((in_channels, w, 2 * w, 2 * w), (first, 1, 1)),
+            conv_block((2 * w, 2 * w, 4 * w, 4 * w), (first, 1, 1)),
+            conv_block((4 * w, 8 * w, 8 * w), (1, 1)),
+            conv_block((8 * w, 16 * w, 16 * w), (1, 1))])
+        self.pool = emseg.BySlice(nn.MaxPool2d(2))
+        self.up = nn.ModuleList([upsample(16 * w, 8 * w), upsample(8 * w, 2 * w),
+                                 upsample(4 * w, w)])
+        self.decoder = nn.ModuleList([
+            conv_block((16 * w, 8 * w, 8 * w), (1, 1)),
+            conv_block((6 * w, 2 * w, 4 * w, 4 * w), (first, 1, 1)),
+            conv_block((3 * w, w, 2 * w, 2 * w), (first, 1, 1))])
+        self.predict_2d = pointwise(2 * w, out_channels)
+        self.has_pyramid = pyramid
+        if pyramid:
+            seen = 2 * w + out_channels
+            self.scale_0 = conv_block((seen, *[2 * w] * 3), (3, 3, 3))
+            self.scale_1 = conv_block((seen, *[4 * w] * 5), (3,) * 5)
+            self.narrow = nn.Sequential(pointwise(4 * w, 2 * w), nn.ReLU(inplace=True))
+            self.enlarge = upsample(2 * w, 2 * w)
+            self.predict_3d = pointwise(2 * w, out_channels)
+
+    def forward(self, x, both=False):
+        skips = []
+        for block in self.encoder:
+            x = block(self.pool(x) if skips else x)
+            skips.append(x)
+        skips.pop()
+        for up, block in zip(self.up, self.decoder):
+            x = up(x)
+            x = block(torch.cat([emseg.crop_like(skips.pop(), x), x], dim=1))
+        logits_2d = self.predict_2d(x)
+        if not self.has_pyramid:
+            return (None, logits_2d) if both else logits_2d
+        x = torch.cat([x, logits_2d], dim=1)
+        x = self.scale_0(x) + self.enlarge(self.narrow(self.scale_1(self.pool(x))))
+        logits_3d = self.predict_3d(x)
+        return (logits_3d, logits_2d) if both else logits_3d
+
+
+class SameUNet3D(nn.Module):
+    """3D U-Net (Cicek 2016) with padded convolutions, three in a block, on three scales.
+
+    (B, in_channels, Z, H, W) -> logits (B, out_channels, Z, H - 2 margin, W - 2 margin) for sides
+    that are multiples of 4. width: filters of the first block, 64 by default (not in paper). thick:
+    z is pooled too, and held at the last slice up to a multiple of 4; otherwise two pixels of each
+    side are cut off, as from 2D-3D networks: 300 -> 296.
+    """
+
+    dims, stride, offset = 3, 4, 0
+
+    def __init__(self, in_channels, out_channels, width=None, thick=False):
+        super().__init__()
+        w = width or 64
+        self.thick = thick
+        self.margin, self.min_depth = (0, 4) if thick else (2, 1)
+        self.encoder = nn.ModuleList(
+            conv_block((c_in, c, c, c), (3, 3, 3))
+            for c_in, c in ((in_channels, w), (w, 2 * w), (2 * w, 4 * w)))
+        self.pool = nn.MaxPool3d(2) if thick else emseg.BySlice(nn.MaxPool2d(2))
+        self.up = nn.ModuleList(
+            nn.ConvTranspose3d(2 * c, c, 2, stride=2) if thick else upsample(2 * c, c)
+            for c in (2 * w, w))
+        self.decoder = nn.ModuleList(conv_block((2 * c, c, c, c), (3, 3, 3)) for c in (2 * w, w))
+        self.head = pointwise(w, out_channels)
+
+    def forward(self, x):
+        Z, H, W = x.shape[2:]
+        if self.thick and Z % 4:
+            x = torch.cat([x, x[:, :, -1:].expand(-1, -1, -Z % 4, -1, -1)], dim=2)
+        skips = []
+        for block in self.encoder:
+            x = block(self.pool(x) if skips else x)
+            skips.append(x)
+        skips.pop()
+        for up, block in zip(self.up, self.decoder):
+            x = block(torch.cat([skips.pop(), up(x)], dim=1))
+        m = self.margin
+        return self.head(x[:, :, :Z, m : H - m, m : W - m])
+
+
+class DeepVess(nn.Module):
+    """DeepVess (Haft-Javaherian 2019): 1,930,479 parameters at 1 input and 7 output channels.
+
+    (B, in_channels, Z, H, W) -> logits (B, out_channels, Z - 6, H - 28, W - 28): each block of
+    5 x 5 pixels of the result is seen by itself, in a window of 7 x 33 x 33 and through two fully
+    connected layers. Sides are 3 + a multiple of 5. width: filters of the first convolutions, 32
+    there; the hidden layer has 32 times as many (1024).
+    """
+
+    dims, stride, offset, margin, min_depth, depth_margin = 3, 5, 3, 14, 7, 3
+    tile = 100, 100                     # sides of a prediction that fit into memory together
+
+    def __init__(self, in_channels, out_channels, width=None):
+        super().__init__()
+        w = width or 32
+        self.out_channels = out_channels
+        steps = [(in_channels, w, 3), (w, w, 3), (w, w, 3), (w, 2 * w, 1), (2 * w, 2 * w, 1)]
+        self.convolutions = nn.ModuleList(nn.Conv3d(c_in, c_out, (depth, 3, 3))
+                                          for c_in, c_out, depth in steps)
+        self.hidden, self.dropout = nn.Linear(2 * w * 25, 32 * w), nn.Dropout()
+        self.head = nn.Linear(32 * w, 25 * out_channels)
+
+    def forward(self, x):
+        windows = x.unfold(2, 7, 1).unfold(3, 33, 5).unfold(4, 33, 5)   # (B, C, z, h, w, 7, 33, 33)
+        B, C, z, h, w = windows.shape[:5]
+        x = windows.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, C, 7, 33, 33)
+        for number, convolution in enumerate(self.convolutions):
+            x = convolution(x).relu()
+            if number in (2, 4):
+                x = F.max_pool3d(x, (1, 2, 2), ceil_mode=True)          # 27 -> 14, 10 -> 5
+        x = self.head(self.dropout(self.hidden(x.flatten(1)).relu()))
+        x = x.view(B, z, h, w, self.out_channels, 5, 5)
+        return x.permute(0, 4, 1, 2, 5, 3, 6).reshape(B, self.out_channels, z, 5 * h, 5 * w)
+
+
+def no_3x3x3(in_channels, out_channels, width=None):
+    """The ablation without 3x3x3 convolutions in the encoder-decoder: 9,916,238 parameters."""
+    return Hybrid(in_channels, out_channels, width, volumetric=False)
+
+
+def no_pyramid(in_channels, out_channels, width=None):
+    """The ablation without the 3D spatial pyramid: 7,882,311 parameters."""
+    return Hybrid(in_channels, out_channels, width, pyramid=False)
+
+
+def original_unet(in_channels, out_channels, width=None):
+    """The U-Net of Ronneberger 2015, 572 -> 388 pixels: 31,030,983 parameters."""
+    return emseg.UNet(in_channels, out_channels, width, levels=5, norm=None, padding=0)
+
+
+def thick_unet3d(in_channels, out_channels, width=None):
+    """The 3D U-Net whose pooling halves z too."""
+    return SameUNet3D(in_channels, out_channels, width, thick=True)
+
+
+MODELS = {**emseg.NETWORKS, "2d3d": Hybrid, "2d3d-no-3x3x3": no_3x3x3, "2d3d-no-multiloss": Hybrid,
+          "2d3d-no-pyramid": no_pyramid, "unet": original_unet, "unet3d-thin": SameUNet3D,
+          "unet3d-thick": thick_unet3d, "deepvess": DeepVess}
+
+
+def logits_of(network, image):
+    """What eq. 1 compares with the truth: (3D logits or None, 2D logits or None).
+
+    A network with one prediction counts as 3D: that its term has the factor 1 is all that says.
+    """
+    return network(image, both=True) if isinstance(network, Hybrid) else (network(image), None)
+
+
+def l2_groups(network, args):
+    """The parameters of eq. 1's last three terms: [(lambda, [kernels and biases])].
+
+    Theta_2D is the encoder-decoder, Theta_3D the pyramid, the rest the layers that predict. Of
+    other networks the kernels decide, see "Differences". Normalisation layers are left alone.
+    """
+    groups = {args.l2_2d: [], args.l2_3d: [], args.l2_p: []}
+    for name, module in network.named_modules():
+        if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            continue
+        if name.startswith(("predict", "head", "score")):
+            group = args.l2_p
+        elif isinstance(network, Hybrid):
+            pyramid = name.startswith(("scale", "narrow", "enlarge"))
+            group = args.l2_3d if pyramid else args.l2_2d
+        else:
+            group = args.l2_3d if network.dims == 3 else args.l2_2d
+        groups[group] += module.parameters(recurse=False)
+    return [(factor, parameters) for factor, parameters in groups.items() if factor]
+
+
+def squared_norms(groups):
+    """The sum of lambda ||theta||^2 over all parameters of l2_groups."""
+    return sum(factor * sum(p.square().sum() for p in parameters) for factor, parameters in groups)
+
+
+# -- weights ---------------------------------------------------------------------------------------
+
+# The diffusion recipe of the authors' code: steps, share that is kept in a step, share that
+# diffuses, threshold; the share of each neighbour in y and x.
+STEPS, KEEP, RATE, THRESHOLD = 50, 0.98, 0.2, 0.2
+NEIGHBOURS = {(0, 1): 1 / 6, (1, 0): 1 / 6, (1, 1): 1 / 12, (1, -1): 1 / 12}
+
+
+def edge_weights(label, device="cpu"):
+    """W_ep before it is scaled: float32 (n, H, W) of class ids (n, H, W), each slice by itself.
+
+    Heat flows into each class from all voxels of other classes, which are held at 1; it fades by
+    2 % a step, and what is above a threshold in the end is the weight: high along edges and in
+    small cross-sections. Unannotated voxels (IGNORE) and the border of a slice are neither warm nor
+    cold.
+
+    Every voxel exchanges heat with neighbours of its own class only, all others are at 1. So one
+    field of cold = 1 - heat does for all classes, and is 0 wherever one looks across an edge.
+    """
+    label = torch.as_tensor(label, device=device).to(torch.int16)
+    n, H, W = label.shape
+    known = label != emseg.IGNORE
+    kept = torch.full((n, H, W), KEEP * (1 - RATE), device=label.device)
+    pairs = []                          # views of both ends of a flow, and its share
+    for (dy, dx), share in NEIGHBOURS.items():
+        share *= KEEP * RATE
+        y = [slice(0, H - dy), slice(dy, H)]
+        x = [slice(max(-dx, 0), W - max(dx, 0)), slice(max(dx, 0), W - max(-dx, 0))]
+        one, other = [(slice(None), *end) for end in zip(y, x)]
+        flow = (share * (known[one] & known[other] & (label[one] == label[other]))).contiguous()
+        pairs.append((one, other, flow))
+        for end, beyond in ((one, other), (other, one)):        # where nothing lies beyond, none is
+            missing = torch.full((n, H, W), share, device=label.device)         # lost
+            missing[end] *= ~known[beyond]
+            kept += missing
+    cold = torch.ones((n, H, W), device=label.device)
+    for _ in range(STEPS):
+        new = torch.addcmul(torch.tensor(1 - KEEP, device=label.device), kept, cold)
+        for one, other, flow in pairs:
+            new[one].addcmul_(flow, cold[other])
+            new[other].addcmul_(flow, cold[one])
+        cold = new.clamp_(max=1)
+    return ((1 - THRESHOLD - cold).clamp_(min=0) * known).cpu().numpy()
+
+
+def voxel_weights(label, edges, class_weights, w):
+    """W = w + W_cb + W_ep (eq. 1) of class ids: float32 (n, H, W), 0 where nobody annotated.
+
+    edges: W_ep, scaled; class_weights: W_cb of each class.
+    """
+    table = np.zeros(256, np.float32)
+    table[: len(class_weights)] = w + class_weights
+    return (table[label] + edges) * (label != emseg.IGNORE)
+
+
+def training_weights(run):
+    """W of every training volume, lazy float32 arrays of the shapes that the network sees.
+
+    From --weights, or computed, which is shared by all processes and done once for a run: the
+    files weights.tif (weights_NAME.tif of several volumes) are W, weights.png shows it.
+    """
+    args, data = run.args, run.data
+    if args.weights:
+        return [open_weights(path, item, label, args)
+                for path, item, label in zip(args.weights, data.train, data.labels)]
+    counts = np.zeros(len(data.classes), dtype=np.int64)
+    for label in data.labels:
+        for z in label.slices:
+            counts += np.bincount(label[z].ravel(), minlength=256)[: len(counts)]
+    w, balance, edge = args.weight_terms
+    class_weights = balance * counts[counts > 0].min() / np.maximum(counts, 1)          # W_cb
+    names = emseg.unique_names([item.volume.path for item in data.train])
+    paths = [run.folder / (f"weights_{name}.tif" if len(names) > 1 else "weights.tif")
+             for name in names]
+    if all(path.exists() for path in paths):        # of a resumed run
+        return [emseg.open_volume(str(path)) for path in paths]
+    highest, edge_paths = 0.0, [run.folder / f"{path.stem}.edges.tif" for path in paths]
+    slabs = [emseg.slabs(label.shape, 2**19) for label in data.labels]
+    done, total = 0, sum(map(len, slabs))
+    for item, label, path, mine in zip(data.train, data.labels, edge_paths, slabs):
+        with run.writers(item, (path, label.shape, np.float32)) as (writer,):
+            for slab in mine[run.rank :: run.world]:
+                edges = edge_weights(label[slab], run.device)
+                writer[slab], highest = edges, max(highest, float(edges.max()))
+                done += run.world
+                run.progress("weights  slab", min(done, total), total)
+    if run.world > 1:
+        shared = torch.tensor(highest, device=run.device)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        highest = shared.item()
+    for item, label, edge_path, path, mine in zip(data.train, data.labels, edge_paths, paths,
+                                                  slabs):
+        edges = emseg.open_volume(str(edge_path))
+        with run.writers(item, (path, label.shape, np.float32)) as (writer,):
+            for slab in mine[run.rank :: run.world]:
+                scaled = edges[slab] * (edge / highest if highest else 0.0)
+                writer[slab] = voxel_weights(label[slab], scaled, class_weights, w)
+    if run.rank == 0:
+        for path in edge_paths:
+            path.unlink()
+        save_weights(run.folder / "weights.png", data, [emseg.open_volume(str(paths[0]))],
+                     class_weights + w)
+    run.barrier()
+    return [emseg.open_volume(str(path)) for path in paths]
+
+
+def open_weights(path, item, label, args):
+    """A file of --weights at the resolution that the network sees. Raises InputError."""
+    weights = emseg.open_volume(path)
+    if weights.shape != item.volume.shape:
+        raise emseg.InputError(f"{path}: the weights have {emseg.format_shape(weights.shape)} "
+                               f"voxels, {item.volume.path} "
+                               f"{emseg.format_shape(item.volume.shape)}")
+    for slab in emseg.slabs(weights.shape, 2**24):
+        values = np.asarray(weights[slab], np.float32)
+        if not (np.isfinite(values).all() and values.min() >= 0):
+            raise emseg.InputError(f"{path}: weights must be numbers of 0 or more; slices "
+                                   f"{slab.start} to {slab.stop - 1} hold others")
+    return emseg.downsample(weights, args.downsample, "mean")
+
+
+# -- windows ---------------------------------------------------------------------------------------
+
+
+class Windows(torch.utils.data.Dataset):
+    """Windows whose corners are jittered in the bins of a grid, shuffled, again and again.
+
+    images, labels: lazy uint8 arrays (Z, Y, X); slices: for each volume, the annotated z; size: of
+    the network's output (Z, Y, X), on which the corners lie; margin: what its input has more on
+    each side, (z, yx); reach: pixels more in y and x, for elastic deformation; spacing: sides of a
+    bin, in each of which one window of an epoch begins. A window without an annotated slice moves
+    to the nearest one. Beyond a volume windows are mirrored.
+
+    Item i is `image, label, weight, corner`: uint8 (Z + 2 z, Y + 2 yx + 2 reach, X + ...), uint8
+    and float32 without the margin in z, and the int64 corner (y, x) in the output. It depends on
+    (seed, i) alone; each run of len() items is one pass. weights: set before items are drawn.
+    Raises InputError where a window does not fit.
+    """
+
+    def __init__(self, images, labels, slices, size, margin, spacing, reach, seed):
+        self.images, self.labels, self.slices = images, labels, slices
+        self.size, self.margin, self.reach, self.seed = size, margin, reach, seed
+        self.weights = None
+        bins = []                                       # volume, then first corner and bin of z y x
+        for v, (image, zs) in enumerate(zip(images, slices)):
+            if not len(zs):
+                continue
+            check_window(image, size, margin)
+            highest = np.array(image.shape) - size
+            low = np.array([min(int(zs[0]), highest[0]), 0, 0])
+            high = np.array([max(low[0], int(zs[-1]) + 1 - size[0]), *highest[1:]])
+            edges = [np.arange(a, b + 1, s) for a, b, s in zip(low, high, spacing)]
+            grid = np.stack(np.meshgrid(*edges, indexing="ij"), -1).reshape(-1, 3)
+            widths = np.minimum(grid + spacing, high + 1) - grid
+            bins.append(np.column_stack([np.full(len(grid), v), grid, widths]))
+        self.bins = np.concatenate(bins)
+        self.order = None, None                         # (seed, pass), its corners
+
+    def __len__(self):
+        return len(self.bins)
+
+    def corners(self, passes):
+        """(len, 4) of an epoch: volume, z, y, x, in the order in which they are drawn."""
+        if self.order[0] != (self.seed, passes):
+            rng = np.random.default_rng((self.seed, passes))
+            bins = rng.permutation(self.bins)
+            corners = bins[:, 1:4] + (rng.random((len(bins), 3)) * bins[:, 4:]).astype(int)
+            self.order = (self.seed, passes), np.column_stack([bins[:, 0], corners])
+        return self.order[1]
+
+    def __getitem__(self, index):
+        passes, place = divmod(index, len(self))
+        v, z, y, x = self.corners(passes)[place].tolist()
+        (depth, h, w), (m_z, m), r = self.size, self.margin, self.reach
+        zs = self.slices[v]
+        nearest = int(zs[np.abs(zs - (z + depth // 2)).argmin()])
+        z = min(max(z, nearest - depth + 1), nearest)
+        box = (y - m - r, y + h + m + r), (x - m - r, x + w + m + r)
+        image = mirrored(self.images[v], (z - m_z, z + depth + m_z), *box)
+        label, weight = [mirrored(arrays[v], (z, z + depth), *box)
+                         for arrays in (self.labels, self.weights)]
+        return (torch.from_numpy(image), torch.from_numpy(label),
+                torch.from_numpy(np.asarray(weight, np.float32)), torch.tensor([y, x]))
+
+
+def check_window(image, size, margin):
+    """Raise InputError where a window does not fit into a training volume."""
+    depth, *sides = image.shape
+    if depth < size[0]:
+        needs, wanted = size[0] + 2 * margin[0], [side + 2 * margin[1] for side in size[1:]]
+        advice = (f"--patch-size {depth} {wanted[0]} {wanted[1]}, or " if not margin[0] else "")
+        raise emseg.InputError(f"{image.path}: has {depth} slices, fewer than the {size[0]} that a "
+                               f"window of {needs} slices predicts; give {advice}a --model for "
+                               f"single slices, such as unet")
+    if any(s > side for s, side in zip(size[1:], sides)):
+        raise emseg.InputError(f"{image.path}: windows that predict {emseg.format_shape(size[1:])} "
+                               f"pixels do not fit into slices of {emseg.format_shape(sides)}, as "
+                               f"the network sees them; give a smaller --patch-size")
+
+
+def mirrored(array, *box):
+    """array[z0:z1, y0:y1, x0:x1] of a lazy array, mirrored beyond its borders."""
+    inside = [slice(max(a, 0), min(b, side)) for (a, b), side in zip(box, array.shape)]
+    beyond = [(max(-a, 0), max(b - side, 0)) for (a, b), side in zip(box, array.shape)]
+    return np.pad(array[tuple(inside)], beyond, mode="symmetric")
+
+
+# -- augmentation ----------------------------------------------------------------------------------
+
+
+def elastic_map(args, windows, epoch, device):
+    """The displacement of an epoch (Network training): (H, W, 2) in pixels, x and y, or None.
+
+    One map for all slices, windows and processes. H, W: of the largest volume, with the margin.
+    """
+    if not args.elastic:
+        return None
+    state = np.random.SeedSequence((args.seed, epoch, 20))
+    torch.manual_seed(int(state.generate_state(1)[0]))          # Run.steps seeds each step anew
+    size = [max(image.shape[axis] for image in windows.images) + 2 * windows.margin[1]
+            for axis in (1, 2)]
+    field = emseg.elastic_displacement(1, size, device, amplitude=args.elastic)[0]
+    return field.clamp_(-windows.reach, windows.reach)
+
+
+def augment(batch, windows, field, normalization, args):
+    """Deform, reflect, brighten a batch of Windows: image (B, 1, Z, H, W), label, weight (B, ...).
+
+    label int64 and weight float32 have the size of the network's output. field: see elastic_map.
+    Reflections along each axis; brightness +-12 % of the grey range, then contrast +-20 %.
+    """
+    image, label, weight, corner = batch
+    B, (h, w), m, r = len(image), windows.size[1:], windows.margin[1], windows.reach
+    H, W = h + 2 * m, w + 2 * m
+    device = image.device
+    y, x = torch.arange(H, device=device), torch.arange(W, device=device)
+    place = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1) + float(r)     # (H, W, 2)
+    if field is None:
+        place = place.expand(B, -1, -1, -1)
+    else:
+        rows, columns = corner[:, :1] + y, corner[:, 1:] + x
+        place = place + field[rows[:, :, None], columns[:, None]]                   # (B, H, W, 2)
+    grid = (2 * place + 1) / place.new_tensor([W + 2 * r, H + 2 * r]) - 1
+    if args.reflect:
+        flips = torch.rand(B, 3, 1, 1, 1, device=device) < 0.5
+        for axis in (0, 1):
+            grid = torch.where(flips[:, axis], grid.flip(axis + 1), grid)
+    image = emseg.warp(image, grid, "bilinear")
+    depth, inner = label.shape[1], grid[:, m : H - m, m : W - m]
+    both = emseg.warp(torch.cat([label.float(), weight], dim=1), inner, "nearest")
+    label, weight = both[:, :depth].long(), both[:, depth:]
+    if args.reflect:
+        image, label, weight = [torch.where(flips[:, 2], stack.flip(1), stack)
+                                for stack in (image, label, weight)]
+    image = emseg.normalize(image, normalization)
+    shift, factor = torch.rand(2, B, 1, 1, 1, 1, device=device) * 2 - 1
+    image = image + args.brightness * shift * 255 / normalization["std"]
+    return image * (1 + args.contrast * factor), label, weight
+
+
+# -- instances -------------------------------------------------------------------------------------
+
+
+def open_ensemble(paths, script):
+    """One checkpoint with the instances of several runs as its parts. Raises InputError.
+
+    paths: run folders, or their best.pt. The runs must agree on classes, grey levels and the depth
+    of windows; networks may differ. What any of them has seen is not scored.
+    """
+    parts = {}
+    for path in map(Path, paths):
+        file = path / "best.pt" if path.is_dir() else path
+        content = emseg.load_checkpoint(file, script)
+        name = re.sub(r"[^\w.-]+", "_", file.resolve().parent.name)
+        found = {f"{name}-{part}": each for part, each in content.get("parts", {}).items()}
+        found = found or {name: content}
+        for part, each in found.items():
+            if not each["modules"]:
+                raise emseg.InputError(f"{file}: holds no network; is the run finished?")
+            if part in parts:
+                raise emseg.InputError(f"--ensemble: two runs are named {part}; rename a folder")
+            parts[part] = each
+    (first_name, first), *others = parts.items()
+    for name, each in others:
+        for what, mine, theirs in (
+                ("classes", first["classes"], each["classes"]),
+                *((key, first["args"][key], each["args"][key])
+                  for key in ("normalize", "downsample")),
+                ("window depth", window_depth(first["args"]), window_depth(each["args"]))):
+            if mine != theirs:
+                raise emseg.InputError(f"--ensemble: the runs {first_name} and {name} differ in "
+                                       f"{what}: {mine} and {theirs}")
+    seen = [place for each in parts.values() for place in each["seen"]]
+    return {**first, "seen": seen, "parts": parts}
+
+
+def window_depth(args):
+    """Slices of the windows of a run, from its saved arguments, in words."""
+    depth = args["patch_size"][0] if len(args["patch_size"]) == 3 else 1
+    return f"{depth}, of which one is predicted" if args["model"] == "deepvess" else str(depth)
+
+
+def instances_of(run):
+    """{name: Run} of the networks: the run itself, or its parts, one for each instance."""
+    args = run.args
+    parts = (run.checkpoint or {}).get("parts", {})
+    if not parts and (args.checkpoint or args.instances == 1):
+        return {f"seed{args.seed}": run}
+    if run.training:
+        seeds = range(args.seed, args.seed + args.instances)
+        runs = {f"seed{seed}": run.part(f"seed{seed}", seed=seed) for seed in seeds}
+    else:
+        runs = {name: run.part(name, **{key: each["args"][key] for key in (
+            "seed", "model", "width", "patch_size")}) for name, each in parts.items()}
+    for each in runs.values():
+        own = each.checkpoint or {"normalization": run.data.normalization}
+        each.data = dataclasses.replace(run.data, normalization=own["normalization"], test=[
+            item for item in run.data.test if item.label is not None])
+    return runs
+
+
+def choose_best(peaks, top_k):
+    """Names of the top_k instances (all, if None) by peak validation MIoU {name: value or None}."""
+    if top_k is None:
+        return list(peaks)
+    if None in peaks.values():
+        raise emseg.InputError("--top-k: the instances were not validated, so none is known to be "
+                               "better; give --val-volume or --val-slices when they are trained")
+    if top_k > len(peaks):
+        raise emseg.InputError(f"--top-k {top_k}: there are {len(peaks)} instances")
+    return sorted(peaks, key=lambda name: -peaks[name])[:top_k]
+
+
+def make_windows(run, network):
+    """Windows of the training volumes for a network. Raises InputError."""
+    args, data = run.args, run.data
+    emseg.check_patch_size(network, args.patch_size, args.model)
+    depth = args.patch_size[0] if network.dims == 3 else 1
+    margin = getattr(network, "depth_margin", 0), network.margin
+    size = [depth - 2 * margin[0], *(side - 2 * margin[1] for side in args.patch_size[-2:])]
+    return Windows(data.images, data.labels, data.slices, size, margin, args.spacing,
+                   math.ceil(args.elastic), args.seed)
+
+
+def slices_at_once(network, patch_size):
+    """What a prediction must see together: options of Run.validate and Run.predict."""
+    if network.dims == 2:
+        return {}
+    if getattr(network, "depth_margin", 0):
+        return {"context": 2 * network.depth_margin + 1}
+    return {"depth": patch_size[0]}
+
+
+def failed_to_start(history, args):
+    """Whether a network that has not reached --stop-miou by --stop-epoch is given up (Network
+    training)."""
+    return len(history) >= args.stop_epoch and max(history) < args.stop_miou
+
+
+def report_all(run, runs, members, predictions, own_predictions, reports, validated):
+    """metrics.json, figures and table 1 of the ensemble and of its instances.
+
+    predictions: paths of the run; own_predictions, reports: of each instance, where it is not the
+    run itself; validated: see Run.validate, of each instance and the ensemble.
+    """
+    peaks = {name: each.best for name, each in runs.items()}
+    best = None if None in peaks.values() else max(peaks, key=peaks.get)
+    blocks = {name: {"model": each.args.model, "seed": each.args.seed, "val_miou": peaks[name],
+                     "member": name in members, "validation": validated[name] or None,
+                     "mean": reports[name]["mean"] if name in reports else None}
+              for name, each in runs.items()}
+    more = {"instances": blocks, "single_best": best and {"instance": best, **blocks[best]},
+            "ensemble": {"members": members, "validation": validated["ensemble"] or None}}
+    content = run.report(predictions, **(more if reports else {}))
+    rows = {f"ensemble of {len(members)}": {"eval": validated["ensemble"], "test": content["mean"]}}
+    if not reports:
+        rows = {run.args.model: rows.popitem()[1]}
+    for name in sorted(reports, key=lambda name: -(peaks[name] or 0)):
+        rows[f"{runs[name].args.model} {name}"] = {"eval": validated[name],
+                                                   "test": reports[name]["mean"]}
+    if reports and best:
+        of_model = {}
+        for name, each in runs.items():
+            of_model.setdefault(each.args.model, []).append(peaks[name])
+        save_histogram(run.folder / "histogram.png", of_model)
+    score = "miou_org" if run.organelles else "miou"
+    scored = [entry for entry in content["volumes"] if entry["label"]]
+    for number, entry in enumerate(scored if reports else []):
+        item = [item for item in run.data.test if item.label is not None][number]
+        name = run.output(item).stem.replace("prediction", "instances", 1)
+        save_instances(run.folder / f"{name}.png", item, (entry["prediction"], entry[score]),
+                       {each: (paths[number], reports[each]["volumes"][number][score])
+                        for each, paths in own_predictions.items()},
+                       run.data.classes, run.colors)
+    run.say(table_1(rows, bool(run.organelles)))
+
+
+def table_1(rows, has_organelles):
+    """The paper's table 1 as Markdown; rows: {name: {"eval": block or None, "test": ...}}."""
+    def shown(block, key):
+        value = (block or {}).get(key)
+        return "" if value is None else f"{value:.4f}"
+
+    rows = {name: {"test": row["test"], "eval": {key.removeprefix("val_"): value for key, value
+                                                 in (row["eval"] or {}).items()}}
+            for name, row in rows.items()}
+
+    columns = [(kind, key) for kind in ("eval", "test") for key in ("miou", "miou_org")
+               if has_organelles or key == "miou"]
+    heads = [f"{kind} MIoU({'all' if key == 'miou' else 'org'})" for kind, key in columns]
+    lines = [f"| | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | "
+                     f"{' | '.join(shown(row[kind], key) for kind, key in columns)} |")
+    return "\n".join(lines)
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def save_weights(path, data, weights, class_weights):
+    """weights.png: image, label, w + W_cb, W_ep and W of the middle annotated slice."""
+    label = data.labels[0]
+    z = label.slices[len(label.slices) // 2]
+    ids = label[z]
+    known = ids != emseg.IGNORE
+    total = np.asarray(weights[0][z], np.float32)
+    balance = np.where(known, np.append(class_weights, np.zeros(256))[ids], 0)
+    figure = emseg.new_figure(figsize=(15, 3.6), dpi=120)
+    axes = figure.subplots(1, 5)
+    grey = data.images[0][z]
+    axes[0].imshow(grey, cmap="gray", vmin=0, vmax=255)
+    axes[1].imshow(emseg.class_overlay(grey, ids, data.classes))
+    for axis, title, array in zip(axes, ("image", "label", "$w + W_{cb}$", "$W_{ep}$", "$W$"),
+                                  (None, None, balance, total - balance, total)):
+        axis.set_title(f"{title}  z = {z}" if title == "image" else title)
+        axis.set_axis_off()
+        if array is not None:
+            shown = axis.imshow(np.maximum(array, 0), cmap="magma", norm="asinh"
+                                if array is total else "linear")
+            figure.colorbar(shown, ax=axis, shrink=0.8)
+    figure.savefig(path)
+
+
+def save_histogram(path, peaks):
+    """histogram.png: share of the instances of each model by peak validation MIoU (figure 4).
+
+    peaks: {model: [value, ...]}.
+    """
+    values = np.concatenate([*peaks.values()])
+    low, high = np.floor(values.min() * 50) / 50, np.ceil((values.max() + 1e-9) * 50) / 50
+    edges = np.linspace(low, high, max(2, round((high - low) * 100) + 1))
+    figure = emseg.new_figure(figsize=(6, 3.6), dpi=120)
+    axis = figure.subplots()
+    for (model, found), color in zip(peaks.items(), emseg.CLASS_COLORS * len(peaks)):
+        axis.hist(found, edges, weights=np.full(len(found), 1 / len(found)), alpha=0.6,
+                  color=color, edgecolor="0.3", label=f"{model} ({len(found)})")
+    axis.set_xlabel("peak validation MIoU(all)")
+    axis.set_ylabel("share of instances")
+    axis.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def save_instances(path, item, ensemble, instances, classes, colors):
+    """instances.png: image, truth and ensemble, below them the instances (figure 2, bottom).
+
+    ensemble, instances: (path, score) and {name: (path, score)}; a score is MIoU(org) where it was
+    asked for, else MIoU(all). The slice is the annotated one with the most foreground.
+    """
+    def panel(prediction):
+        return emseg.class_overlay(grey, emseg.open_volume(str(prediction))[z], classes, colors)
+
+    def titled(name, score):
+        return name if score is None else f"{name}  {score:.3f}"
+
+    zs = item.label.slices[:: max(1, len(item.label.slices) // 16)]
+    share = [np.isin(item.label[z], (0, emseg.IGNORE), invert=True).mean() for z in zs]
+    z = zs[int(np.argmax(share))]
+    grey = emseg.as_uint8(item.volume)[z]
+    top = [(f"{Path(item.volume.path).name}  z = {z}", emseg.overlay(grey, [], [])),
+           ("truth", emseg.class_overlay(grey, item.label[z], classes, colors)),
+           (titled("ensemble", ensemble[1]), panel(ensemble[0]))]
+    shown = [(titled(name, score), panel(file)) for name, (file, score) in instances.items()]
+    columns = max(3, min(4, len(shown)))
+    rows = 1 + math.ceil(len(shown) / columns)
+    figure = emseg.new_figure(figsize=(3.2 * columns, 3.4 * rows + 0.3), dpi=120)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    places = [*zip(axes[0], top), *zip(axes[1:].flat, shown)]
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (title, picture) in places:
+        axis.set_title(title, fontsize=9)
+        axis.imshow(picture, interpolation="antialiased")
+    emseg.legend(figure, classes, False, colors)
+    figure.savefig(path)
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def settings_of(model):
+    """The entry of SETTINGS for a model."""
+    for name in SETTINGS:
+        if model == name or model.startswith(f"{name}-"):
+            return SETTINGS[name]
+    return SETTINGS["others"]
+
+
+def parse_args(argv=None):
+    flag = argparse.BooleanOptionalAction
+    parser = emseg.Parser(__file__, __doc__)
+    own = "default: the model's, see SETTINGS"
+    emseg.add_common_args(parser, MODELS, sources={
+        "model": "2d3d is 2D-3D+3x3x3", "epochs": own, "lr": own, "batch_size": own,
+        "patch_size": f"of the network's input; {own}", "normalize": "paper: volume",
+        "width": "2d3d: 32", "steps_per_epoch": "default: each window once"})
+    method = parser.add_argument_group("method (Guay 2021)").add_argument
+    method("--spacing", type=emseg.positive(int), nargs=3, metavar=("Z", "Y", "X"),
+           help=f"of the corners of windows ({own})")
+    method("--instances", type=emseg.positive(int), default=1, metavar="N",
+           help="networks to train, with seeds --seed, --seed + 1, … (paper: 26)")
+    method("--top-k", type=emseg.positive(int), metavar="K",
+           help="average the K instances with the highest validation MIoU; default: all "
+           "(paper: 4)")
+    method("--ensemble", nargs="+", metavar="RUN", default=[],
+           help="folders of finished runs: predict --test-volume with their average, no training")
+    method("--weights", nargs="+", metavar="P", default=[],
+           help="files of W, one for each training volume, in place of those computed")
+    method("--weight-terms", type=float, nargs=3, default=[0.01, 1.0, 25.0],
+           metavar=("w", "CB", "EP"), help="w, and the highest W_cb and W_ep (w: paper; the "
+           "others: authors' code)")
+    method("--organelles", type=emseg.positive(int), nargs="+", metavar="ID",
+           help="class ids of MIoU(org) (paper: 2 3 4 5 6)")
+    method("--test-ignore-label", type=int, metavar="V",
+           help="value in the test labels of what nobody annotated, where only some cells are")
+    method("--elastic", type=float, default=20.0, metavar="PX",
+           help="highest elastic displacement, in pixels as the network sees them; 0: none")
+    method("--reflect", action=flag, default=True, help="random reflections in z, y and x")
+    method("--brightness", type=float, default=0.12, metavar="F",
+           help="random shift, +- this share of the grey range (Network training)")
+    method("--contrast", type=float, default=0.2, metavar="F", help="random factor 1 +- this "
+           "(Network training)")
+    method("--c-2d", type=float, default=0.33, metavar="C", help="c_2D of eq. 1")
+    for name, of in (("l2_2d", "the encoder-decoder"), ("l2_3d", "the pyramid"),
+                     ("l2_p", "the layers that predict")):
+        method(emseg.flag_name(name), type=float, metavar="L",
+               help=f"lambda of eq. 1 of {of}; default {LAMBDAS[name]:.2g}")
+    method("--decay", type=float, default=0.75, metavar="D",
+           help="factor of the rate every --decay-steps steps (Network training)")
+    method("--decay-steps", type=emseg.positive(int), default=round(10**3.4), metavar="N",
+           help="10^3.4, Network training")
+    method("--stop-miou", type=float, default=0.3, metavar="M",
+           help="validation MIoU that an instance must reach (Network training)")
+    method("--stop-epoch", type=emseg.positive(int), default=10, metavar="N",
+           help="within so many epochs, else its training ends (Network training)")
+    parser.set_defaults(model="2d3d", normalize="volume")
+    demo = dict(width=8, patch_size=[5, 68, 68], spacing=[2, 32, 32], epochs=6, steps_per_epoch=25,
+                batch_size=2, lr=3e-3, downsample=2, instances=2, top_k=2, elastic=6.0,
+                l2_2d=0.0, l2_3d=0.0, organelles=[2, 3, 4], val_slices="24,25,26,27,28,29",
+                classes=emseg.PHANTOM_CLASSES)
+    typed = parser.parse_args(argv)
+    if typed.ensemble:
+        argv = as_checkpoint(parser, typed, argv)
+    args = emseg.parse(parser, argv, demo)
+    for name, value in {**LAMBDAS, **settings_of(args.model)}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_method(parser, args)
+    return args
+
+
+def as_checkpoint(parser, typed, argv):
+    """The command line of --ensemble: a prediction from a checkpoint, the first run's first."""
+    for name in ("checkpoint", "resume", "demo", "volume"):
+        if getattr(typed, name):
+            parser.error(f"--ensemble predicts with finished runs; leave "
+                         f"{emseg.flag_name(name)} out")
+    if not typed.test_volume:
+        parser.error("--ensemble needs --test-volume: the volumes to predict")
+    first = Path(typed.ensemble[0])
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return [*argv, "--checkpoint", str(first / "best.pt" if first.is_dir() else first)]
+
+
+def check_method(parser, args):
+    """Errors that need no file."""
+    if args.unlabeled_volume:
+        parser.error("--unlabeled-volume: this method learns from labels only; leave it out")
+    if args.weights and len(args.weights) != len(args.volume) and not args.checkpoint:
+        parser.error(f"--weights has {len(args.weights)} and --volume {len(args.volume)} paths; "
+                     f"give one for each volume")
+    for name in ("elastic", "brightness", "contrast", "c_2d", "l2_2d", "l2_3d", "l2_p",
+                 "stop_miou"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"{emseg.flag_name(name)} {getattr(args, name)} is not 0 or more")
+    if not all(0 <= term < math.inf for term in args.weight_terms) or not any(args.weight_terms):
+        parser.error("--weight-terms must be 0 or more, and not all 0")
+    if not 0 < args.decay <= 1:
+        parser.error(f"--decay {args.decay} is not above 0 and at most 1")
+    if args.top_k and not args.checkpoint and args.top_k > args.instances:
+        parser.error(f"--top-k {args.top_k}: there are {args.instances} instances")
+
+
+@emseg.command
+def main(args):
+    # run folder, seed, device
+    run = emseg.Run(args, __file__,
+                    checkpoint=args.ensemble and open_ensemble(args.ensemble, __file__))
+    if args.demo:
+        emseg.write_demo(run, shape=(30, 256, 256))
+
+    # data
+    data = run.open_data()
+    if args.organelles and max(args.organelles) >= len(data.classes):
+        raise emseg.InputError(f"--organelles {max(args.organelles)}: class ids run from 0 to "
+                               f"{len(data.classes) - 1}")
+    runs = instances_of(run)
+    validated = {name: 0.0 if run.training and data.val else each.best
+                 for name, each in runs.items()}
+    choose_best(validated, args.top_k)                  # raises what would stop the run later on
+
+    # networks
+    networks = {}
+    for name, each in runs.items():
+        torch.manual_seed(each.args.seed)
+        network = MODELS[each.args.model](1, data.out_channels, each.args.width)
+        network.apply(partial(emseg.glorot_initialization, kinds=CONVOLUTIONS))
+        networks[name] = each.prepare(network)
+    at_once = slices_at_once(network, args.patch_size)
+
+    def see(name, image):
+        """uint8 slices, or the window of a 3D network -> probabilities of an instance."""
+        network, sides = networks[name], runs[name].args.patch_size[-2:]
+        tile = getattr(network, "tile", [side - 2 * network.margin for side in sides])
+        return runs[name].predict_slices(network, image, tile=tile, overlap=OVERLAP)
+
+    if run.training:
+        windows = make_windows(run, network)
+    if len(runs) > 1:
+        run.begin_parts()
+    for name, each in runs.items():
+        network, own = networks[name], each.args
+
+        # optimiser
+        optimizer = torch.optim.Adam(network.parameters(), lr=own.lr, eps=1e-7,
+                                     betas=(1 - 10**-1.5, 1 - 10**-2.1))
+        scaler = each.gradient_scaler()
+        groups = l2_groups(network, own)
+        c_2d = 0.0 if own.model == "2d3d-no-multiloss" else own.c_2d
+
+        # train
+        if each.training:
+            each.begin(own.steps_per_epoch or math.ceil(len(windows) / own.batch_size),
+                       network=network, optimizer=optimizer, scaler=scaler)
+            windows.seed, windows.weights = own.seed, windows.weights or training_weights(run)
+            batches = each.batches(windows, own.batch_size)
+        for epoch in each.epochs():
+            if failed_to_start(each.history, own):
+                each.say(f"{name}: no validation MIoU of {own.stop_miou:g} in {epoch} epochs; "
+                         f"given up")
+                break
+            network.train()
+            field = elastic_map(own, windows, epoch, each.device)
+            for step in each.steps(epoch):
+                lr = own.lr * own.decay ** (step // own.decay_steps)
+                image, label, weight = augment(next(batches), windows, field,
+                                               data.normalization, own)
+                if network.dims == 2:
+                    image, label, weight = image[:, :, 0], label[:, 0], weight[:, 0]
+                with each.autocast():
+                    logits_3d, logits_2d = logits_of(network, image)
+                loss_3d = loss_2d = image.new_zeros(())
+                if logits_3d is not None:
+                    loss_3d = emseg.cross_entropy(logits_3d, label, weight)
+                if logits_2d is not None and c_2d:
+                    loss_2d = c_2d * emseg.cross_entropy(logits_2d, label, weight)
+                loss_l2 = squared_norms(groups)
+                loss = loss_3d + loss_2d + loss_l2                                      # eq. 1
+                scaler.scale(loss).backward()
+                emseg.average_gradients(network)
+                optimizer.param_groups[0]["lr"] = lr
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                each.log(lr=lr, loss=loss, loss_3d=loss_3d, loss_2d=loss_2d, loss_l2=loss_l2)
+            each.end_epoch(each.validate(partial(see, name), **at_once), metric="val_miou")
+        each.use_best(network=network)
+
+    # predict
+    if len(runs) > 1:
+        run.gather(runs)
+    peaks = {name: each.best for name, each in runs.items()}
+    members = choose_best(peaks, args.top_k)
+
+    def see_ensemble(image):
+        """Mean of the members' probabilities."""
+        return sum(see(name, image) for name in members) / len(members)
+
+    predictions = [run.predict(see_ensemble, item, **at_once) for item in data.test]
+    own_predictions = {name: [each.predict(partial(see, name), item, **at_once)
+                              for item in each.data.test]
+                       for name, each in runs.items() if each is not run}
+
+    # evaluate
+    validated = {name: run.validate(partial(see, name), **at_once) for name in runs}
+    validated["ensemble"] = run.validate(see_ensemble, **at_once)
+    reports = {name: runs[name].report(paths) for name, paths in own_predictions.items()}
+    if run.rank == 0:
+        report_all(run, runs, members, predictions, own_predictions, reports, validated)
+
+
+if __name__ == "__main__":
+    main(parse_args())
