@@ -2121,8 +2121,9 @@ def probabilities(logits):
 
 
 def class_ids(prob, threshold=0.5):
-    """Class ids (B, ...) int64 of probabilities (B, C, ...): threshold one channel, else argmax."""
-    return (prob[:, 0] > threshold).long() if prob.shape[1] == 1 else prob.argmax(dim=1)
+    """Class ids (B, ...) int64 of probabilities (B, C, ...): threshold one channel, else argmax
+    (through max, which on a CPU is five times faster)."""
+    return (prob[:, 0] > threshold).long() if prob.shape[1] == 1 else prob.max(dim=1).indices
 
 
 def soft_dice_loss(logits, label, squared=False, smooth=1e-5):
@@ -2377,10 +2378,13 @@ def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=
     counts = np.zeros((len(label.slices), len(classes), len(classes)), dtype=np.int64)
     depth = depth and min(depth, len(image))
     image = image if depth else with_context(image, context)
+    last = None
     for row in range(rank, len(label.slices), world):
         z = label.slices[row]
         start = min(max(z - depth // 2, 0), len(image) - depth) if depth else z
-        prob = predict(torch.from_numpy(image[start : start + (depth or context)]))
+        if start != last:                           # else it is in the same window as the last one
+            prob = predict(torch.from_numpy(image[start : start + (depth or context)]))
+            last = start
         pred = class_ids(prob[z - start if depth else len(prob) // 2][None], threshold)
         counts[row] = confusion(pred.to(torch.uint8).cpu().numpy(), label[z][None],
                                 len(classes))[0]
@@ -2477,7 +2481,7 @@ def mean_scores(volumes):
                if key in ("dice", "iou", "miou", "miou_org", "accuracy")}}
 
 
-def evaluate(prediction, label, classes, organelles=None, pixels=2**24):
+def evaluate(prediction, label, classes, pixels=2**24, organelles=None):
     """`scores` of two lazy volumes (Z, Y, X) of class ids, read slab by slab; also their voxels.
 
     Raises InputError where the shapes differ or the prediction holds a class that does not exist.
@@ -4089,7 +4093,7 @@ class Run:
             if item.label is not None:
                 for name, prediction in opened.items():
                     results[name].append(evaluate(prediction, item.label, self.data.classes,
-                                                  self.organelles))
+                                                  organelles=self.organelles))
                     self._say_scores(predictions[number], name if named else "",
                                      results[name][-1])
                 entry.update(results[name][-1])

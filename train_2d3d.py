@@ -976,7 +976,7 @@ def main(args):
                     loss_3d = emseg.cross_entropy(logits_3d, label, weight)
                 if logits_2d is not None and c_2d:
                     loss_2d = c_2d * emseg.cross_entropy(logits_2d, label, weight)
-                loss_l2 = squared_norms(groups)
+                loss_l2 = image.new_zeros(()) + squared_norms(groups)
                 loss = loss_3d + loss_2d + loss_l2                                      # eq. 1
                 scaler.scale(loss).backward()
                 emseg.average_gradients(network)

@@ -55,7 +55,8 @@ def test_norm_conv_block_3d_normalises_first():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_convolution_3d_and_its_gradients_can_be_trusted(depth, dtype, tolerance):
     torch.manual_seed(0)
-    conv, plain = [kind(16, 32, 3, padding=1, bias=False) for kind in (emseg.Conv3d, nn.Conv3d)]
+    conv = emseg.Conv3d(16, 32, bias=False)
+    plain = nn.Conv3d(16, 32, 3, padding=1, bias=False)
     plain.load_state_dict(conv.state_dict())
     x, y = torch.randn(2, 16, depth, 7, 8), torch.randn(2, 32, depth, 7, 8)
     results = []
@@ -496,8 +497,9 @@ def test_unet3d_gradient_reaches_every_parameter():
 
 
 class Sides:
-    def __init__(self, stride, offset, margin, dims=2):
-        self.stride, self.offset, self.margin, self.dims = stride, offset, margin, dims
+    def __init__(self, stride, offset, margin, dims=2, min_depth=8):
+        self.stride, self.offset, self.margin = stride, offset, margin
+        self.dims, self.min_depth = dims, min_depth
 
 
 @pytest.mark.parametrize("numbers", [(1, 0, 0), (8, 0, 0), (16, 12, 92), (4, 1, 2)])
