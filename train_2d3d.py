@@ -35,7 +35,7 @@ Differences from the paper:
     6. Windows overlap by a third or more and are blended; the authors' code takes each voxel from
        the window in whose middle it is.
     7. What the paper leaves open for rivals (rate, windows) is marked in SETTINGS. Their L2 terms
-       are lambda_3D for 3D kernels, else lambda_2D, and lambda_P for the last layer. DeepVess's
+       have lambda_3D in 3D networks, else lambda_2D, and lambda_P in the last layer. DeepVess's
        windows are its own, 7 x 33 x 33.
     8. Windows reach beyond the volume by what a network's output is smaller than its input, where
        they are mirrored: every voxel is trained on.
@@ -113,7 +113,8 @@ class Hybrid(nn.Module):
 
     (B, in_channels, Z, H, W) -> logits (B, out_channels, Z, H - 4, W - 4) for sides of 4 + a
     multiple of 8, of which two pixels are lost on each side: 300 -> 296. width: filters of the
-    first convolution, 32 in the paper. No normalisation; every convolution is followed by a ReLU.
+    first convolution, 32 in the paper. No normalisation; a ReLU follows every convolution but the
+    transposed ones and those that predict.
 
     volumetric=False has 1x3x3 convolutions in the encoder-decoder (9,916,238); pyramid=False ends
     with the 2D predictions (7,882,311). With both=True the result is (3D logits, 2D logits), the
@@ -277,8 +278,9 @@ def logits_of(network, image):
 def l2_groups(network, args):
     """The parameters of eq. 1's last three terms: [(lambda, [kernels and biases])].
 
-    Theta_2D is the encoder-decoder, Theta_3D the pyramid, the rest the layers that predict. Of
-    other networks the kernels decide, see "Differences". Normalisation layers are left alone.
+    Theta_2D is the encoder-decoder, Theta_3D the pyramid, the rest the layers that predict. All of
+    a rival but its last layer is Theta_3D where it is a 3D network, else Theta_2D. Normalisation
+    layers are left alone.
     """
     groups = {args.l2_2d: [], args.l2_3d: [], args.l2_p: []}
     for name, module in network.named_modules():
@@ -329,7 +331,7 @@ def edge_weights(label, device="cpu"):
         y = [slice(0, H - dy), slice(dy, H)]
         x = [slice(max(-dx, 0), W - max(dx, 0)), slice(max(dx, 0), W - max(-dx, 0))]
         one, other = [(slice(None), *end) for end in zip(y, x)]
-        flow = (share * (known[one] & known[other] & (label[one] == label[other]))).contiguous()
+        flow = (share * (known[one] & (label[one] == label[other]))).contiguous()
         pairs.append((one, other, flow))
         for end, beyond in ((one, other), (other, one)):        # where nothing lies beyond, none is
             missing = torch.full((n, H, W), share, device=label.device)         # lost
@@ -376,6 +378,7 @@ def training_weights(run):
              for name in names]
     if all(path.exists() for path in paths):        # of a resumed run
         return [emseg.open_volume(str(path)) for path in paths]
+    run.say(f"weights of {sum(len(label.slices) for label in data.labels)} slices")
     highest, edge_paths = 0.0, [run.folder / f"{path.stem}.edges.tif" for path in paths]
     slabs = [emseg.slabs(label.shape, 2**19) for label in data.labels]
     done, total = 0, sum(map(len, slabs))
@@ -431,7 +434,7 @@ class Windows(torch.utils.data.Dataset):
     the network's output (Z, Y, X), on which the corners lie; margin: what its input has more on
     each side, (z, yx); reach: pixels more in y and x, for elastic deformation; spacing: sides of a
     bin, in each of which one window of an epoch begins. A window without an annotated slice moves
-    to the nearest one. Beyond a volume windows are mirrored.
+    so that the nearest one is at a random place in it. Beyond a volume windows are mirrored.
 
     Item i is `image, label, weight, corner`: uint8 (Z + 2 z, Y + 2 yx + 2 reach, X + ...), uint8
     and float32 without the margin in z, and the int64 corner (y, x) in the output. It depends on
@@ -439,7 +442,7 @@ class Windows(torch.utils.data.Dataset):
     Raises InputError where a window does not fit.
     """
 
-    def __init__(self, images, labels, slices, size, margin, spacing, reach, seed):
+    def __init__(self, images, labels, slices, size, margin, spacing, reach, seed, min_depth=1):
         self.images, self.labels, self.slices = images, labels, slices
         self.size, self.margin, self.reach, self.seed = size, margin, reach, seed
         self.weights = None
@@ -447,10 +450,10 @@ class Windows(torch.utils.data.Dataset):
         for v, (image, zs) in enumerate(zip(images, slices)):
             if not len(zs):
                 continue
-            check_window(image, size, margin)
+            check_window(image, size, margin, min_depth)
             highest = np.array(image.shape) - size
-            low = np.array([min(int(zs[0]), highest[0]), 0, 0])
-            high = np.array([max(low[0], int(zs[-1]) + 1 - size[0]), *highest[1:]])
+            ends = np.clip(sorted((int(zs[0]), int(zs[-1]) + 1 - size[0])), 0, highest[0])
+            low, high = np.array([ends[0], 0, 0]), np.array([ends[1], *highest[1:]])
             edges = [np.arange(a, b + 1, s) for a, b, s in zip(low, high, spacing)]
             grid = np.stack(np.meshgrid(*edges, indexing="ij"), -1).reshape(-1, 3)
             widths = np.minimum(grid + spacing, high + 1) - grid
@@ -462,21 +465,24 @@ class Windows(torch.utils.data.Dataset):
         return len(self.bins)
 
     def corners(self, passes):
-        """(len, 4) of an epoch: volume, z, y, x, in the order in which they are drawn."""
+        """(len, 5) of an epoch: volume, z, y, x, in the order in which they are drawn, and the
+        place in the window of a slice to which it has to move."""
         if self.order[0] != (self.seed, passes):
             rng = np.random.default_rng((self.seed, passes))
             bins = rng.permutation(self.bins)
             corners = bins[:, 1:4] + (rng.random((len(bins), 3)) * bins[:, 4:]).astype(int)
-            self.order = (self.seed, passes), np.column_stack([bins[:, 0], corners])
+            places = rng.integers(self.size[0], size=len(bins))
+            self.order = (self.seed, passes), np.column_stack([bins[:, 0], corners, places])
         return self.order[1]
 
     def __getitem__(self, index):
         passes, place = divmod(index, len(self))
-        v, z, y, x = self.corners(passes)[place].tolist()
+        v, z, y, x, place = self.corners(passes)[place].tolist()
         (depth, h, w), (m_z, m), r = self.size, self.margin, self.reach
         zs = self.slices[v]
         nearest = int(zs[np.abs(zs - (z + depth // 2)).argmin()])
-        z = min(max(z, nearest - depth + 1), nearest)
+        if not z <= nearest < z + depth:
+            z = min(max(nearest - place, 0), len(self.images[v]) - depth)
         box = (y - m - r, y + h + m + r), (x - m - r, x + w + m + r)
         image = mirrored(self.images[v], (z - m_z, z + depth + m_z), *box)
         label, weight = [mirrored(arrays[v], (z, z + depth), *box)
@@ -485,12 +491,14 @@ class Windows(torch.utils.data.Dataset):
                 torch.from_numpy(np.asarray(weight, np.float32)), torch.tensor([y, x]))
 
 
-def check_window(image, size, margin):
-    """Raise InputError where a window does not fit into a training volume."""
+def check_window(image, size, margin, min_depth):
+    """Raise InputError where a window does not fit into a training volume; min_depth: of windows
+    that the network takes."""
     depth, *sides = image.shape
     if depth < size[0]:
         needs, wanted = size[0] + 2 * margin[0], [side + 2 * margin[1] for side in size[1:]]
-        advice = (f"--patch-size {depth} {wanted[0]} {wanted[1]}, or " if not margin[0] else "")
+        fits = not margin[0] and depth >= min_depth
+        advice = f"--patch-size {depth} {wanted[0]} {wanted[1]}, or " if fits else ""
         raise emseg.InputError(f"{image.path}: has {depth} slices, fewer than the {size[0]} that a "
                                f"window of {needs} slices predicts; give {advice}a --model for "
                                f"single slices, such as unet")
@@ -623,7 +631,7 @@ def instances_of(run):
 
 def choose_best(peaks, top_k):
     """Names of the top_k instances (all, if None) by peak validation MIoU {name: value or None}."""
-    if top_k is None:
+    if top_k is None or len(peaks) == 1:
         return list(peaks)
     if None in peaks.values():
         raise emseg.InputError("--top-k: the instances were not validated, so none is known to be "
@@ -641,7 +649,7 @@ def make_windows(run, network):
     margin = getattr(network, "depth_margin", 0), network.margin
     size = [depth - 2 * margin[0], *(side - 2 * margin[1] for side in args.patch_size[-2:])]
     return Windows(data.images, data.labels, data.slices, size, margin, args.spacing,
-                   math.ceil(args.elastic), args.seed)
+                   math.ceil(args.elastic), args.seed, getattr(network, "min_depth", 1))
 
 
 def slices_at_once(network, patch_size):
@@ -897,6 +905,8 @@ def check_method(parser, args):
             parser.error(f"{emseg.flag_name(name)} {getattr(args, name)} is not 0 or more")
     if not all(0 <= term < math.inf for term in args.weight_terms) or not any(args.weight_terms):
         parser.error("--weight-terms must be 0 or more, and not all 0")
+    if args.model == "2d3d-no-pyramid" and not args.c_2d:
+        parser.error("--c-2d 0: 2d3d-no-pyramid has no other term in its loss")
     if not 0 < args.decay <= 1:
         parser.error(f"--decay {args.decay} is not above 0 and at most 1")
     if args.top_k and not args.checkpoint and args.top_k > args.instances:
@@ -917,9 +927,8 @@ def main(args):
         raise emseg.InputError(f"--organelles {max(args.organelles)}: class ids run from 0 to "
                                f"{len(data.classes) - 1}")
     runs = instances_of(run)
-    validated = {name: 0.0 if run.training and data.val else each.best
-                 for name, each in runs.items()}
-    choose_best(validated, args.top_k)                  # raises what would stop the run later on
+    peaks = {name: 0.0 if run.training and data.val else each.best for name, each in runs.items()}
+    choose_best(peaks, args.top_k)                      # raises what would stop the run later on
 
     # networks
     networks = {}

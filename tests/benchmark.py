@@ -1,4 +1,5 @@
-"""Speed of every network on this machine: python tests/benchmark.py [--width 16] [--full]
+"""Speed of every network on this machine: python tests/benchmark.py [--networks NAME ...]
+[--width 16] [--full]
 
 Prints, for each network, training patches per second, inference voxels per second, peak memory so
 far and the share of the machine's own matrix-product rate that training reaches; then where the
@@ -21,9 +22,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import emseg
+import train_2d3d
 import train_seget
 
-NETWORKS = {**train_seget.MODELS, **emseg.NETWORKS_3D}
+OF_2D3D = ("2d3d", "2d3d-no-3x3x3", "2d3d-no-pyramid", "unet3d-thin", "unet3d-thick")
+NETWORKS = {**train_seget.MODELS, **emseg.NETWORKS_3D,
+            **{name: train_2d3d.MODELS[name] for name in OF_2D3D}}
 BATCH_3D = 2, 16, 128, 128              # patches of 3D networks, whatever the command line says
 
 
@@ -52,9 +56,11 @@ class Step:
         self.device, self.dtype = device, dtype
         self.network = NETWORKS[name](1, 1, args.width).to(device)
         flat = self.network.dims == 2
-        self.batch = (args.batch_size, args.patch, args.patch) if flat else BATCH_3D
+        *batch, h, w = (args.batch_size, args.patch, args.patch) if flat else BATCH_3D
+        self.batch = (*batch, *(emseg.network_side(self.network, side) + 2 * self.network.margin
+                                for side in (h, w)))
         if channels_last:
-            self.network.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
+            emseg.channels_last(self.network)
         self.optimizer = torch.optim.Adam(self.network.parameters())
         batch_size, *patch = self.batch
         image, label = emseg.phantom((16, patch[-2] + 32, patch[-1] + 32))
@@ -76,7 +82,9 @@ class Step:
             return self.network(self.image)
 
     def forward_backward(self):
-        emseg.soft_dice_loss(self.forward(), self.label, squared=True).backward()
+        logits = self.forward()
+        label = emseg.crop_like(self.label, logits)
+        emseg.soft_dice_loss(logits, label, squared=True).backward()
 
     def update(self):
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -121,14 +129,14 @@ def networks(args, device, dtype):
     print(f"{device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}; matrix product {rate / 1e9:.0f} GFLOP/s; width "
           f"{args.width or 'of the paper'}")
-    print(f"{'network':14}{'batch':>20}{'parameters':>12}{'patches/s':>11}{'Mvoxel/s':>10}"
+    print(f"{'network':18}{'batch':>20}{'parameters':>12}{'patches/s':>11}{'Mvoxel/s':>10}"
           f"{'GiB':>7}{'of matrix rate':>16}")
-    for name in NETWORKS:
+    for name in args.networks or NETWORKS:
         step = Step(name, args, device, dtype)
         seconds = median_seconds(step.whole, device)
         inference = median_seconds(step.infer, device)
         share = floating_point_operations(step) / seconds / rate
-        print(f"{name:14}{emseg.format_shape(step.batch):>20}"
+        print(f"{name:18}{emseg.format_shape(step.batch):>20}"
               f"{emseg.count_parameters(step.network):12,}{step.batch[0] / seconds:11.1f}"
               f"{step.image.numel() / inference / 1e6:10.2f}"
               f"{emseg.peak_memory_gib(device) or 0:7.2f}{share:16.0%}")
@@ -187,6 +195,8 @@ def stack(args, shape):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="unet", choices=sorted(emseg.NETWORKS))
+    parser.add_argument("--networks", nargs="+", choices=sorted(NETWORKS), metavar="NAME",
+                        help="default: all")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--patch", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
