@@ -1874,6 +1874,59 @@ class LearnedUp(nn.ConvTranspose2d):
             self.weight.copy_((line[:, None] * line).expand_as(self.weight))
 
 
+class Bottleneck(nn.Module):
+    """Residual block (He 2016, figure 5), with BatchNorm: (B, c_in, H, W) -> (B, c_out, H', W').
+
+    Three convolutions, 1x1, 3x3 and 1x1, of which the first two have a quarter of c_out filters;
+    the 3x3 one takes stride and dilation. The input is added, through a 1x1 convolution where its
+    shape changes.
+    """
+
+    def __init__(self, c_in, c_out, stride=1, dilation=1):
+        super().__init__()
+        c = c_out // 4
+        self.residual = nn.Sequential(
+            conv_block((c_in, c), kernel=1, padding=0, bias=False),
+            conv_block((c, c), padding=dilation, stride=stride, dilation=dilation, bias=False),
+            conv_block((c, c_out), kernel=1, padding=0, bias=False)[:-1])
+        self.stride, self.shortcut = stride, nn.Identity()
+        if stride > 1 or c_in != c_out:
+            self.shortcut = conv_block((c_in, c_out), kernel=1, padding=0, bias=False)[:-1]
+
+    def forward(self, x):
+        # The shortcut's stride is taken here: on a CPU a strided 1x1 convolution of few channels,
+        # channels last, has a wrong gradient or crashes (oneDNN issue 6035).
+        shortcut = self.shortcut(x[..., :: self.stride, :: self.stride])
+        return F.relu(shortcut + self.residual(x))
+
+
+def residual_stage(c_in, c_out, dilations, stride=1):
+    """Residual blocks in a row, one for each dilation; the first one takes the stride."""
+    return nn.Sequential(Bottleneck(c_in, c_out, stride, dilations[0]),
+                         *[Bottleneck(c_out, c_out, 1, dilation) for dilation in dilations[1:]])
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling (Chen 2017, section 3.3): (B, c_in, H, W) -> (B, c, H, W).
+
+    A 1x1 convolution, a 3x3 one dilated by each of the rates, and the mean of the whole image, c
+    filters each, are narrowed to c together.
+    """
+
+    def __init__(self, c_in, c, rates):
+        super().__init__()
+        self.branches = nn.ModuleList([
+            conv_block((c_in, c), kernel=1, padding=0, bias=False),
+            *[conv_block((c_in, c), padding=rate, dilation=rate, bias=False) for rate in rates]])
+        # One value for each image: nothing that BatchNorm could normalise in a batch of one.
+        self.image = conv_block((c_in, c), norm=None, kernel=1, padding=0)
+        self.project = conv_block(((len(rates) + 2) * c, c), kernel=1, padding=0, bias=False)
+
+    def forward(self, x):
+        image = self.image(x.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
+        return self.project(torch.cat([*[branch(x) for branch in self.branches], image], dim=1))
+
+
 # ==================================================================================================
 # Networks: (in_channels, out_channels, width=None) -> module with dims, stride, margin, offset;
 # 3D ones also with min_depth, the slices that they need
@@ -2055,6 +2108,66 @@ class SegNet(nn.Module):
         return self.head(x)
 
 
+class DeepLabV3(nn.Module):
+    """DeepLabv3 (Chen 2017, arXiv 1706.05587): a dilated backbone, ASPP and a classifier.
+
+    (B, in_channels, H, W) -> logits (B, out_channels, H, W) of any size, mirrored up to multiples
+    of 16. backbone: an image -> c_in channels at a stride that divides 16; rates: of ASPP, whose
+    branches have c filters. As in torchvision, not in the paper, the classifier begins with a 3x3
+    convolution.
+    """
+
+    dims, stride, offset, margin = 2, 1, 0, 0
+
+    def __init__(self, backbone, c_in, c, rates, out_channels):
+        super().__init__()
+        self.backbone, self.aspp = backbone, ASPP(c_in, c, rates)
+        self.classifier = conv_block((c, c), bias=False)
+        self.head = nn.Conv2d(c, out_channels, 1)
+
+    @any_size(16)
+    def forward(self, x):
+        return bilinear(self.head(self.classifier(self.aspp(self.backbone(x)))), x.shape[-2:])
+
+
+def DeepLabResNet101(in_channels, out_channels, width=None):
+    """DeepLabv3 on ResNet-101 (He 2016): 58,620,871 parameters at 1 input and 7 output channels.
+
+    width: filters of the first convolution, 64 by default. Output stride 16: the last stage is
+    dilated by 2 x (1, 2, 4), the multi-grid of DeepLabv3 (section 3.2.1), instead of strided.
+    """
+    w = width or 64
+    backbone = nn.Sequential(
+        conv_block((in_channels, w), kernel=7, padding=3, stride=2, bias=False),
+        nn.MaxPool2d(3, stride=2, padding=1),
+        residual_stage(w, 4 * w, [1] * 3),
+        residual_stage(4 * w, 8 * w, [1] * 4, stride=2),
+        residual_stage(8 * w, 16 * w, [1] * 23, stride=2),
+        residual_stage(16 * w, 32 * w, [2, 4, 8]))
+    return DeepLabV3(backbone, 32 * w, 4 * w, (6, 12, 18), out_channels)
+
+
+def DeepLabDRN(in_channels, out_channels, width=None):
+    """DeepLabv3 on DRN-D-54 (Yu 2017, arXiv 1705.09914): 40,018,327 parameters at 1 input and 7
+    output channels.
+
+    width: filters of the first convolution, 16 by default. Output stride 8; no pooling, and behind
+    the last stage two levels without residuals, which smooth the grid that dilation leaves.
+    """
+    w = width or 16
+    backbone = nn.Sequential(
+        conv_block((in_channels, w), kernel=7, padding=3, bias=False),
+        conv_block((w, w), bias=False),
+        conv_block((w, 2 * w), stride=2, bias=False),
+        residual_stage(2 * w, 16 * w, [1] * 3, stride=2),
+        residual_stage(16 * w, 32 * w, [1] * 4, stride=2),
+        residual_stage(32 * w, 64 * w, [2] * 6),
+        residual_stage(64 * w, 128 * w, [4] * 3),
+        conv_block((128 * w, 32 * w), padding=2, dilation=2, bias=False),
+        conv_block((32 * w, 32 * w), bias=False))
+    return DeepLabV3(backbone, 32 * w, 16 * w, (12, 24, 36), out_channels)
+
+
 class DeepLabV3Plus(nn.Module):
     """DeepLabv3+ (Chen 2018) with a VGG19-like encoder: 41,997,393 parameters.
 
@@ -2100,7 +2213,8 @@ class DeepLabV3Plus(nn.Module):
 
 
 NETWORKS = {"unet": UNet, "resunet": ResUNet, "unet5": UNet5, "fcn8s": FCN8s, "segnet": SegNet,
-            "deeplabv3plus": DeepLabV3Plus}
+            "deeplabv3plus": DeepLabV3Plus, "deeplab-resnet101": DeepLabResNet101,
+            "deeplab-drn": DeepLabDRN}
 NETWORKS_3D = {"unet3d": UNet3D}
 
 

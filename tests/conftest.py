@@ -173,18 +173,19 @@ def convolutions(network):
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
 
 
-def normalised(state, name, x, **options):
+def normalised(state, name, x, relu=True, **options):
     """All convolutions, BatchNorms with their running statistics, and ReLUs of a conv_block, from
-    its weights alone."""
+    its weights alone; relu=False: as it is without them."""
     convs = sorted({int(key.split(".")[-2]) for key in state if key.startswith(f"{name}.")
                     and state[key].dim() == 4 and len(key.split(".")) == len(name.split(".")) + 2})
     for i in convs:
         kernel = state[f"{name}.{i}.weight"]
-        x = F.conv2d(x, kernel, state[f"{name}.{i}.bias"],
+        x = F.conv2d(x, kernel, state.get(f"{name}.{i}.bias"),
                      **{"padding": kernel.shape[-1] // 2, **options})
         mean, var, scale, shift = [state[f"{name}.{i + 1}.{part}"].view(1, -1, 1, 1) for part in
                                    ("running_mean", "running_var", "weight", "bias")]
-        x = ((x - mean) / (var + 1e-5).sqrt() * scale + shift).relu()
+        x = (x - mean) / (var + 1e-5).sqrt() * scale + shift
+        x = x.relu() if relu else x
     return x
 
 

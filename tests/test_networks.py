@@ -351,9 +351,167 @@ def test_rivals_have_the_convolutions_of_their_papers():
     assert convolutions(deeplab.low_level) == [(256, 48, 1)]
 
 
+# -- DeepLabv3
+
+
+def stage_by_hand(state, name, x, dilations, stride=1):
+    for block, dilation in enumerate(dilations):
+        part, stride = f"{name}.{block}", 1 if block else stride
+        y = normalised(state, f"{part}.residual.0", x)
+        y = normalised(state, f"{part}.residual.1", y, stride=stride, padding=dilation,
+                       dilation=dilation)
+        y = normalised(state, f"{part}.residual.2", y, relu=False)
+        if not block:
+            x = normalised(state, f"{part}.shortcut", x, relu=False, stride=stride)
+        x = (x + y).relu()
+    return x
+
+
+def resnet101_by_hand(state, x):
+    x = normalised(state, "backbone.0", x, stride=2)
+    x = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 2).unfold(3, 3, 2).amax((4, 5))     # x >= 0
+    x = stage_by_hand(state, "backbone.2", x, 3 * [1])
+    x = stage_by_hand(state, "backbone.3", x, 4 * [1], stride=2)
+    x = stage_by_hand(state, "backbone.4", x, 23 * [1], stride=2)
+    return stage_by_hand(state, "backbone.5", x, [2 * 1, 2 * 2, 2 * 4])
+
+
+def drn_by_hand(state, x):
+    x = normalised(state, "backbone.1", normalised(state, "backbone.0", x))
+    x = normalised(state, "backbone.2", x, stride=2)
+    x = stage_by_hand(state, "backbone.3", x, 3 * [1], stride=2)
+    x = stage_by_hand(state, "backbone.4", x, 4 * [1], stride=2)
+    x = stage_by_hand(state, "backbone.5", x, 6 * [2])
+    x = stage_by_hand(state, "backbone.6", x, 3 * [4])
+    x = normalised(state, "backbone.7", x, padding=2, dilation=2)
+    return normalised(state, "backbone.8", x)
+
+
+# backbone, its output stride, how far it sees to each side, rates; parameters (1 in, 7 out)
+DEEPLABS = {
+    "deeplab-resnet101": (resnet101_by_hand, 16, 3 + 2 + 3 * 4 + (4 + 3 * 8) + (8 + 22 * 16)
+                          + (2 + 4 + 8) * 16, (6, 12, 18), 58_620_871),
+    "deeplab-drn": (drn_by_hand, 8, 3 + 1 + 1 + (2 + 2 * 4) + (4 + 3 * 8) + 6 * 2 * 8 + 3 * 4 * 8
+                    + 2 * 8 + 8, (12, 24, 36), 40_018_327)}
+
+
+def with_statistics_of(network, x):
+    """random_statistics, but the running ones are those of x: over 100 layers random ones grow to
+    values that no shift can change."""
+    random_statistics(network)
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 1
+    network.train()(x)
+    return network.eval()
+
+
+@pytest.mark.parametrize("sides", [(32, 608), (608, 32)])     # long enough for the largest rate
+@pytest.mark.parametrize("name", DEEPLABS)
+def test_deeplabs_by_hand(name, sides):
+    backbone, factor, _, rates, _ = DEEPLABS[name]
+    torch.manual_seed(0)
+    x, other = torch.randn(2, 2, 2, *sides, dtype=torch.float64)
+    with torch.no_grad():
+        network = with_statistics_of(emseg.NETWORKS[name](2, 3, 4).double(), other)
+        state = network.state_dict()
+        y = backbone(state, x)
+        seen = [normalised(state, "aspp.branches.0", y)] + [
+            normalised(state, f"aspp.branches.{i}", y, padding=rate, dilation=rate)
+            for i, rate in enumerate(rates, 1)]
+        kernel, bias = state["aspp.image.0.weight"], state["aspp.image.0.bias"]
+        image = F.conv2d(y.mean((2, 3), keepdim=True), kernel, bias)
+        seen.append(image.relu() * torch.ones_like(seen[0]))
+        y = normalised(state, "classifier", normalised(state, "aspp.project", torch.cat(seen, 1)))
+        wanted = enlarged(F.conv2d(y, state["head.weight"], state["head.bias"]), factor)
+        assert 0.01 < wanted.std() < 10
+        torch.testing.assert_close(network(x), wanted)
+
+
+@pytest.mark.parametrize("c_in, stride, dilation", [(4, 2, 1), (4, 1, 2), (32, 1, 3)])
+def test_bottleneck_and_its_gradients_can_be_trusted(c_in, stride, dilation):
+    torch.manual_seed(0)
+    block, exact = [emseg.Bottleneck(c_in, 32, stride, dilation) for _ in range(2)]
+    exact.load_state_dict(block.state_dict())
+    x, results = torch.randn(4, c_in, 24, 20), []
+    for part, image in (block.to(memory_format=torch.channels_last),
+                        x.to(memory_format=torch.channels_last)), (exact.double(), x.double()):
+        out = part(image.requires_grad_())
+        (out.double() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+        results.append([out, image.grad, *[p.grad for p in part.parameters()]])
+    assert results[0][0].shape == (4, 32, 24 // stride, 20 // stride)
+    for found, wanted in zip(*results):
+        assert (found - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", DEEPLABS)
+def test_deeplabs_mirror_up_to_multiples_of_16(name):
+    torch.manual_seed(0)
+    network, x = emseg.NETWORKS[name](1, 2, 2).eval(), torch.randn(1, 1, 24, 40)
+    mirrored = torch.cat([x, x[..., 15:23, :].flip(2)], 2)
+    mirrored = torch.cat([mirrored, mirrored[..., 31:39].flip(3)], 3)
+    torch.testing.assert_close(network(x), network(mirrored)[..., :24, :40])
+
+
+@pytest.mark.parametrize("name", DEEPLABS)
+def test_backbones_see_as_far_as_their_strides_and_dilations_say(name):
+    """One bright column, without bias or negative weight: what is not 0 has seen it."""
+    _, stride, radius, _, _ = DEEPLABS[name]
+    backbone = emseg.NETWORKS[name](1, 1, 1).backbone.double().eval()
+    for conv in backbone.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.constant_(conv.weight, 1 / conv.weight[0].numel())
+    width = 2 * radius + 6 * stride
+    width -= width % stride
+    columns = width // 2 + torch.arange(stride)
+    x = F.one_hot(columns, width).double()[:, None, None].expand(-1, 1, stride, width)
+    with torch.no_grad():
+        reached = backbone(x).amax((1, 2)) > 0
+    centres = stride * torch.arange(width // stride)
+    assert torch.equal(reached, (centres - columns[:, None]).abs() <= radius)
+
+
+def test_deeplabs_have_the_published_parameters():
+    with torch.device("meta"):
+        for name, (*_, count) in DEEPLABS.items():
+            assert emseg.count_parameters(emseg.NETWORKS[name](1, 7)) == count
+            assert f"{count:,} parameters" in emseg.NETWORKS[name].__doc__
+        resnet, drn = [emseg.NETWORKS[name](3, 21) for name in DEEPLABS]
+    # torchvision's, with 1000 classes; with DeepLabv3, and BatchNorm in place of a bias of 256
+    assert emseg.count_parameters(resnet.backbone) + 2049 * 1000 == 44_549_160
+    assert emseg.count_parameters(resnet) + 256 == 58_630_997
+    assert round((emseg.count_parameters(drn.backbone) + 513 * 1000) / 1e6, 1) == 35.8
+
+
+def bottlenecks(c_in, c, blocks):
+    """Convolutions of a stage: the first block's shortcut is a convolution."""
+    first = [(c_in, c, 1), (c, c, 3), (c, 4 * c, 1), (c_in, 4 * c, 1)]
+    return first + (blocks - 1) * [(4 * c, c, 1), (c, c, 3), (c, 4 * c, 1)]
+
+
+def test_deeplabs_have_the_convolutions_of_their_papers():
+    with torch.device("meta"):
+        resnet, drn = networks = [emseg.NETWORKS[name](1, 7) for name in DEEPLABS]
+    assert convolutions(resnet.backbone) == [
+        (1, 64, 7), *bottlenecks(64, 64, 3), *bottlenecks(256, 128, 4),
+        *bottlenecks(512, 256, 23), *bottlenecks(1024, 512, 3)]
+    assert convolutions(drn.backbone) == [
+        (1, 16, 7), (16, 16, 3), (16, 32, 3), *bottlenecks(32, 64, 3), *bottlenecks(256, 128, 4),
+        *bottlenecks(512, 256, 6), *bottlenecks(1024, 512, 3), (2048, 512, 3), (512, 512, 3)]
+    for network, c, (*_, rates, _) in zip(networks, (2048, 512), DEEPLABS.values()):
+        assert convolutions(network.aspp) == [(c, 256, 1), *[(c, 256, 3)] * 3, (c, 256, 1),
+                                              (5 * 256, 256, 1)]
+        found = [m.dilation[0] for m in network.aspp.modules() if isinstance(m, nn.Conv2d)]
+        assert found == [1, *rates, 1, 1]
+        assert convolutions(network)[-2:] == [(256, 256, 3), (256, 7, 1)]
+
+
+# -- any size
+
+
 @pytest.mark.parametrize("sides", [(32, 64), (16, 48), (17, 31), (50, 33), (1, 7)])
-@pytest.mark.parametrize("name", RIVALS)
-def test_rivals_take_any_size(name, sides):
+@pytest.mark.parametrize("name", [*RIVALS, *DEEPLABS])
+def test_any_size_is_taken(name, sides):
     network = emseg.NETWORKS[name](1, 2, 2).eval()
     assert (network.stride, network.offset, network.margin) == (1, 0, 0)
     x = torch.randn(2, 1, *sides)
@@ -361,8 +519,8 @@ def test_rivals_take_any_size(name, sides):
     emseg.check_patch_size(network, sides, name)
 
 
-@pytest.mark.parametrize("name", RIVALS)
-def test_rivals_learn_from_a_batch_of_one(name):
+@pytest.mark.parametrize("name", [*RIVALS, *DEEPLABS])
+def test_a_batch_of_one_teaches_every_parameter(name):
     torch.manual_seed(0)
     network = emseg.NETWORKS[name](1, 1, 4).train()
     network(torch.randn(1, 1, 64, 64)).square().mean().backward()
