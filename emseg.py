@@ -1910,17 +1910,17 @@ class ASPP(nn.Module):
     """Atrous spatial pyramid pooling (Chen 2017, section 3.3): (B, c_in, H, W) -> (B, c, H, W).
 
     A 1x1 convolution, a 3x3 one dilated by each of the rates, and the mean of the whole image, c
-    filters each, are narrowed to c together.
+    filters each, are narrowed to c together. bias: of the convolutions before BatchNorm.
     """
 
-    def __init__(self, c_in, c, rates):
+    def __init__(self, c_in, c, rates, bias=False):
         super().__init__()
         self.branches = nn.ModuleList([
-            conv_block((c_in, c), kernel=1, padding=0, bias=False),
-            *[conv_block((c_in, c), padding=rate, dilation=rate, bias=False) for rate in rates]])
+            conv_block((c_in, c), kernel=1, padding=0, bias=bias),
+            *[conv_block((c_in, c), padding=rate, dilation=rate, bias=bias) for rate in rates]])
         # One value for each image: nothing that BatchNorm could normalise in a batch of one.
         self.image = conv_block((c_in, c), norm=None, kernel=1, padding=0)
-        self.project = conv_block(((len(rates) + 2) * c, c), kernel=1, padding=0, bias=False)
+        self.project = conv_block(((len(rates) + 2) * c, c), kernel=1, padding=0, bias=bias)
 
     def forward(self, x):
         image = self.image(x.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
@@ -2187,12 +2187,7 @@ class DeepLabV3Plus(nn.Module):
         self.pool = nn.MaxPool2d(2)
         self.dilated = nn.Sequential(*[
             conv_block([8 * w] * (depth + 1), padding=2, dilation=2) for depth in (3, 2, 2)])
-        self.branches = nn.ModuleList(
-            [conv_block((8 * w, 4 * w), kernel=1, padding=0),
-             *[conv_block((8 * w, 4 * w), padding=rate, dilation=rate) for rate in (6, 12, 18)]])
-        # One value for each image: nothing that BatchNorm could normalise in a batch of one.
-        self.image = conv_block((8 * w, 4 * w), norm=None, kernel=1, padding=0)
-        self.project = conv_block((5 * 4 * w, 4 * w), kernel=1, padding=0)
+        self.aspp = ASPP(8 * w, 4 * w, (6, 12, 18), bias=True)
         low = max(3 * w // 4, 1)
         self.low_level = conv_block((4 * w, low), kernel=1, padding=0)
         self.decoder = conv_block((4 * w + low, 4 * w, 4 * w))
@@ -2205,9 +2200,7 @@ class DeepLabV3Plus(nn.Module):
             x = block(self.pool(x) if number else x)
             if number == 2:
                 low_level = self.low_level(x)
-        x = self.dilated(x)
-        image = self.image(x.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
-        x = self.project(torch.cat([*[branch(x) for branch in self.branches], image], dim=1))
+        x = self.aspp(self.dilated(x))
         x = torch.cat([bilinear(x, low_level.shape[-2:]), low_level], dim=1)
         return bilinear(self.head(self.decoder(x)), size)
 

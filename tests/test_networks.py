@@ -298,12 +298,13 @@ def deeplab_by_hand(state, x):
     x = full[4]
     for block in range(3):
         x = normalised(state, f"dilated.{block}", x, padding=2, dilation=2)
-    seen = [normalised(state, "branches.0", x)] + [
-        normalised(state, f"branches.{i}", x, padding=rate, dilation=rate)
+    seen = [normalised(state, "aspp.branches.0", x)] + [
+        normalised(state, f"aspp.branches.{i}", x, padding=rate, dilation=rate)
         for i, rate in enumerate((6, 12, 18), 1)]
-    image = F.conv2d(x.mean((2, 3), keepdim=True), state["image.0.weight"], state["image.0.bias"])
+    kernel, bias = state["aspp.image.0.weight"], state["aspp.image.0.bias"]
+    image = F.conv2d(x.mean((2, 3), keepdim=True), kernel, bias)
     seen.append(image.relu() * torch.ones_like(seen[0]))
-    x = normalised(state, "project", torch.cat(seen, 1))
+    x = normalised(state, "aspp.project", torch.cat(seen, 1))
     low = normalised(state, "low_level", full[2])
     x = normalised(state, "decoder", torch.cat([enlarged(x, 4), low], 1))
     return enlarged(F.conv2d(x, state["head.weight"], state["head.bias"]), 4)
@@ -345,8 +346,8 @@ def test_rivals_have_the_convolutions_of_their_papers():
     encoder = convolutions(deeplab.encoder) + convolutions(deeplab.dilated)
     assert len(encoder) == 23 and len(deeplab.encoder) + len(deeplab.dilated) == 8
     assert [len(block) // 3 for block in deeplab.encoder] == [2, 2, 4, 4, 4]
-    assert convolutions(deeplab.branches) == [(512, 256, 1), *[(512, 256, 3)] * 3]
-    rates = [m.dilation[0] for m in deeplab.branches.modules() if isinstance(m, nn.Conv2d)]
+    assert convolutions(deeplab.aspp.branches) == [(512, 256, 1), *[(512, 256, 3)] * 3]
+    rates = [m.dilation[0] for m in deeplab.aspp.branches.modules() if isinstance(m, nn.Conv2d)]
     assert rates == [1, 6, 12, 18]
     assert convolutions(deeplab.low_level) == [(256, 48, 1)]
 
