@@ -3033,9 +3033,9 @@ OF_THIS_CALL = {"out_dir", "overwrite", "resume", "checkpoint", "device", "amp",
 # A prediction from a checkpoint takes these from the command line too, and may change the last.
 INPUTS = {"volume", "label", "unlabeled_volume", "val_volume", "val_label", "test_volume",
           "test_label"}
-OF_THIS_DATA = INPUTS | {"partial", "label_slices", "val_slices", "voxel_size", "demo", "tta",
-                         "save_probability"}
-OF_PREDICTION = {"label_map", "ignore_label", "seed", "threshold", "overlap"}
+OF_THIS_DATA = INPUTS | {"partial", "weights", "ensemble", "label_slices", "val_slices",
+                         "test_ignore_label", "voxel_size", "demo", "tta", "save_probability"}
+OF_PREDICTION = {"label_map", "ignore_label", "seed", "threshold", "overlap", "top_k", "organelles"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -3149,7 +3149,7 @@ def parse(parser, argv, demo, named_labels=False):
                              f"{keep[changed[0]]}")
             args = argparse.Namespace(**{**vars(args), **keep, **typed})
         elif args.demo:
-            given = sorted(n for n in typed if n in INPUTS | {"partial"})
+            given = sorted(n for n in typed if n in INPUTS | {"partial", "weights"})
             if given:
                 parser.error(f"--demo makes its own data; leave {flag_name(given[0])} out")
             args = argparse.Namespace(**{**vars(args), **demo, **typed})
@@ -3836,6 +3836,7 @@ class Run:
         read = [path for name in INPUTS for paths in named_paths(getattr(self.args, name)).values()
                 for path in paths]
         read += [path for pair in getattr(self.args, "partial", []) for path in pair[:2]]
+        read += getattr(self.args, "weights", [])
         inputs = {os.path.realpath(_split_crop(path)[0]) for path in read}
         for file in old:
             if os.path.realpath(file) in inputs:

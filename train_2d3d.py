@@ -360,13 +360,10 @@ def voxel_weights(label, edges, class_weights, w):
 def training_weights(run):
     """W of every training volume, lazy float32 arrays of the shapes that the network sees.
 
-    From --weights, or computed, which is shared by all processes and done once for a run: the
-    files weights.tif (weights_NAME.tif of several volumes) are W, weights.png shows it.
+    Computed once for a run, by all processes together: the files weights.tif (weights_NAME.tif of
+    several volumes) are W, weights.png shows it.
     """
     args, data = run.args, run.data
-    if args.weights:
-        return [open_weights(path, item, label, args)
-                for path, item, label in zip(args.weights, data.train, data.labels)]
     counts = np.zeros(len(data.classes), dtype=np.int64)
     for label in data.labels:
         for z in label.slices:
@@ -409,8 +406,8 @@ def training_weights(run):
     return [emseg.open_volume(str(path)) for path in paths]
 
 
-def open_weights(path, item, label, args):
-    """A file of --weights at the resolution that the network sees. Raises InputError."""
+def open_weights(path, item, args):
+    """A file of --weights, at the resolution that the network sees. Raises InputError."""
     weights = emseg.open_volume(path)
     if weights.shape != item.volume.shape:
         raise emseg.InputError(f"{path}: the weights have {emseg.format_shape(weights.shape)} "
@@ -864,10 +861,11 @@ def parse_args(argv=None):
     method("--stop-epoch", type=emseg.positive(int), default=10, metavar="N",
            help="within so many epochs, else its training ends (Network training)")
     parser.set_defaults(model="2d3d", normalize="volume")
-    demo = dict(width=8, patch_size=[5, 68, 68], spacing=[2, 32, 32], epochs=6, steps_per_epoch=25,
-                batch_size=2, lr=3e-3, downsample=2, instances=2, top_k=2, elastic=6.0,
-                l2_2d=0.0, l2_3d=0.0, organelles=[2, 3, 4], val_slices="24,25,26,27,28,29",
-                classes=emseg.PHANTOM_CLASSES)
+    demo = dict(width=8, patch_size=[3, 44, 44], spacing=[2, 8, 8], epochs=5, steps_per_epoch=120,
+                lr=3e-3, decay_steps=200, downsample=4, instances=2, top_k=2, elastic=2.0,
+                brightness=0.03, contrast=0.1, weight_terms=[0.5, 0.5, 0.5], l2_2d=0.0, l2_3d=0.0,
+                l2_p=0.0, val_slices="24:30", organelles=[1, 2], label_map="2=1,3=2,*=0",
+                classes=["background", "nucleus", "mitochondrion"])
     typed = parser.parse_args(argv)
     if typed.ensemble:
         argv = as_checkpoint(parser, typed, argv)
@@ -947,6 +945,9 @@ def main(args):
 
     if run.training:
         windows = make_windows(run, network)
+        if args.weights:
+            windows.weights = [open_weights(path, item, args)
+                               for path, item in zip(args.weights, data.train)]
     if len(runs) > 1:
         run.begin_parts()
     for name, each in runs.items():

@@ -140,7 +140,8 @@ def test_networks_of_different_models_are_ensembled(trained, cells, tmp_path):
         cells / "image.tif@10:12", "--test-label", cells / "label.tif@10:12", "--out-dir",
         tmp_path / "out")
     found = metrics(tmp_path / "out")["instances"]
-    assert {name: entry["model"] for name, entry in found.items()} == {"seed5": "2d3d", "thin": "unet3d-thin"}
+    models = {name: entry["model"] for name, entry in found.items()}
+    assert models == {"seed5": "2d3d", "thin": "unet3d-thin"}
 
 
 def test_an_instance_trains_as_if_it_were_alone(trained, cells, tmp_path):
