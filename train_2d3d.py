@@ -672,28 +672,27 @@ def report_all(run, runs, members, predictions, own_predictions, reports, valida
     """
     peaks = {name: each.best for name, each in runs.items()}
     best = None if None in peaks.values() else max(peaks, key=peaks.get)
-    blocks = {name: {"model": each.args.model, "seed": each.args.seed, "val_miou": peaks[name],
-                     "member": name in members, "validation": validated[name] or None,
-                     "mean": reports[name]["mean"] if name in reports else None}
-              for name, each in runs.items()}
+    blocks = {name: {"model": runs[name].args.model, "seed": runs[name].args.seed,
+                     "val_miou": peaks[name], "member": name in members,
+                     "validation": validated[name], "mean": report["mean"]}
+              for name, report in reports.items()}
     more = {"instances": blocks, "single_best": best and {"instance": best, **blocks[best]},
-            "ensemble": {"members": members, "validation": validated["ensemble"] or None}}
-    content = run.report(predictions, **(more if reports else {}))
-    rows = {f"ensemble of {len(members)}": {"eval": validated["ensemble"], "test": content["mean"]}}
-    if not reports:
-        rows = {run.args.model: rows.popitem()[1]}
-    for name in sorted(reports, key=lambda name: -(peaks[name] or 0)):
-        rows[f"{runs[name].args.model} {name}"] = {"eval": validated[name],
-                                                   "test": reports[name]["mean"]}
-    if reports and best:
+            "ensemble": {"members": members, "validation": validated["ensemble"]}} if blocks else {}
+    content = run.report(predictions, **more)
+    name = f"ensemble of {len(members)}" if blocks else run.args.model
+    rows = {name: {"eval": validated["ensemble"], "test": content["mean"]}}
+    for name in sorted(blocks, key=lambda name: -(peaks[name] or 0)):
+        rows[f"{blocks[name]['model']} {name}"] = {"eval": validated[name],
+                                                   "test": blocks[name]["mean"]}
+    if blocks and best:
         of_model = {}
-        for name, each in runs.items():
-            of_model.setdefault(each.args.model, []).append(peaks[name])
+        for name, block in blocks.items():
+            of_model.setdefault(block["model"], []).append(peaks[name])
         save_histogram(run.folder / "histogram.png", of_model)
     score = "miou_org" if run.organelles else "miou"
-    scored = [entry for entry in content["volumes"] if entry["label"]]
-    for number, entry in enumerate(scored if reports else []):
-        item = [item for item in run.data.test if item.label is not None][number]
+    labelled = [(item, entry) for item, entry in zip(run.data.test, content["volumes"])
+                if item.label is not None and blocks]
+    for number, (item, entry) in enumerate(labelled):
         name = run.output(item).stem.replace("prediction", "instances", 1)
         save_instances(run.folder / f"{name}.png", item, (entry["prediction"], entry[score]),
                        {each: (paths[number], reports[each]["volumes"][number][score])
@@ -707,10 +706,6 @@ def table_1(rows, has_organelles):
     def shown(block, key):
         value = (block or {}).get(key)
         return "" if value is None else f"{value:.4f}"
-
-    rows = {name: {"test": row["test"], "eval": {key.removeprefix("val_"): value for key, value
-                                                 in (row["eval"] or {}).items()}}
-            for name, row in rows.items()}
 
     columns = [(kind, key) for kind in ("eval", "test") for key in ("miou", "miou_org")
                if has_organelles or key == "miou"]
@@ -1016,6 +1011,8 @@ def main(args):
     # evaluate
     validated = {name: run.validate(partial(see, name), **at_once) for name in runs}
     validated["ensemble"] = run.validate(see_ensemble, **at_once)
+    validated = {name: {key.removeprefix("val_"): value for key, value in block.items()} or None
+                 for name, block in validated.items()}
     reports = {name: runs[name].report(paths) for name, paths in own_predictions.items()}
     if run.rank == 0:
         report_all(run, runs, members, predictions, own_predictions, reports, validated)

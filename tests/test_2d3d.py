@@ -994,10 +994,10 @@ def test_an_instance_that_does_not_start_is_given_up(history, failed):
 
 
 def test_table_1():
-    rows = {"ensemble of 2": {"eval": {"val_miou": 0.68642, "val_miou_org": 0.59},
+    rows = {"ensemble of 2": {"eval": {"miou": 0.68642, "miou_org": 0.59},
                               "test": {"miou": 0.5, "miou_org": 0.44567}},
             "2d3d seed1": {"eval": None, "test": None},
-            "unet seed0": {"eval": {"val_miou": 0.0}, "test": {"miou": None, "miou_org": 0.25}}}
+            "unet seed0": {"eval": {"miou": 0.0}, "test": {"miou": None, "miou_org": 0.25}}}
     assert train_2d3d.table_1(rows, True).splitlines() == [
         "| | eval MIoU(all) | eval MIoU(org) | test MIoU(all) | test MIoU(org) |",
         "| --- | --- | --- | --- | --- |",

@@ -20,7 +20,7 @@ from conftest import (ROOT, interrupt_after, kill_after_an_epoch, log_without_se
                       parse_readme_commands, refused, run, two_processes, weights)
 
 
-TINY = ["--width", "2", "--patch-size", "3", "36", "36", "--spacing", "2", "32", "32", "--epochs",
+TINY = ["--width", "2", "--patch-size", "3", "60", "60", "--spacing", "2", "32", "32", "--epochs",
         "2", "--steps-per-epoch", "3", "--batch-size", "2", "--elastic", "3", "--lr", "5e-3"]
 
 
@@ -80,7 +80,7 @@ def test_metrics_hold_the_ensemble_each_instance_and_the_best(trained, cells):
     for name, entry in content["instances"].items():
         found = ious(tifffile.imread(trained / name / "prediction.tif"))
         assert entry["val_miou"] == pytest.approx(peaks[name])
-        assert entry["validation"]["val_miou"] == pytest.approx(peaks[name])
+        assert entry["validation"]["miou"] == pytest.approx(peaks[name])
         assert entry["member"] == (name in ranked[:2]) and entry["seed"] == int(name[4:])
         assert entry["mean"]["miou"] == pytest.approx(found.mean())
         assert entry["mean"]["miou_org"] == pytest.approx(found[[3, 4]].mean())
@@ -89,7 +89,7 @@ def test_metrics_hold_the_ensemble_each_instance_and_the_best(trained, cells):
     assert content["mean"]["miou"] == pytest.approx(found.mean())
     assert content["volumes"][0]["miou_org"] == pytest.approx(found[[3, 4]].mean())
     assert content["single_best"]["mean"] == content["instances"][ranked[0]]["mean"]
-    assert content["ensemble"]["validation"]["val_miou"] > 0
+    assert content["ensemble"]["validation"]["miou"] > 0
 
 
 def test_an_ensemble_averages_the_probabilities_of_its_members(trained, cells, tmp_path):
@@ -251,9 +251,9 @@ def test_a_network_that_does_not_start_is_given_up(cells, tmp_path, capsys):
     assert len(log_without_seconds(kept)) == 3
 
 
-@pytest.mark.parametrize("steps", [2, 8, 12])
+@pytest.mark.parametrize("steps", [8, 12])
 def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monkeypatch, steps):
-    """Ctrl-C in the first instance, within the second one, and at the end of its last epoch."""
+    """Ctrl-C within the second instance, and at the end of its last epoch."""
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         interrupt_after(patch, steps)
         train(cells, tmp_path / "run", "--instances", "3", "--top-k", "2", "--organelles", "3", "4",
@@ -386,8 +386,8 @@ def test_a_prediction_blends_windows_that_overlap_by_a_third(trained, cells, tmp
                         lambda self, x: shapes.append(x.shape) or forward(self, x))
     run(train_2d3d, "--checkpoint", trained / "seed5" / "best.pt", "--test-volume",
         cells / "image.tif", "--out-dir", tmp_path / "out")
-    assert {tuple(shape[2:]) for shape in shapes} == {(3, 36, 36)}
-    assert {(side, tile) for side, tile, _ in starts} == {(12, 3), (112, 32), (128, 32)}
+    assert {tuple(shape[2:]) for shape in shapes} == {(3, 60, 60)}
+    assert {(side, tile) for side, tile, _ in starts} == {(12, 3), (112, 56), (128, 56)}
     for side, tile, found in starts:
         assert found[0] == 0 and found[-1] == side - tile
         assert np.diff(found).max() <= math.ceil(tile * 2 / 3)
@@ -399,11 +399,11 @@ def test_a_prediction_blends_windows_that_overlap_by_a_third(trained, cells, tmp
 @pytest.mark.parametrize("change, message", [
     (["--organelles", "3", "5"], "--organelles 5: class ids run from 0 to 4"),
     (["--top-k", "2"], "--top-k 2: there are 1 instances"),
-    (["--patch-size", "10", "36", "36"], "has 8 slices, fewer than the 10 that a window of 10"),
-    (["--patch-size", "3", "40", "36"], "2d3d takes sides of 4 + a multiple of 8; nearest to 40: "
+    (["--patch-size", "10", "60", "60"], "has 8 slices, fewer than the 10 that a window of 10"),
+    (["--patch-size", "3", "40", "60"], "2d3d takes sides of 4 + a multiple of 8; nearest to 40: "
                                         "36 or 44"),
     (["--patch-size", "36", "36"], "2d3d takes three sides, Z Y X"),
-    (["--patch-size", "3", "124", "36"], "windows that predict 120 x 32 pixels do not fit"),
+    (["--patch-size", "3", "124", "60"], "windows that predict 120 x 56 pixels do not fit"),
     (["--elastic", "-1"], "--elastic -1.0 is not 0 or more"),
     (["--weight-terms", "0", "0", "0"], "--weight-terms must be 0 or more, and not all 0"),
     (["--decay", "1.5"], "--decay 1.5 is not above 0 and at most 1"),
@@ -507,3 +507,30 @@ def test_every_readme_command_parses(trained, monkeypatch):
     monkeypatch.setattr(train_2d3d, "as_checkpoint",
                         lambda parser, typed, argv: [*argv, "--checkpoint", "x"])
     assert parse_readme_commands(train_2d3d, trained / "best.pt", monkeypatch) >= 6
+
+
+def test_the_demo_trains_two_instances(tmp_path):
+    out = tmp_path / "demo"
+    run(train_2d3d, "--demo", "--out-dir", out)
+    content = metrics(out)
+    assert content["classes"] == ["background", "nucleus", "mitochondrion"]
+    assert list(content["instances"]) == ["seed0", "seed1"] and content["mean"]["miou_org"] > 0.2
+    assert content["mean"]["per_class"]["mitochondrion"]["dice"] > 0.5
+    assert emseg.open_volume(str(out / "prediction.mrc")).voxel_size == (20.0, 8.0, 8.0)
+    assert imread(out / "instances.png")[..., :3].std() > 0.05
+
+
+def test_real_neuropil_membranes(real_data, tmp_path):
+    """A minute of training on four times smaller slices, without the pyramid."""
+    raw, labels = real_data / "vnc" / "raw", real_data / "vnc" / "labels"
+    run(train_2d3d, *[text for kind, crop in (("", "0:12"), ("val-", "12:15"), ("test-", "15:20"))
+                      for text in (f"--{kind}volume", f"{raw}@{crop}", f"--{kind}label",
+                                   f"{labels}@{crop}")],
+        "--label-map", "0=1,32=1,64=1,96=1,128=1,159=2,191=3,223=4,255=0", "--out-dir",
+        tmp_path / "out", "--model", "2d3d-no-pyramid", "--width", "8", "--downsample", "4",
+        "--patch-size", "5", "68", "68", "--spacing", "2", "32", "32", "--elastic", "3",
+        "--epochs", "1", "--steps-per-epoch", "250", "--lr", "2e-3", "--weight-terms", "0.3", "1",
+        "1", "--l2-2d", "0", "--l2-3d", "0", "--l2-p", "0")
+    scores = metrics(tmp_path / "out")["mean"]["per_class"]
+    assert scores["class 1"]["dice"] > 0.45
+    assert float(log_without_seconds(tmp_path / "out")[0]["val_dice_class 1"]) > 0.45
