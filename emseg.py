@@ -872,7 +872,8 @@ def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label
     """Labels of opened Volumes: (list of Labels, number of classes).
 
     classes: how many, where that is known (from the training labels or a checkpoint). label_map:
-    from parse_label_map. ignore_label: raw value that becomes IGNORE. label_slices: text for
+    from parse_label_map. ignore_label: raw value, or tuple of raw values, that becomes IGNORE.
+    label_slices: text for
     parse_slices, the annotated slices to use. merge: from parse_merge, applied last. Without a map,
     values 0..K stand as they are and {0, v} is background and foreground (also where two labels are
     left by the merge and v is no class id); other values are an InputError that lists them.
@@ -890,7 +891,8 @@ def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label
         if label_slices is not None:
             rows = _choose_slices(source.path, rows, label_slices)
         raw.append((source, rows, *_scan_labels(source, rows)))
-    union = sorted({int(v) for _, _, values, _ in raw for v in values if v != ignore_label})
+    ignored = ignore_label if isinstance(ignore_label, tuple) else (ignore_label,)
+    union = sorted({int(v) for _, _, values, _ in raw for v in values} - {*ignored})
     if label_map is not None:
         mapped = [target for target in label_map.values() if target != IGNORE]
         n_classes = classes or max([1, *mapped]) + 1
@@ -902,7 +904,7 @@ def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label
     mask_class = left[1] if len(left) == 2 and left[0] == 0 else None
     labels = []
     for (source, rows, values, tallies), volume in zip(raw, volumes):
-        ids = merge[_class_ids(source.path, values, n_classes, label_map, ignore_label, mask_class)]
+        ids = merge[_class_ids(source.path, values, n_classes, label_map, ignored, mask_class)]
         counts = np.zeros((len(rows), n_classes), np.int64)
         for z, (found, voxels) in tallies.items():
             id_of = ids[np.searchsorted(values, found)]
@@ -1024,12 +1026,12 @@ def _decide_classes(union, paths):
     return len(union)
 
 
-def _class_ids(path, values, n_classes, label_map, ignore_label, mask_class):
+def _class_ids(path, values, n_classes, label_map, ignored, mask_class):
     """(len(values),) uint8: the class id of each raw value, IGNORE for those to leave out.
 
     mask_class: the class that the foreground of a mask {0, v} is, or None.
     """
-    used = [int(v) for v in values if v != ignore_label]
+    used = [int(v) for v in values if v not in ignored]
     if label_map is not None:
         too_high = [t for t in label_map.values() if n_classes <= t != IGNORE]
         if too_high:
@@ -3184,8 +3186,11 @@ def format_shape(shape):
 
 
 def default_folder(prog, args):
-    """runs/SCRIPT-MODEL-seedSEED, with -prediction for a prediction from a checkpoint."""
-    kind = "-prediction" if args.checkpoint else "-demo" if args.demo else ""
+    """runs/SCRIPT-MODEL-seedSEED, with -prediction for a prediction from a checkpoint, -ensemble
+    for one from several runs."""
+    ensemble = getattr(args, "ensemble", None)
+    kind = ("-ensemble" if ensemble else "-prediction" if args.checkpoint else
+            "-demo" if args.demo else "")
     return f"runs/{Path(prog).stem}-{args.model}-seed{args.seed}{kind}"
 
 
@@ -3297,7 +3302,7 @@ def open_data(args, checkpoint=None, score_validation=False):
         label_paths = getattr(args, f"{kind}_label")
         own = dict(rules)
         if kind == "test" and getattr(args, "test_ignore_label", None) is not None:
-            own["ignore_label"] = args.test_ignore_label
+            own["ignore_label"] = (args.ignore_label, args.test_ignore_label)
         truths = open_labels(label_paths, opened, n_classes, require_foreground=False,
                              **own)[0] if label_paths else [None] * len(opened)
         items[kind] = [Item(name, v, view(v, args), truth)
@@ -4181,12 +4186,13 @@ class Run:
         if self.world > 1:
             torch.distributed.barrier()
 
-    def report(self, predictions, stages=None, surfaces=False, **more):
+    def report(self, predictions, stages=None, surfaces=False, draw=None, **more):
         """Score the predictions (paths, one per test Item); write metrics.json, figure.png and
         curves.png; print the scores and what was written. stages: {name: paths} of a method in
         stages, the last of which are the predictions; each is scored and shown, for each volume
-        and as the mean over volumes. surfaces: also draw each volume's structures in 3D. more: for
-        metrics.json, too. Returns what it holds, in the first process."""
+        and as the mean over volumes. surfaces: also draw each volume's structures in 3D. draw:
+        called with the content of metrics.json, to draw more. more: for metrics.json, too. Returns
+        what it holds, in the first process."""
         if self.rank:
             return None
         named, stages = stages is not None, stages or {"prediction": predictions}
@@ -4231,6 +4237,8 @@ class Run:
             save_surfaces(self.folder / f"{name}.png", rows, self.data.classes)
         if (self.folder / "log.csv").exists():
             save_curves(self.folder / "curves.png", self.folder / "log.csv")
+        if draw:
+            draw(content)
         written = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
         self.say(f"wrote {self.folder}/: {', '.join(written)}")
         return content

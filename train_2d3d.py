@@ -45,6 +45,12 @@ Run:
                --val-label eval_label.tif --test-volume test.tif --test-label test_label.tif \\
                --test-ignore-label 0 --organelles 2 3 4 5 6 --instances 26 --top-k 4
     CPU    python train_2d3d.py --demo
+
+Expect:
+    GPU    not run
+    CPU    EXPECTDEMO
+    Fly neuropil, five classes at 18 nm (command in the README), width 8, 2000 steps of one window,
+    EXPECTVNC
 """
 
 import argparse
@@ -408,16 +414,22 @@ def training_weights(run):
 
 def open_weights(path, item, args):
     """A file of --weights, at the resolution that the network sees. Raises InputError."""
-    weights = emseg.open_volume(path)
-    if weights.shape != item.volume.shape:
+    weights, shapes = emseg.open_volume(path), (item.volume.shape, item.image.shape)
+    if weights.shape not in shapes:
+        wanted = " or ".join(dict.fromkeys(map(emseg.format_shape, shapes)))
         raise emseg.InputError(f"{path}: the weights have {emseg.format_shape(weights.shape)} "
-                               f"voxels, {item.volume.path} "
-                               f"{emseg.format_shape(item.volume.shape)}")
+                               f"voxels, {item.volume.path} {wanted}")
+    highest = 0.0
     for slab in emseg.slabs(weights.shape, 2**24):
         values = np.asarray(weights[slab], np.float32)
         if not (np.isfinite(values).all() and values.min() >= 0):
             raise emseg.InputError(f"{path}: weights must be numbers of 0 or more; slices "
                                    f"{slab.start} to {slab.stop - 1} hold others")
+        highest = max(highest, float(values.max()))
+    if not highest:
+        raise emseg.InputError(f"{path}: all weights are 0, which teaches nothing")
+    if weights.shape == item.image.shape:
+        return weights
     return emseg.downsample(weights, args.downsample, "mean")
 
 
@@ -585,7 +597,8 @@ def open_ensemble(paths, script):
             if not each["modules"]:
                 raise emseg.InputError(f"{file}: holds no network; is the run finished?")
             if part in parts:
-                raise emseg.InputError(f"--ensemble: two runs are named {part}; rename a folder")
+                raise emseg.InputError(f"--ensemble: two runs are named {part}; name each run "
+                                       f"once, or rename a folder")
             parts[part] = each
     (first_name, first), *others = parts.items()
     for name, each in others:
@@ -645,6 +658,8 @@ def make_windows(run, network):
     depth = args.patch_size[0] if network.dims == 3 else 1
     margin = getattr(network, "depth_margin", 0), network.margin
     size = [depth - 2 * margin[0], *(side - 2 * margin[1] for side in args.patch_size[-2:])]
+    if args.elastic > max(args.patch_size[-2:]):
+        raise emseg.InputError(f"--elastic {args.elastic:g}: more pixels than a window has")
     return Windows(data.images, data.labels, data.slices, size, margin, args.spacing,
                    math.ceil(args.elastic), args.seed, getattr(network, "min_depth", 1))
 
@@ -678,27 +693,33 @@ def report_all(run, runs, members, predictions, own_predictions, reports, valida
               for name, report in reports.items()}
     more = {"instances": blocks, "single_best": best and {"instance": best, **blocks[best]},
             "ensemble": {"members": members, "validation": validated["ensemble"]}} if blocks else {}
-    content = run.report(predictions, **more)
+    labelled = [item for item in run.data.test if item.label is not None and blocks]
+
+    def draw(content):
+        """histogram.png, and instances.png of every labelled volume."""
+        if blocks and best:
+            models = dict.fromkeys(block["model"] for block in blocks.values())
+            save_histogram(run.folder / "histogram.png", {model: [
+                peaks[name] for name, block in blocks.items() if block["model"] == model]
+                for model in models})
+        score = "miou_org" if run.organelles else "miou"
+        scored = [entry for entry in content["volumes"] if entry["label"]]
+        for number, (item, entry) in enumerate(zip(labelled, scored)):
+            name = run.output(item).stem.replace("prediction", "instances", 1)
+            save_instances(run.folder / f"{name}.png", item, (entry["prediction"], entry[score]),
+                           {each: (paths[number], reports[each]["volumes"][number][score])
+                            for each, paths in own_predictions.items()}, members,
+                           run.data.classes, run.colors)
+
+    content = run.report(predictions, draw=draw, **more)
     name = f"ensemble of {len(members)}" if blocks else run.args.model
     rows = {name: {"eval": validated["ensemble"], "test": content["mean"]}}
     for name in sorted(blocks, key=lambda name: -(peaks[name] or 0)):
-        rows[f"{blocks[name]['model']} {name}"] = {"eval": validated[name],
-                                                   "test": blocks[name]["mean"]}
-    if blocks and best:
-        of_model = {}
-        for name, block in blocks.items():
-            of_model.setdefault(block["model"], []).append(peaks[name])
-        save_histogram(run.folder / "histogram.png", of_model)
-    score = "miou_org" if run.organelles else "miou"
-    labelled = [(item, entry) for item, entry in zip(run.data.test, content["volumes"])
-                if item.label is not None and blocks]
-    for number, (item, entry) in enumerate(labelled):
-        name = run.output(item).stem.replace("prediction", "instances", 1)
-        save_instances(run.folder / f"{name}.png", item, (entry["prediction"], entry[score]),
-                       {each: (paths[number], reports[each]["volumes"][number][score])
-                        for each, paths in own_predictions.items()},
-                       run.data.classes, run.colors)
-    run.say(table_1(rows, bool(run.organelles)))
+        rows[f"{blocks[name]['model']} {name}"] = {
+            "eval": validated[name] or {"miou": peaks[name]}, "test": blocks[name]["mean"]}
+    if any((block or {}).get("miou") is not None for row in rows.values()
+           for block in row.values()):
+        run.say(table_1(rows, bool(run.organelles)))
 
 
 def table_1(rows, has_organelles):
@@ -754,20 +775,22 @@ def save_histogram(path, peaks):
     edges = np.linspace(low, high, max(2, round((high - low) * 100) + 1))
     figure = emseg.new_figure(figsize=(6, 3.6), dpi=120)
     axis = figure.subplots()
-    for (model, found), color in zip(peaks.items(), emseg.CLASS_COLORS * len(peaks)):
-        axis.hist(found, edges, weights=np.full(len(found), 1 / len(found)), alpha=0.6,
-                  color=color, edgecolor="0.3", label=f"{model} ({len(found)})")
+    colors = (emseg.CLASS_COLORS * len(peaks))[: len(peaks)]
+    axis.hist([*peaks.values()], edges, color=colors, edgecolor="0.3",
+              weights=[np.full(len(found), 1 / len(found)) for found in peaks.values()],
+              label=[f"{model} ({len(found)})" for model, found in peaks.items()])
     axis.set_xlabel("peak validation MIoU(all)")
     axis.set_ylabel("share of instances")
     axis.legend(fontsize=8)
     figure.savefig(path)
 
 
-def save_instances(path, item, ensemble, instances, classes, colors):
+def save_instances(path, item, ensemble, instances, members, classes, colors):
     """instances.png: image, truth and ensemble, below them the instances (figure 2, bottom).
 
     ensemble, instances: (path, score) and {name: (path, score)}; a score is MIoU(org) where it was
-    asked for, else MIoU(all). The slice is the annotated one with the most foreground.
+    asked for, else MIoU(all). members: names of those that were averaged. The slice is the
+    annotated one with the most foreground.
     """
     def panel(prediction):
         return emseg.class_overlay(grey, emseg.open_volume(str(prediction))[z], classes, colors)
@@ -782,10 +805,12 @@ def save_instances(path, item, ensemble, instances, classes, colors):
     top = [(f"{Path(item.volume.path).name}  z = {z}", emseg.overlay(grey, [], [])),
            ("truth", emseg.class_overlay(grey, item.label[z], classes, colors)),
            (titled("ensemble", ensemble[1]), panel(ensemble[0]))]
-    shown = [(titled(name, score), panel(file)) for name, (file, score) in instances.items()]
+    shown = [(titled(name, score) + ("" if name in members else "  (not averaged)"), panel(file))
+             for name, (file, score) in instances.items()]
     columns = max(3, min(4, len(shown)))
     rows = 1 + math.ceil(len(shown) / columns)
-    figure = emseg.new_figure(figsize=(3.2 * columns, 3.4 * rows + 0.3), dpi=120)
+    height = 3.2 * min(1.6, grey.shape[0] / grey.shape[1]) + 0.2
+    figure = emseg.new_figure(figsize=(3.2 * columns, height * rows + 0.3), dpi=120)
     axes = figure.subplots(rows, columns, squeeze=False)
     places = [*zip(axes[0], top), *zip(axes[1:].flat, shown)]
     for axis in axes.flat:
@@ -811,11 +836,12 @@ def settings_of(model):
 def parse_args(argv=None):
     flag = argparse.BooleanOptionalAction
     parser = emseg.Parser(__file__, __doc__)
-    own = "default: the model's, see SETTINGS"
+    own = "default: the model's, see SETTINGS in the script"
     emseg.add_common_args(parser, MODELS, sources={
         "model": "2d3d is 2D-3D+3x3x3", "epochs": own, "lr": own, "batch_size": own,
         "patch_size": f"of the network's input; {own}", "normalize": "paper: volume",
-        "width": "2d3d: 32", "steps_per_epoch": "default: each window once"})
+        "width": "2d3d: 32; of unet3d-* not in paper",
+        "steps_per_epoch": "default: each window once"})
     method = parser.add_argument_group("method (Guay 2021)").add_argument
     method("--spacing", type=emseg.positive(int), nargs=3, metavar=("Z", "Y", "X"),
            help=f"of the corners of windows ({own})")
@@ -896,8 +922,17 @@ def check_method(parser, args):
                  "stop_miou"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"{emseg.flag_name(name)} {getattr(args, name)} is not 0 or more")
-    if not all(0 <= term < math.inf for term in args.weight_terms) or not any(args.weight_terms):
-        parser.error("--weight-terms must be 0 or more, and not all 0")
+    for name, most in (("lr", 1e3), ("brightness", 1), ("contrast", 1), ("stop_miou", 1)):
+        if getattr(args, name) > most:
+            parser.error(f"{emseg.flag_name(name)} {getattr(args, name):g} is above {most:g}")
+    if not all(0 <= term <= 1e6 for term in args.weight_terms) or not any(args.weight_terms):
+        parser.error("--weight-terms must be 0 to 1000000, and not all 0")
+    if len(set(args.organelles or [])) < len(args.organelles or []):
+        parser.error("--organelles names a class twice")
+    if args.test_ignore_label is not None and args.test_volume and not args.test_label:
+        parser.error("--test-ignore-label needs --test-label")
+    if args.seed + args.instances > 2**63:
+        parser.error(f"--seed {args.seed} is too high for {args.instances} instances")
     if args.model == "2d3d-no-pyramid" and not args.c_2d:
         parser.error("--c-2d 0: 2d3d-no-pyramid has no other term in its loss")
     if not 0 < args.decay <= 1:
@@ -943,7 +978,7 @@ def main(args):
         if args.weights:
             windows.weights = [open_weights(path, item, args)
                                for path, item in zip(args.weights, data.train)]
-    if len(runs) > 1:
+    if run not in runs.values():
         run.begin_parts()
     for name, each in runs.items():
         network, own = networks[name], each.args
@@ -994,7 +1029,7 @@ def main(args):
         each.use_best(network=network)
 
     # predict
-    if len(runs) > 1:
+    if run not in runs.values():
         run.gather(runs)
     peaks = {name: each.best for name, each in runs.items()}
     members = choose_best(peaks, args.top_k)

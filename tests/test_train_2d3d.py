@@ -134,6 +134,22 @@ def test_finished_runs_are_ensembled(trained, cells, tmp_path):
                                   tifffile.imread(trained / "prediction.tif"))
 
 
+def test_one_finished_run_is_an_ensemble_of_one(trained, cells, tmp_path):
+    run(train_2d3d, "--ensemble", trained / "seed6", "--test-volume", cells / "image.tif@10:12",
+        "--test-label", cells / "label.tif@10:12", "--out-dir", tmp_path / "out")
+    content = metrics(tmp_path / "out")
+    assert content["ensemble"]["members"] == ["seed6"] == list(content["instances"])
+    assert content["mean"] == metrics(trained)["instances"]["seed6"]["mean"]
+
+
+def test_weights_of_another_run_at_the_resolution_of_the_network(cells, tmp_path):
+    small = ["--downsample", "2", "--patch-size", "3", "36", "36", "--epochs", "1"]
+    one = train(cells, tmp_path / "one", *small)
+    assert tifffile.imread(one / "weights.tif").shape == (8, 56, 64)
+    two = train(cells, tmp_path / "two", *small, "--weights", one / "weights.tif")
+    assert log_without_seconds(one) == log_without_seconds(two)
+
+
 def test_networks_of_different_models_are_ensembled(trained, cells, tmp_path):
     other = train(cells, tmp_path / "thin", "--model", "unet3d-thin")
     run(train_2d3d, "--ensemble", trained / "seed5", other, "--test-volume",
@@ -223,7 +239,8 @@ def test_given_weights_take_the_place_of_computed_ones(cells, tmp_path, capsys):
         assert not (out / "weights.tif").exists()
     assert losses[1] == pytest.approx(3 * losses[0], rel=1e-4)
     for bad, message in ((given[:7], "the weights have 7 x 112 x 128 voxels"),
-                         (-given, "weights must be numbers of 0 or more")):
+                         (-given, "weights must be numbers of 0 or more"),
+                         (0 * given, "all weights are 0")):
         tifffile.imwrite(tmp_path / "bad.tif", bad)
         found = refused(train_2d3d, capsys, *volumes(cells), "--out-dir", tmp_path / "bad", *TINY,
                         "--weights", tmp_path / "bad.tif")
@@ -312,13 +329,14 @@ def test_only_one_cell_of_a_test_volume_is_labelled(trained, cells, tmp_path):
     """Zeros around the cell are not annotated in the test label, and background in all others."""
     label = tifffile.imread(cells / "label.tif")[10:12]
     label[:, :, 64:] = 0
+    label[:, :9] = 77                               # --ignore-label holds in test labels too
     tifffile.imwrite(tmp_path / "cell.tif", label)
     out = train(cells, tmp_path / "run", "--epochs", "1", "--test-volume",
                 cells / "image.tif@10:12", "--test-label", tmp_path / "cell.tif", "--organelles",
-                "2", "3", "--test-ignore-label", "0", test=None)
+                "2", "3", "--test-ignore-label", "0", "--ignore-label", "77", test=None)
     entry, pred = metrics(out)["volumes"][0], tifffile.imread(out / "prediction.tif")
-    assert entry["ignored"] == (label == 0).sum()
-    kept = label > 0
+    kept = (label > 0) & (label < 77)
+    assert entry["ignored"] == (~kept).sum()
     for k, name in ((2, "class 2"), (3, "class 3")):
         assert entry["per_class"][name]["fp"] == ((pred == k) & (label != k) & kept).sum()
         assert entry["per_class"][name]["fn"] == ((pred != k) & (label == k)).sum()
@@ -405,7 +423,14 @@ def test_a_prediction_blends_windows_that_overlap_by_a_third(trained, cells, tmp
     (["--patch-size", "36", "36"], "2d3d takes three sides, Z Y X"),
     (["--patch-size", "3", "124", "60"], "windows that predict 120 x 56 pixels do not fit"),
     (["--elastic", "-1"], "--elastic -1.0 is not 0 or more"),
-    (["--weight-terms", "0", "0", "0"], "--weight-terms must be 0 or more, and not all 0"),
+    (["--weight-terms", "0", "0", "0"], "--weight-terms must be 0 to 1000000, and not all 0"),
+    (["--weight-terms", "1", "1e39", "0"], "--weight-terms must be 0 to 1000000"),
+    (["--elastic", "1e9"], "--elastic 1e+09: more pixels than a window has"),
+    (["--lr", "1e300"], "--lr 1e+300 is above 1000"),
+    (["--brightness", "2"], "--brightness 2 is above 1"),
+    (["--stop-miou", "2"], "--stop-miou 2 is above 1"),
+    (["--organelles", "3", "3"], "--organelles names a class twice"),
+    (["--seed", str(2**63 - 1), "--instances", "2"], "is too high for 2 instances"),
     (["--decay", "1.5"], "--decay 1.5 is not above 0 and at most 1"),
     (["--weights", "a.tif", "b.tif"], "--weights has 2 and --volume 1 paths"),
     (["--weights", "missing.tif"], "missing.tif"),
