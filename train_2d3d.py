@@ -1034,9 +1034,14 @@ def main(args):
     peaks = {name: each.best for name, each in runs.items()}
     members = choose_best(peaks, args.top_k)
 
+    @torch.inference_mode()
     def see_ensemble(image):
         """Mean of the members' probabilities."""
-        return sum(see(name, image) for name in members) / len(members)
+        first, *others = members
+        total = see(first, image)
+        for name in others:
+            total += see(name, image)
+        return total.div_(len(members))
 
     predictions = [run.predict(see_ensemble, item, **at_once) for item in data.test]
     own_predictions = {name: [each.predict(partial(see, name), item, **at_once)
