@@ -448,9 +448,9 @@ def test_the_training_stack_is_refined_with_its_annotation(trained, cells, tmp_p
 def test_eight_views_in_both_networks(trained, cells, tmp_path, monkeypatch):
     shapes, original = [], emseg.predict_slices
 
-    def noting(network, image, max_tile=None):
+    def noting(network, image, *tiling):
         shapes.append((image.shape[1], tuple(image.flatten()[:9].tolist())))
-        return original(network, image, max_tile)
+        return original(network, image, *tiling)
 
     monkeypatch.setattr(emseg, "predict_slices", noting)
     run("--checkpoint", trained / "best.pt", "--test-volume", cells / "image.tif@8:9",
