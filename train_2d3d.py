@@ -59,7 +59,6 @@ Expect:
 
 import argparse
 import dataclasses
-import json
 import math
 import re
 import sys
