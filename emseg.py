@@ -873,8 +873,8 @@ def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label
 
     classes: how many, where that is known (from the training labels or a checkpoint). label_map:
     from parse_label_map. ignore_label: raw value, or tuple of raw values, that becomes IGNORE.
-    label_slices: text for
-    parse_slices, the annotated slices to use. merge: from parse_merge, applied last. Without a map,
+    label_slices: text for parse_slices, the annotated slices to use. merge: from parse_merge,
+    applied last. Without a map,
     values 0..K stand as they are and {0, v} is background and foreground (also where two labels are
     left by the merge and v is no class id); other values are an InputError that lists them.
 

@@ -27,8 +27,9 @@ Differences from the paper:
     2. Logits have no ReLU, and the pyramid is given logits, not probabilities; all transposed
        convolutions are 1x2x2 and keep z. (The authors' code differs in both.)
     3. Reflections are done; the authors' code discards them.
-    4. Eq. 1 as printed is a mean over voxels; the authors' code sums, so that its L2 terms weigh
-       438,080 times less (--l2-2d, --l2-3d, --l2-p). N counts annotated voxels.
+    4. Eq. 1 as printed is a mean over N voxels; the authors' code sums over them and halves the
+       squares, so that its L2 terms weigh 2 N = 876,160 times less (--l2-2d, --l2-3d, --l2-p).
+       N counts annotated voxels.
     5. The paper takes W from a file, and its code says how an edge is weighted, not which edges
        were. Here each class is one side of an edge and all others are the other; W_cb is 1 for the
        rarest class; borders of a slice are no edges.
@@ -409,7 +410,7 @@ def training_weights(run):
     if run.rank == 0:
         for path in edge_paths:
             path.unlink()
-        save_weights(run.folder / "weights.png", data, [emseg.open_volume(str(paths[0]))],
+        save_weights(run.folder / "weights.png", data, emseg.open_volume(str(paths[0])),
                      class_weights + w)
     run.barrier()
     return [emseg.open_volume(str(path)) for path in paths]
@@ -745,12 +746,15 @@ def table_1(rows, has_organelles):
 
 
 def save_weights(path, data, weights, class_weights):
-    """weights.png: image, label, w + W_cb, W_ep and W of the middle annotated slice."""
+    """weights.png: image, label, w + W_cb, W_ep and W of the first volume's middle annotated slice.
+
+    weights: W of that volume; class_weights: w + W_cb of each class.
+    """
     label = data.labels[0]
     z = label.slices[len(label.slices) // 2]
     ids = label[z]
     known = ids != emseg.IGNORE
-    total = np.asarray(weights[0][z], np.float32)
+    total = np.asarray(weights[z], np.float32)
     balance = np.where(known, np.append(class_weights, np.zeros(256))[ids], 0)
     figure = emseg.new_figure(figsize=(15, 3.6), dpi=120)
     axes = figure.subplots(1, 5)
@@ -1052,7 +1056,7 @@ def main(args):
                        for name, each in runs.items() if each is not run}
 
     # evaluate
-    validated = {name: run.validate(partial(see, name), **at_once) for name in runs}
+    validated = {name: run.validate(partial(see, name), **at_once) for name in own_predictions}
     validated["ensemble"] = run.validate(see_ensemble, **at_once)
     validated = {name: {key.removeprefix("val_"): value for key, value in block.items()} or None
                  for name, block in validated.items()}
