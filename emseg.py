@@ -1736,15 +1736,25 @@ def cutmix_boxes(batch, size, device, area=(0.25, 0.5)):
 
 
 def conv_block(channels, norm="batch", padding=1, kernel=3, **options):
-    """Convolution (+ normalisation) + ReLU for each step of channels (in, ..., out); options: of
-    nn.Conv2d."""
+    """Convolution (+ normalisation) + ReLU for each step of channels (in, ..., out); norm: batch,
+    group or None; options: of nn.Conv2d."""
     layers = []
     for c_in, c_out in zip(channels[:-1], channels[1:]):
         layers.append(nn.Conv2d(c_in, c_out, kernel, padding=padding, **options))
-        if norm == "batch":
-            layers.append(nn.BatchNorm2d(c_out))
+        if norm:
+            layers.append(nn.BatchNorm2d(c_out) if norm == "batch" else group_norm(c_out))
         layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
+
+
+def group_norm(channels):
+    """GroupNorm of up to 4 groups (Diakogiannis 2021)."""
+    return nn.GroupNorm(math.gcd(4, channels), channels)
+
+
+def group_conv(c_in, c_out, **options):
+    """Convolution + GroupNorm, without ReLU; options: of conv_block."""
+    return conv_block((c_in, c_out), norm="group", **options)[:-1]
 
 
 class BySlice(nn.Module):
@@ -1876,22 +1886,16 @@ class LearnedUp(nn.ConvTranspose2d):
             self.weight.copy_((line[:, None] * line).expand_as(self.weight))
 
 
-class Bottleneck(nn.Module):
-    """Residual block (He 2016, figure 5), with BatchNorm: (B, c_in, H, W) -> (B, c_out, H', W').
+class ResidualBlock(nn.Module):
+    """ReLU of input + residual (He 2016), with BatchNorm: (B, c_in, H, W) -> (B, c_out, H', W').
 
-    Three convolutions, 1x1, 3x3 and 1x1, of which the first two have a quarter of c_out filters;
-    the 3x3 one takes stride and dilation. The input is added, through a 1x1 convolution where its
-    shape changes.
+    residual: the convolutions, which take the stride; the input is added, through a 1x1 convolution
+    where its shape changes.
     """
 
-    def __init__(self, c_in, c_out, stride=1, dilation=1):
+    def __init__(self, c_in, c_out, stride, residual):
         super().__init__()
-        c = c_out // 4
-        self.residual = nn.Sequential(
-            conv_block((c_in, c), kernel=1, padding=0, bias=False),
-            conv_block((c, c), padding=dilation, stride=stride, dilation=dilation, bias=False),
-            conv_block((c, c_out), kernel=1, padding=0, bias=False)[:-1])
-        self.stride, self.shortcut = stride, nn.Identity()
+        self.residual, self.stride, self.shortcut = residual, stride, nn.Identity()
         if stride > 1 or c_in != c_out:
             self.shortcut = conv_block((c_in, c_out), kernel=1, padding=0, bias=False)[:-1]
 
@@ -1902,10 +1906,32 @@ class Bottleneck(nn.Module):
         return F.relu(shortcut + self.residual(x))
 
 
-def residual_stage(c_in, c_out, dilations, stride=1):
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions (He 2016, figure 5, left); the first takes the stride, both dilation."""
+
+    def __init__(self, c_in, c_out, stride=1, dilation=1):
+        options = dict(padding=dilation, dilation=dilation, bias=False)
+        super().__init__(c_in, c_out, stride, nn.Sequential(
+            conv_block((c_in, c_out), stride=stride, **options),
+            conv_block((c_out, c_out), **options)[:-1]))
+
+
+class Bottleneck(ResidualBlock):
+    """Three convolutions, 1x1, 3x3 and 1x1 (He 2016, figure 5, right), of which the first two have
+    a quarter of c_out filters; the 3x3 one takes stride and dilation."""
+
+    def __init__(self, c_in, c_out, stride=1, dilation=1):
+        c = c_out // 4
+        super().__init__(c_in, c_out, stride, nn.Sequential(
+            conv_block((c_in, c), kernel=1, padding=0, bias=False),
+            conv_block((c, c), padding=dilation, stride=stride, dilation=dilation, bias=False),
+            conv_block((c, c_out), kernel=1, padding=0, bias=False)[:-1]))
+
+
+def residual_stage(c_in, c_out, dilations, stride=1, block=Bottleneck):
     """Residual blocks in a row, one for each dilation; the first one takes the stride."""
-    return nn.Sequential(Bottleneck(c_in, c_out, stride, dilations[0]),
-                         *[Bottleneck(c_out, c_out, 1, dilation) for dilation in dilations[1:]])
+    return nn.Sequential(block(c_in, c_out, stride, dilations[0]),
+                         *[block(c_out, c_out, 1, dilation) for dilation in dilations[1:]])
 
 
 class ASPP(nn.Module):
@@ -1927,6 +1953,129 @@ class ASPP(nn.Module):
     def forward(self, x):
         image = self.image(x.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
         return self.project(torch.cat([*[branch(x) for branch in self.branches], image], dim=1))
+
+
+def fractal_tanimoto(p, q, *dims, depth=5, valid=None, smooth=1e-5):
+    """Similarities, 0..1, of two maps of values 0..1 and of their complements, one for each of the
+    dims, over which it is summed and which stay as sides of 1 (Diakogiannis 2021, section 2.1).
+
+    The mean over d < depth, and over p, q and 1 - p, 1 - q, of
+    (pq + smooth) / (2^d (pp + qq) - (2^(d+1) - 1) pq + smooth), products summed over dims. The
+    denominator is 2^d (p - q)^2 + pq, in which nothing cancels: the deeper, the steeper near
+    equality. valid: 0 where nothing counts, of a shape like p's; depth 0 is depth 1.
+    """
+    p, q = p.float(), q.float()
+    valid = 1.0 if valid is None else valid
+    difference = (p - q).square() * valid
+    agreements = p * q * valid, (1 - p) * (1 - q) * valid
+    similarities = []
+    for dim in dims:
+        apart, total = difference.sum(dim, keepdim=True), 0
+        for agreement in agreements:
+            common = agreement.sum(dim, keepdim=True) + smooth
+            total = total + sum(common / (2**d * apart + common) for d in range(max(depth, 1)))
+        similarities.append(total / (2 * max(depth, 1)))
+    return similarities
+
+
+class FractalAttention(nn.Module):
+    """FracTAL attention (Diakogiannis 2021, section 2.2): what x (B, c, H, W) should be multiplied
+    by after a look at y of the same shape, 1 + gamma * attention, gamma 0 to begin with.
+
+    A query from x, a key and a value from y; the value, weighed by the similarity of query and key
+    at each pixel and in each channel (their product, as in Pagano's code; the mean of both in
+    Diakogiannis's). heads: groups of the convolutions.
+    """
+
+    def __init__(self, c, heads):
+        super().__init__()
+        self.query, self.key, self.value = [group_conv(c, c, groups=heads) for _ in range(3)]
+        self.norm, self.gamma = group_norm(c), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, y):
+        query, key, value = [layer(z).sigmoid() for layer, z in
+                             ((self.query, x), (self.key, y), (self.value, y))]
+        at_pixel, in_channel = fractal_tanimoto(query, key, 1, (2, 3))
+        weight = (at_pixel * in_channel).to(value.dtype)
+        return 1 + self.gamma * self.norm(weight * value.square())
+
+
+class FractalUnit(nn.Module):
+    """Residual block with FracTAL attention (Diakogiannis 2021, figure 4): (B, c, H, W) stays."""
+
+    def __init__(self, c, heads):
+        super().__init__()
+        self.residual = nn.Sequential(
+            group_norm(c), nn.ReLU(inplace=True),
+            nn.Conv2d(c, c, 3, padding=1, groups=heads, bias=False),
+            group_norm(c), nn.ReLU(inplace=True), nn.Conv2d(c, c, 3, padding=1, groups=heads))
+        self.attention = FractalAttention(c, heads)
+
+    def forward(self, x):
+        return (x + self.residual(x)) * self.attention(x, x)
+
+
+class Fusion(nn.Module):
+    """Two maps (B, c_in, H, W), each emphasised after a look at the other, as one (B, c_out, H, W)
+    (Diakogiannis 2021, section 2.4)."""
+
+    def __init__(self, c_in, c_out, heads):
+        super().__init__()
+        self.attention_a, self.attention_b = [FractalAttention(c_in, heads) for _ in range(2)]
+        self.merge = conv_block((2 * c_in, c_out), norm="group", groups=heads)
+
+    def forward(self, a, b):
+        return self.merge(torch.cat([a * self.attention_a(a, b), b * self.attention_b(b, a)], 1))
+
+
+class CEECUnit(nn.Module):
+    """Compress-expand, expand-compress (Diakogiannis 2021, section 2.4, V2): (B, c, H, W) stays.
+
+    One branch looks at the input at half the resolution, the other at twice; each is emphasised
+    after a look at the other, and both are added to the input.
+    """
+
+    def __init__(self, c, heads):
+        super().__init__()
+        half, quarter = c // 2, c // 4
+        block = functools.partial(conv_block, norm="group", groups=heads)
+        self.enter_ce, self.enter_ec = [group_conv(c, half, groups=heads) for _ in range(2)]
+        self.compress_ce = nn.Sequential(block((half, c), stride=2), block((c, c)))
+        self.expand_ce, self.skip_ce = block((c, half)), block((half, half))
+        self.fuse_ce = Fusion(half, half, heads)
+        self.expand_ec = block((half, quarter, quarter))
+        self.compress_ec = block((quarter, half), stride=2)
+        self.fuse_ec = Fusion(half, half, heads)
+        self.attention = FractalAttention(c, heads)
+        self.attention_ce, self.attention_ec = [FractalAttention(half, heads) for _ in range(2)]
+        self.collect = Fusion(half, c, 1)
+
+    def forward(self, x):
+        H, W = x.shape[-2:]
+        ce, ec = self.enter_ce(x), self.enter_ec(x)
+        ce = self.fuse_ce(self.expand_ce(bilinear(self.compress_ce(ce), (H, W))), self.skip_ce(ce))
+        ec = self.fuse_ec(self.compress_ec(self.expand_ec(bilinear(ec, (2 * H, 2 * W)))), ec)
+        both = self.collect(ce * self.attention_ce(ce, ec), ec * self.attention_ec(ec, ce))
+        return (x + both) * self.attention(x, x)
+
+
+class PSPPooling(nn.Module):
+    """Pyramid scene pooling (Zhao 2017; Diakogiannis 2021): (B, c_in, H, W) -> (B, c, H, W).
+
+    The maxima of the whole image and of its 2 x 2, 4 x 4 and 8 x 8 parts, each narrowed to c
+    filters, join the input. Sides that 8 does not divide have parts that overlap.
+    """
+
+    def __init__(self, c_in, c, depth=4):
+        super().__init__()
+        self.parts = nn.ModuleList(group_conv(c_in, c, kernel=1, padding=0) for _ in range(depth))
+        self.project = group_conv(c_in + depth * c, c, kernel=1, padding=0)
+
+    def forward(self, x):
+        size = x.shape[-2:]
+        pooled = [F.interpolate(part(F.adaptive_max_pool2d(x, 2**level)), size=size)
+                  for level, part in enumerate(self.parts)]
+        return self.project(torch.cat([x, *pooled], dim=1))
 
 
 # ==================================================================================================
@@ -2207,9 +2356,156 @@ class DeepLabV3Plus(nn.Module):
         return bilinear(self.head(self.decoder(x)), size)
 
 
+class UNetPlusPlus(nn.Module):
+    """UNet++ (Zhou 2018) on a ResNet encoder (He 2016), as in segmentation_models.pytorch.
+
+    (B, in_channels, H, W) -> logits (B, out_channels, H, W), sides multiples of the stride. width:
+    filters of the first level, 64 by default. Between encoder and decoder stands a triangle of
+    blocks, in which each block sees all that came before it at its resolution, and the enlarged
+    output of the block below.
+
+    | paper | residual stages of the encoder | parameters (1 in, 1 out) |
+    | --- | --- | --- |
+    | Pagano 2023, "UNet++" | the 4 of ResNet-34 | 26,072,337 |
+    | Pagano 2023, "SSL-UNet++" | 2 | 2,017,937 |
+
+    average_branches: deep supervision. The blocks of the finest row that end the shorter paths get
+    heads of their own, at half the resolution, and the network's logits are those of the mean
+    probability of all branches. forward(x, heads=True) returns the logits of each branch, a list.
+    """
+
+    dims, offset, margin = 2, 0, 0
+
+    def __init__(self, in_channels, out_channels, width=None, stages=4, average_branches=False):
+        super().__init__()
+        w = width or 64
+        widths, depths = [w, w, 2 * w, 4 * w, 8 * w][: stages + 1], (3, 4, 6, 3)
+        self.encoder = nn.ModuleList([
+            conv_block((in_channels, w), kernel=7, padding=3, stride=2, bias=False)])
+        for stage in range(stages):
+            c_in, c = widths[stage : stage + 2]
+            self.encoder.append(residual_stage(c_in, c, [1] * depths[stage], 1 + (stage > 0),
+                                               BasicBlock))
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        skips = widths[::-1]                                    # deepest first, as all that follows
+        self.rows, lower = nn.ModuleList(), skips[:1]           # lower: filters of the row below
+        for level in range(stages):
+            skip, row = skips[level + 1], []
+            for place in reversed(range(level + 1)):
+                c_in = lower[place] + sum(c for c, _ in row) + skip
+                c = skip if place else max(1, stages * w >> level)  # 256, 128, … or 128, 64
+                row.insert(0, (c, conv_block((c_in, c, c), bias=False)))
+            self.rows.append(nn.ModuleList(block for _, block in row))
+            lower = [*[c for c, _ in row], skip]
+        last = max(1, w // 4)
+        self.last = conv_block((lower[0], last, last), bias=False)
+        self.head = nn.Conv2d(last, out_channels, 3, padding=1)
+        self.branch_heads = nn.ModuleList(
+            nn.Conv2d(c, out_channels, 3, padding=1)
+            for c in (lower[1:-1] if average_branches else []))
+        self.stride = 2 ** (stages + 1)
+
+    def forward(self, x, heads=False):
+        size, skips = x.shape[-2:], []
+        for number, stage in enumerate(self.encoder):
+            x = stage(self.pool(x) if number == 1 else x)
+            skips.append(x)
+        lower = [skips.pop()]
+        for row in self.rows:
+            same = [skips.pop()]
+            for x, block in zip(lower[::-1], row[::-1]):
+                same.insert(0, block(torch.cat([F.interpolate(x, scale_factor=2), *same], dim=1)))
+            lower = same
+        logits = [self.head(self.last(F.interpolate(lower[0], scale_factor=2)))]
+        logits += [bilinear(head(x), size) for head, x in zip(self.branch_heads, lower[1:])]
+        return logits if heads else self.combine(logits)
+
+    def combine(self, heads):
+        return mean_logits(heads)
+
+
+def UNetPlusPlus3(in_channels, out_channels, width=None, average_branches=False):
+    """UNet++ with a three-stage encoder: 2,017,937 parameters, the "SSL-UNet++" of Pagano 2023,
+    whose 21,954,705 count two stages that nothing is connected to."""
+    return UNetPlusPlus(in_channels, out_channels, width, 2, average_branches)
+
+
+class FractalNet(nn.Module):
+    """FracTALResNet and CEECNet (Diakogiannis 2021, doi:10.3390/rs13183707): a U-Net of attention
+    units with heads for segmentation, boundary and distance.
+
+    (B, in_channels, H, W) -> logits (B, out_channels, H, W) of the segmentation, sides multiples of
+    32 (of 256, or the pyramid's parts overlap). forward(x, heads=True) returns the logits of the
+    segmentation, of the boundary of each class and of the distance to it, whose probabilities are
+    sigmoids. The segmentation head sees the other two. unit: (channels, heads) -> module; width:
+    filters of the first level, 32 by default, a multiple of 8, doubling with each of six.
+    """
+
+    dims, stride, offset, margin = 2, 32, 0, 0
+    global_context = True               # prediction in tiles of the size trained on
+
+    def __init__(self, in_channels, out_channels, width, unit):
+        super().__init__()
+        w = width or 32
+        if w % 8:
+            raise InputError(f"--width {w}: fractalresnet and ceecnet take multiples of 8")
+        widths = [w * 2**level for level in range(6)]
+        narrow = dict(norm="group", kernel=1, padding=0)
+        self.first = conv_block((in_channels, w), **narrow)[:-1]
+        self.encoder = nn.ModuleList(unit(c, c // 8) for c in widths)
+        self.down = nn.ModuleList(group_conv(c, 2 * c, stride=2) for c in widths[:-1])
+        self.middle = PSPPooling(widths[-1], widths[-1])
+        self.up = nn.ModuleList(conv_block((2 * c, c), **narrow) for c in widths[-2::-1])
+        self.join = nn.ModuleList(conv_block((2 * c, c), **narrow)[:-1] for c in widths[-2::-1])
+        self.decoder = nn.ModuleList(unit(c, c // 4) for c in widths[-2::-1])
+        self.pyramid = PSPPooling(2 * w, w)
+        self.distance, self.boundary, self.segmentation = [
+            nn.Sequential(conv_block((2 * w, w, w), norm="group"), nn.Conv2d(w, out_channels, 1))
+            for _ in range(3)]
+        self.from_distance, self.from_boundary = [
+            conv_block((out_channels, w), **narrow) for _ in range(2)]
+        self.balance = conv_block((2 * w, w), **narrow)
+        self.crispness = nn.Parameter(torch.ones(1))
+
+    def forward(self, x, heads=False):
+        first = x = self.first(x)
+        skips = []
+        for level, unit in enumerate(self.encoder):
+            x = unit(self.down[level - 1](x) if level else x)
+            skips.append(x)
+        skips.pop()
+        x = F.relu(self.middle(x))
+        for up, join, unit in zip(self.up, self.join, self.decoder):
+            x = torch.cat([up(F.interpolate(x, scale_factor=2)), skips.pop()], dim=1)
+            x = unit(join(x))
+        x = torch.cat([first, x], dim=1)
+        pyramid = F.relu(self.pyramid(x))
+        distance = self.distance(x)
+        seen = self.from_distance(distance.sigmoid())
+        boundary = self.boundary(torch.cat([pyramid, seen], dim=1))
+        boundary = boundary / (0.01 + self.crispness.sigmoid())
+        seen = self.balance(torch.cat([self.from_boundary(boundary.sigmoid()), seen], dim=1))
+        segmentation = self.segmentation(torch.cat([seen, pyramid], dim=1))
+        return [segmentation, boundary, distance] if heads else segmentation
+
+    def combine(self, heads):
+        return heads[0]
+
+
+def FracTALResNet(in_channels, out_channels, width=None):
+    """FractalNet of residual units: 18,199,919 parameters at 1 input and 1 output channel."""
+    return FractalNet(in_channels, out_channels, width, FractalUnit)
+
+
+def CEECNet(in_channels, out_channels, width=None):
+    """FractalNet of CEEC units (V2): 58,964,079 parameters at 1 input and 1 output channel."""
+    return FractalNet(in_channels, out_channels, width, CEECUnit)
+
+
 NETWORKS = {"unet": UNet, "resunet": ResUNet, "unet5": UNet5, "fcn8s": FCN8s, "segnet": SegNet,
             "deeplabv3plus": DeepLabV3Plus, "deeplab-resnet101": DeepLabResNet101,
-            "deeplab-drn": DeepLabDRN}
+            "deeplab-drn": DeepLabDRN, "unet++": UNetPlusPlus, "unet++3": UNetPlusPlus3,
+            "fractalresnet": FracTALResNet, "ceecnet": CEECNet}
 NETWORKS_3D = {"unet3d": UNet3D}
 
 
@@ -2233,6 +2529,17 @@ def class_ids(prob, threshold=0.5):
     """Class ids (B, ...) int64 of probabilities (B, C, ...): threshold one channel, else argmax
     (through max, which on a CPU is five times faster)."""
     return (prob[:, 0] > threshold).long() if prob.shape[1] == 1 else prob.max(dim=1).indices
+
+
+def mean_logits(heads):
+    """The logits (B, C, ...) whose probabilities are the mean of those of several logits, a list:
+    stable, float32; a single one is returned as it is."""
+    if len(heads) == 1:
+        return heads[0]
+    stacked = torch.stack(heads).float()
+    if stacked.shape[2] == 1:
+        return F.logsigmoid(stacked).logsumexp(0) - F.logsigmoid(-stacked).logsumexp(0)
+    return stacked.log_softmax(2).logsumexp(0) - math.log(len(heads))
 
 
 def soft_dice_loss(logits, label, squared=False, smooth=1e-5):
@@ -2549,7 +2856,7 @@ def scores(counts, classes, organelles=None):
     truth, pred = counts.sum(2), counts.sum(1)                              # (Z, K)
     scored = counts.sum((1, 2)) > 0                                         # slices with any voxel
     nonempty = truth > 0
-    dice_slice = _ratio(2 * tp, truth + pred)
+    dice_slice = dice_of_slices(counts)
     dice_slice_all = np.where(np.isnan(dice_slice) & scored[:, None], 1.0, dice_slice)
     TP, T, P = tp.sum(0), truth.sum(0), pred.sum(0)
     values = {
@@ -2590,26 +2897,44 @@ def mean_scores(volumes):
                if key in ("dice", "iou", "miou", "miou_org", "accuracy")}}
 
 
+def dice_of_slices(counts):
+    """2D Dice (Z, K) of each slice and class from confusion counts (Z, K, K); NaN where the class
+    is in neither truth nor prediction."""
+    tp = np.diagonal(counts, axis1=1, axis2=2)
+    return _ratio(2.0 * tp, counts.sum(1) + counts.sum(2))
+
+
 def evaluate(prediction, label, classes, pixels=2**24, organelles=None):
-    """`scores` of two lazy volumes (Z, Y, X) of class ids, read slab by slab; also their voxels.
+    """`scores` of two lazy volumes (Z, Y, X) of class ids, and their voxels: see confusion_volume,
+    which raises InputError."""
+    return volume_scores(confusion_volume(prediction, label, classes, pixels), label, classes,
+                         organelles)
+
+
+def confusion_volume(prediction, label, classes, pixels=2**24):
+    """Confusion counts (Z, K, K) of two lazy volumes of class ids, read slab by slab.
 
     Raises InputError where the shapes differ or the prediction holds a class that does not exist.
     """
     if prediction.shape != label.shape:
         raise InputError(f"{prediction.path}: the prediction has {format_shape(prediction.shape)} "
                          f"voxels, its label {format_shape(label.shape)}")
-    counts, ignored = [], 0
+    counts = []
     for slab in slabs(label.shape, pixels):
         pred, truth = prediction[slab], label[slab]
         wrong = pred[(pred < 0) | (pred >= len(classes)) | (pred != pred.astype(np.uint8))]
         if wrong.size:
             raise InputError(f"{prediction.path}: holds {wrong[0]}, but class ids run from 0 to "
                              f"{len(classes) - 1}")
-        pred = pred.astype(np.uint8)
-        counts.append(confusion(pred, truth, len(classes)))
-        ignored += truth.size - int(counts[-1].sum())
-    result = scores(np.concatenate(counts), classes, organelles)
-    return {"voxels": math.prod(label.shape), "ignored": ignored, **result}
+        counts.append(confusion(pred.astype(np.uint8), truth, len(classes)))
+    return np.concatenate(counts)
+
+
+def volume_scores(counts, label, classes, organelles=None):
+    """`scores` of confusion counts (Z, K, K), with the voxels of the label and those ignored."""
+    voxels = math.prod(label.shape)
+    return {"voxels": voxels, "ignored": voxels - int(counts.sum()),
+            **scores(counts, classes, organelles)}
 
 
 # ==================================================================================================
@@ -2992,6 +3317,28 @@ def compose(surfaces, classes, glass):
     return np.clip(picture + through[..., None], 0, 1)
 
 
+def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
+    """slice_dice.png: the 2D Dice of every foreground class against z, a row for each volume, with
+    the slices marked that were trained or validated on (Pagano 2023, figure 5).
+
+    items: list of (name, Dice (Z, K), NaN where it is undefined or not scored, marked z).
+    """
+    figure = new_figure(figsize=(9, 2.6 * len(items) + 0.5), dpi=120)
+    for axis, (name, dice, marked) in zip(figure.subplots(len(items), squeeze=False)[:, 0], items):
+        for number, z in enumerate(marked):
+            axis.axvline(z, color="0.75", linewidth=1, label="" if number else "labelled slices")
+        for k, class_name in enumerate(classes[1:], 1):
+            axis.plot(dice[:, k], ".-", color=colors[(k - 1) % len(colors)], linewidth=1,
+                      markersize=3, label=class_name)
+        axis.set(title=name, ylabel="Dice of the slice", ylim=(-0.03, 1.03),
+                 xlim=(-0.5, len(dice) - 0.5))
+        axis.grid(alpha=0.3)
+    axis.set_xlabel("z")
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
 def save_curves(path, log):
     """curves.png: loss terms and validation scores against the epoch, from the path of log.csv."""
     with open(log, newline="") as file:
@@ -3028,7 +3375,7 @@ RUN_FILES = ("config.json", "log.csv", "best.pt", "last.pt", "metrics.json", "fi
              "curves.png", "maps.png", "surfaces.png", "surfaces_*.png", "prediction.*",
              "prediction_*", "probability.tif", "probability_*.tif", "stages/*.tif",
              "stages/*/*.tif", "weights*.tif", "weights.png", "histogram.png",
-             "instances.png", "instances_*.png")
+             "instances.png", "instances_*.png", "slice_dice.png")
 # A resumed run takes these from the command line, all else from its config.json.
 OF_THIS_CALL = {"out_dir", "overwrite", "resume", "checkpoint", "device", "amp", "compile",
                 "workers"}
@@ -3483,16 +3830,20 @@ def without_seen_slices(item, seen):
     """
     if item.label is None:
         return item
-    own, used = seen_slices([item.volume], [item.label])[0], set()
-    for other in seen:
-        overlap = all(a[0] < b[1] and b[0] < a[1] for a, b in zip(own["yx"], other["yx"]))
-        if overlap and own["file"] == other["file"]:
-            used |= set(other["z"])
-    slices = [z for z, in_file in zip(item.label.slices, own["z"]) if in_file not in used]
-    if not slices:
+    slices = np.setdiff1d(item.label.slices, seen_in(item.volume, seen))
+    if not len(slices):
         raise InputError(f"{item.volume.path}: every labelled slice was trained or "
                          f"validated on; test on others")
     return Item(item.name, item.volume, item.image, OnlySlices(item.label, slices))
+
+
+def seen_in(volume, seen):
+    """The z of a volume that were trained or validated on, in order; see seen_slices."""
+    file, (depth, *sides) = os.path.realpath(volume.file), volume.crop
+    zs = {z - depth.start for other in seen for z in other["z"]
+          if other["file"] == file and all(own.start < end and start < own.stop
+                                           for own, (start, end) in zip(sides, other["yx"]))}
+    return sorted(z for z in zs if 0 <= z < len(volume))
 
 
 def class_names(names, n_classes):
@@ -3602,6 +3953,23 @@ def share_buffers(network):
 
 
 # -- run -------------------------------------------------------------------------------------------
+
+
+def plateaus(history, patience, cooldown=0, threshold=0.0):
+    """How often `patience` epochs in a row brought nothing better: a learning-rate reducer.
+
+    history: a value of each epoch, the higher the better; better is what exceeds the best by a
+    share `threshold` of it. cooldown: epochs that do not count after each time.
+    """
+    best, waited, rest, count = None, 0, 0, 0
+    for value in history:
+        better = best is None or value > best + threshold * abs(best)
+        best, waited = (value, 0) if better else (best, waited + 1)
+        if rest:
+            rest, waited = rest - 1, 0
+        if waited >= patience:
+            count, waited, rest = count + 1, 0, cooldown
+    return count
 
 
 def command(main):
@@ -3715,6 +4083,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.step, self.seconds, self.sums, self.pending = 0, 0.0, {}, None
         self.best, self.history = None, []      # the metric of end_epoch: highest, of each epoch
+        self.losses = []                        # the mean losses of each epoch, {name: value}
         self.predicted_voxels, self.predict_seconds, self.interrupted = 0, 0.0, False
         self.stage, self.threshold = None, getattr(args, "threshold", 0.5)
         self.colors = CLASS_COLORS              # of the foreground classes, in figure.png
@@ -3895,7 +4264,7 @@ class Run:
             return
         self.stage = stage
         if self.step == self.stages[stage][0]:
-            self.best, self.history = None, []
+            self.best, self.history, self.losses = None, [], []
         self.session = (time.monotonic(), self.step)
         handlers = {number: signal.signal(number, self._interrupt)
                     for number in (signal.SIGINT, signal.SIGTERM)}
@@ -3976,6 +4345,15 @@ class Run:
                                  f"--no-amp; the last good checkpoint in {self.folder} is kept")
             self.sums[name] = self.sums.get(name, 0.0) + value
 
+    def _mean_of_processes(self, sums):
+        """{name: number} averaged over all processes, so that all decide alike."""
+        if self.world == 1:
+            return sums
+        values = torch.tensor(list(sums.values()), dtype=torch.float64)
+        values = values.to(self.device if self.device.type == "cuda" else "cpu")
+        torch.distributed.all_reduce(values)
+        return dict(zip(sums, (values / self.world).tolist()))
+
     def _title(self, epoch):
         """The epoch for printing, with its stage or the part where there are several."""
         of = self.stage or (self.folder.name if self.whole else "")
@@ -4021,8 +4399,10 @@ class Run:
         epoch = self.epoch_of(self.step) - 1
         count = self.step - (self.ends[epoch - 1] if epoch else 0)
         row = {"stage": self.stage} if self.stage else {}
+        self.losses.append({name: total / count for name, total in
+                            self._mean_of_processes(self.sums).items()})
         row |= {"epoch": epoch, "step": self.step, "seconds": round(self.seconds, 1), "lr": self.lr,
-                **{k: v / count for k, v in self.sums.items()}, **validation}
+                **self.losses[-1], **validation}
         self.sums = {}
         if self.rank == 0:
             new = epoch == 0
@@ -4059,7 +4439,7 @@ class Run:
             "classes": self.data.classes, "normalization": self.data.normalization,
             "seen": self.data.seen, "stage": self.stage, "step": self.step,
             "seconds": self.seconds, "best": self.best, "history": self.history,
-            "sums": self.sums, "modules": keep, **more})
+            "losses": self.losses, "sums": self.sums, "modules": keep, **more})
 
     def _restore(self, checkpoint):
         """Take over the state of an interrupted run."""
@@ -4067,7 +4447,7 @@ class Run:
             load_weights(module, checkpoint, key, self.folder / "last.pt")
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
         self.best, self.sums = checkpoint["best"], checkpoint["sums"]
-        self.history = checkpoint["history"]
+        self.history, self.losses = checkpoint["history"], checkpoint["losses"]
         log, epoch = self.folder / "log.csv", self.epoch_of(self.step)
         if self.rank == 0 and log.exists():
             lines = log.read_text().splitlines(keepends=True)
@@ -4095,17 +4475,20 @@ class Run:
         """uint8 slices (B, H, W) -> probabilities (B, C, H, W): prepared, tiled, eight views.
 
         prepare: slices on the device -> network input, in place of the normalisation. For a 3D
-        network the slices are a window (Z, H, W), tiled like the crops that it was trained on.
+        network the slices are a window (Z, H, W), tiled like the crops that it was trained on; so
+        are those of a network whose output depends on the whole image (global_context).
         tile, overlap: see predict_slices, in place of the defaults.
         """
         network.eval()
         n = len(image)
+        if network.dims == 3 or getattr(network, "global_context", False):
+            tile = tile or self.args.patch_size[-2:]
         if network.dims == 3 and n < network.min_depth:         # the last slice, again
             image = torch.cat([image, image[-1:].expand(network.min_depth - n, -1, -1)])
         image = image.to(self.device)
         image = prepare(image) if prepare else normalize(image, self.data.normalization)
         if network.dims == 3:
-            image, tile = image.transpose(0, 1)[None], tile or self.args.patch_size[1:]
+            image = image.transpose(0, 1)[None]
 
         def once(view):
             with self.autocast():
@@ -4186,18 +4569,19 @@ class Run:
         if self.world > 1:
             torch.distributed.barrier()
 
-    def report(self, predictions, stages=None, surfaces=False, draw=None, **more):
+    def report(self, predictions, stages=None, surfaces=False, slices=False, draw=None, **more):
         """Score the predictions (paths, one per test Item); write metrics.json, figure.png and
         curves.png; print the scores and what was written. stages: {name: paths} of a method in
         stages, the last of which are the predictions; each is scored and shown, for each volume
-        and as the mean over volumes. surfaces: also draw each volume's structures in 3D. draw:
-        called with the content of metrics.json, to draw more. more: for metrics.json, too. Returns
-        what it holds, in the first process."""
+        and as the mean over volumes. surfaces: also draw each volume's structures in 3D. slices:
+        also draw the Dice of each slice. draw: called with the content of metrics.json, to draw
+        more. more: for metrics.json, too. Returns what it holds, in the first process.
+        """
         if self.rank:
             return None
         named, stages = stages is not None, stages or {"prediction": predictions}
         results = {name: [] for name in stages}             # the `scores` of every labelled Item
-        volumes, shown = [], []
+        volumes, shown, curves = [], [], []
         for number, item in enumerate(self.data.test):
             opened = {name: open_volume(str(paths[number])) for name, paths in stages.items()}
             entry = {"volume": item.volume.path, "label": item.label and item.label.path,
@@ -4206,11 +4590,14 @@ class Run:
                                       *(["miou_org"] if self.organelles else [])))}
             if item.label is not None:
                 for name, prediction in opened.items():
-                    results[name].append(evaluate(prediction, item.label, self.data.classes,
-                                                  organelles=self.organelles))
+                    counts = confusion_volume(prediction, item.label, self.data.classes)
+                    results[name].append(volume_scores(counts, item.label, self.data.classes,
+                                                       self.organelles))
                     self._say_scores(predictions[number], name if named else "",
                                      results[name][-1])
                 entry.update(results[name][-1])
+                curves.append((item.name, dice_of_slices(counts),
+                               seen_in(item.volume, self.data.seen)))
                 if named:
                     entry["stages"] = {name: each[-1] for name, each in results.items()}
             volumes.append(entry)
@@ -4231,6 +4618,8 @@ class Run:
         self._write_json("metrics.json", content)
         if shown:
             save_slices(self.folder / "figure.png", shown, self.data.classes, self.colors)
+        if slices and curves:
+            save_slice_dice(self.folder / "slice_dice.png", curves, self.data.classes, self.colors)
         for number, (_, _, label, opened) in enumerate(shown if surfaces else []):
             name = self.output(self.data.test[number]).stem.replace("prediction", "surfaces", 1)
             rows = opened if label is None else {"truth": label, **opened}

@@ -243,17 +243,6 @@ def epochs_without_improvement(history):
     return len(history) - 1 - int(np.argmax(history)) if history else 0
 
 
-def halvings(history, patience):
-    """How often `patience` epochs in a row brought nothing better (learning rate reducer, factor
-    0.5, section 3.2)."""
-    best, waited, count = -math.inf, 0, 0
-    for value in history:
-        best, waited = max(best, value), 0 if value > best else waited + 1
-        if waited >= patience:
-            waited, count = 0, count + 1
-    return count
-
-
 # -- several structures ----------------------------------------------------------------------------
 
 
@@ -543,7 +532,7 @@ def main(args):
             if epochs_without_improvement(part.history) >= own.patience:
                 part.say(f"{name}: no better validation mIoU in {own.patience} epochs")
                 break
-            peak = own.lr * 0.5 ** halvings(part.history, own.reduce_patience)
+            peak = own.lr * 0.5 ** emseg.plateaus(part.history, own.reduce_patience)
             network.train()
             for step in part.steps(epoch):
                 lr = peak / (1 + own.decay * step)

@@ -62,8 +62,9 @@ def test_learning_rate_warms_up_and_decays():
 def test_cps_loss_crosses_the_networks():
     a, b = torch.full((1, 1, 4, 4), 20.0), torch.full((1, 1, 4, 4), -20.0)
     pseudo_a, pseudo_b = torch.ones(1, 4, 4).long(), torch.zeros(1, 4, 4).long()
-    assert train_cps.cps_loss(a, b, pseudo_a, pseudo_b) == pytest.approx(2, abs=1e-3)
-    assert train_cps.cps_loss(a, b, pseudo_b, pseudo_a) == pytest.approx(0, abs=1e-3)
+    loss = train_cps.dice_loss
+    assert train_cps.cps_loss([a], [b], pseudo_a, pseudo_b, loss) == pytest.approx(2, abs=1e-3)
+    assert train_cps.cps_loss([a], [b], pseudo_b, pseudo_a, loss) == pytest.approx(0, abs=1e-3)
 
 
 def test_cutmix_pastes_the_second_half_into_the_first():
@@ -99,7 +100,8 @@ def test_cps_losses_teach_without_gradient_only_under_cutmix(mix, last):
     a, b = Recorder(), Recorder()
     image_l, image_u = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
     label = (torch.rand(4, 8, 8) > 0.5).long()
-    loss_sup, loss_cps = train_cps.cps_losses(Plain(), a, b, image_l, label, image_u, mix)
+    loss_sup, loss_cps = train_cps.cps_losses(Plain(), a, b, train_cps.dice_loss, image_l, label,
+                                              image_u, mix)
     assert a.seen == ([(4, True), (4, False), (4, True)] if mix else [(4, True), (4, True)])
     expected = 2 * emseg.soft_dice_loss(image_l, label, squared=True)
     assert torch.allclose(loss_sup, expected)
@@ -110,7 +112,8 @@ def test_cps_losses_teach_without_gradient_only_under_cutmix(mix, last):
 def test_without_unlabelled_images_the_cps_loss_is_zero():
     a, b = Recorder(), Recorder()
     image, label = torch.randn(2, 1, 8, 8), torch.ones(2, 8, 8).long()
-    loss_sup, loss_cps = train_cps.cps_losses(Plain(), a, b, image, label, None, True)
+    loss_sup, loss_cps = train_cps.cps_losses(Plain(), a, b, train_cps.dice_loss, image, label,
+                                              None, True)
     assert loss_cps == 0 and len(a.seen) == 1 and loss_sup > 0
 
 
@@ -119,7 +122,7 @@ def test_without_unlabelled_images_the_cps_loss_is_zero():
 
 def test_a_run_writes_what_the_readme_says(trained):
     assert {"config.json", "log.csv", "best.pt", "last.pt", "prediction.tif", "metrics.json",
-            "figure.png", "curves.png"} == {path.name for path in trained.iterdir()}
+            "figure.png", "curves.png", "slice_dice.png"} == {path.name for path in trained.iterdir()}
     result = metrics(trained)
     assert {"schema", "script", "model", "seed", "selected_on", "classes", "volumes", "mean",
             "train_seconds", "predict_seconds", "predict_voxels_per_second", "peak_memory_gib",

@@ -369,10 +369,10 @@ def test_the_schedule_is_that_of_keras():
             states = keras(history, reduce_patience, patience)
             for epochs in range(1, length + 1):
                 seen = history[:epochs]
-                halved = train_seget.halvings(seen, reduce_patience)
+                halved = emseg.plateaus(seen, reduce_patience)
                 stop = train_seget.epochs_without_improvement(seen) >= patience
                 assert (halved, stop) == states[epochs - 1]
-    assert train_seget.epochs_without_improvement([]) == train_seget.halvings([], 3) == 0
+    assert train_seget.epochs_without_improvement([]) == emseg.plateaus([], 3) == 0
 
 
 def test_settings_are_those_of_section_3_2():
