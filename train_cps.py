@@ -41,8 +41,8 @@ Differences from the paper:
        --average-branches: its 26,072,337 parameters have one head.
     10. Boundaries are an edge of one pixel, grown by its four neighbours, as in the authors' code,
        but found by comparing neighbours instead of Canny's filter.
-    11. SenFormer's warm-up is at most 7 % of the steps. The defaults of what the paper did not train
-       (ceecnet with CPS, ...) are the network's own with batches of 4.
+    11. SenFormer's warm-up is at most 7 % of the steps. What the paper did not train, such as
+       ceecnet with CPS, has the network's own defaults (batches of 4 instead of 3).
     12. The networks of other papers are offered too; they train as resunet does.
 
 Run:

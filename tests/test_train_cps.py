@@ -121,8 +121,9 @@ def test_without_unlabelled_images_the_cps_loss_is_zero():
 
 
 def test_a_run_writes_what_the_readme_says(trained):
-    assert {"config.json", "log.csv", "best.pt", "last.pt", "prediction.tif", "metrics.json",
-            "figure.png", "curves.png", "slice_dice.png"} == {path.name for path in trained.iterdir()}
+    assert {path.name for path in trained.iterdir()} == {
+        "config.json", "log.csv", "best.pt", "last.pt", "prediction.tif", "metrics.json",
+        "figure.png", "curves.png", "slice_dice.png"}
     result = metrics(trained)
     assert {"schema", "script", "model", "seed", "selected_on", "classes", "volumes", "mean",
             "train_seconds", "predict_seconds", "predict_voxels_per_second", "peak_memory_gib",
