@@ -206,8 +206,7 @@ def optimizer_of(network, args):
 def network_heads(run, network, image):
     """All logits that a network is trained by, a list of (B, C, H, W)."""
     with run.autocast():
-        several = hasattr(network, "combine")
-        return network(image, heads=True) if several else [network(image)]
+        return network(image, heads=True) if hasattr(network, "combine") else [network(image)]
 
 
 def pseudo_label(network, heads):

@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -146,11 +148,26 @@ def parse_readme_commands(script, checkpoint, monkeypatch):
     return len(commands)
 
 
+STUBS = """
+python() { printf '%s\\0' "$@"; printf '\\0'; }
+torchrun() { shift; python "$@"; }
+pip() { true; }
+"""
+
+
 def readme_commands(script):
-    """The arguments of the README's commands that call this script, continued lines joined."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    return [line.split(script, 1)[1].split() for line in text.splitlines()
-            if line.startswith("    ") and script in line and "cp " not in line]
+    """The arguments of the README's commands that call this script, as a shell splits them; those
+    inside of a loop with all values of its variables."""
+    blocks = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", (ROOT / "README.md").read_text(), re.M)
+    commands = []
+    for block in blocks:
+        if script not in block or "cp " in block:
+            continue
+        done = subprocess.run(["bash", "-c", STUBS + textwrap.dedent(block)], capture_output=True,
+                              text=True, check=True)
+        each = [call.split("\0") for call in done.stdout.split("\0\0") if call]
+        commands += [call[1:] for call in each if call[0] == script]
+    return commands
 
 
 class InMemory(emseg.LazyArray):

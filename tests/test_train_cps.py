@@ -22,6 +22,8 @@ TINY = ["--model", "unet", "--width", "4", "--patch-size", "32", "32", "--batch-
         "--epochs", "2", "--steps-per-epoch", "4", "--downsample", "1", "--device", "cpu",
         "--cps-warmup", "0.5", "1"]
 
+WIDTHS = {"unet++3": 8, "unet++": 8, "fractalresnet": 8, "ceecnet": 8, "senformer": 32}
+
 
 def train(cells, out, *more):
     run("--volume", cells / "image.tif@0:8", "--label", cells / "mito.tif@0:8",
@@ -245,6 +247,46 @@ def test_supervised_multi_class_with_validation(cells, tmp_path):
     assert emseg.open_volume(tmp_path / "run" / "prediction.tif")[:].max() <= 4
 
 
+@pytest.mark.parametrize("model, options", [
+    ("unet++3", ["--average-branches"]), ("unet++", []), ("fractalresnet", ["--no-cutmix"]),
+    ("ceecnet", []), ("senformer", [])])
+def test_every_network_of_the_paper_teaches_another(cells, tmp_path, capsys, model, options):
+    label = ["--label", cells / "label.tif", "--label-map", "3=1,2=2,*=0"]
+    run("--volume", cells / "image.tif", *label, "--label-slices", "0,3", "--test-volume",
+        cells / "image.tif@0:4,0:64,0:64", "--test-label", cells / "label.tif@0:4,0:64,0:64",
+        "--out-dir", tmp_path / "run", *TINY, "--model", model, *options,
+        "--width", WIDTHS[model], "--epochs", 2, "--steps-per-epoch", 1)
+    assert f"{model}, CPS" in capsys.readouterr().out
+    first, second = log_without_seconds(tmp_path / "run")
+    assert float(first["loss_cps"]) == 0 < float(second["loss_cps"])
+    assert set(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["modules"]) == {
+        "network_a", "network_b", "optimizer_a", "optimizer_b", "scaler"}
+    assert emseg.open_volume(tmp_path / "run" / "prediction.tif").shape == (4, 64, 64)
+    assert metrics(tmp_path / "run")["volumes"][0]["ignored"] == 2 * 64 * 64
+
+
+def test_the_rate_drops_and_a_resumed_run_knows_the_losses(cells, tmp_path, monkeypatch, capsys):
+    arguments = ["--volume", cells / "image.tif", "--label", cells / "mito.tif", "--label-slices",
+                 "0,3,7", *TINY, "--model", "unet++3", "--width", 8, "--method", "supervised",
+                 "--epochs", 3, "--steps-per-epoch", 2]
+    monkeypatch.setattr(train_cps, "rate_drops", lambda run: len(run.losses) // 2)
+    run(*arguments, "--out-dir", tmp_path / "whole")
+    rows = log_without_seconds(tmp_path / "whole")
+    peak = 4 * 1e-4 / 256
+    assert [float(row["lr"]) for row in rows] == pytest.approx([peak, peak, peak / 10])
+    checkpoint = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    assert [losses["loss"] for losses in checkpoint["losses"]] == pytest.approx(
+        [float(row["loss"]) for row in rows])
+    with monkeypatch.context() as stopped:
+        conftest.interrupt_after(stopped, 5)
+        with pytest.raises(SystemExit):
+            run(*arguments, "--out-dir", tmp_path / "stopped")
+    run("--resume", "--out-dir", tmp_path / "stopped")
+    assert log_without_seconds(tmp_path / "stopped") == rows
+    assert torch.equal(weights(tmp_path / "whole" / "last.pt"),
+                       weights(tmp_path / "stopped" / "last.pt"))
+
+
 def test_training_slices_are_not_scored(cells, tmp_path):
     run("--volume", cells / "image.tif@2:10", "--label", cells / "mito.tif@2:10",
         "--label-slices", "0,3", "--test-volume", cells / "image.tif", "--test-label",
@@ -464,7 +506,8 @@ def test_a_non_finite_loss_stops_with_epoch_and_step(cells, tmp_path, capsys, mo
 
 
 def test_every_readme_command_parses(trained, monkeypatch):
-    assert conftest.parse_readme_commands(train_cps, trained / "best.pt", monkeypatch) >= 5
+    tables = 8 * 3 * 4 * 2                      # rows, volumes, slices, structures
+    assert conftest.parse_readme_commands(train_cps, trained / "best.pt", monkeypatch) >= tables + 8
 
 
 def test_the_demo_does_what_the_readme_says(tmp_path):
