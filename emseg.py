@@ -2078,6 +2078,219 @@ class PSPPooling(nn.Module):
         return self.project(torch.cat([x, *pooled], dim=1))
 
 
+def transformer_initialization(module):
+    """Gaussian weights of deviation 0.02 in linear layers, no bias (Liu 2021, authors' code)."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def mlp(dim):
+    """Two linear layers with four times the width between them: (..., dim) -> (..., dim)."""
+    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+
+def split_windows(x, side):
+    """(B, H, W, C) -> (B, H / side, W / side, side, side, C), without a copy."""
+    return x.unflatten(1, (-1, side)).unflatten(3, (-1, side)).transpose(2, 3)
+
+
+class SelfAttention(nn.Module):
+    """Attention of tokens (B, N, dim) to each other (Vaswani 2017, section 3.2); bias, which
+    broadcasts to (B, heads, N, N), is added to the scores."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.project = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x, bias=None):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)         # (B, heads, N, d)
+        return self.project(x.transpose(1, 2).flatten(2))
+
+
+class SwinBlock(nn.Module):
+    """Attention within windows of 7 x 7, then an MLP (Liu 2021, eqs. 3, 4): (B, H, W, dim), as out.
+
+    shifted: windows begin 3 down and right; the map is rolled for it, and tokens that came together
+    only by that ignore each other. relative_bias: what is added to the score of two tokens, for
+    each of 13 x 13 offsets and each head. Maps are filled up to multiples of 7 with zeros, which
+    take part like any other token, as in the authors' code. drop: share of samples that skip each
+    of the two residuals in training (stochastic depth, Huang 2016).
+    """
+
+    side = 7
+
+    def __init__(self, dim, heads, shifted=False, drop=0.0):
+        super().__init__()
+        self.shift, self.drop = self.side // 2 if shifted else 0, drop
+        self.norm_attention, self.attention = nn.LayerNorm(dim), SelfAttention(dim, heads)
+        self.relative_bias = nn.Parameter(torch.empty((2 * self.side - 1) ** 2, heads))
+        nn.init.trunc_normal_(self.relative_bias, std=0.02)
+        self.norm_mlp, self.mlp = nn.LayerNorm(dim), mlp(dim)
+
+    def forward(self, x):
+        x = x + self.drop_samples(self.attend(self.norm_attention(x)))
+        return x + self.drop_samples(self.mlp(self.norm_mlp(x)))
+
+    def attend(self, x):
+        (B, H, W, _), side, shift = x.shape, self.side, self.shift
+        x = F.pad(x, (0, 0, 0, -W % side, 0, -H % side))
+        bias = self.score_bias()
+        if shift:
+            adjacent = self.adjacent(*x.shape[1:3], x.device)
+            bias = bias.masked_fill(~adjacent, -torch.inf)                  # (windows, heads, N, N)
+            bias = bias.expand(B, -1, -1, -1, -1).flatten(0, 1)
+            x = x.roll((-shift, -shift), (1, 2))
+        x = split_windows(x, side)                                          # (B, h, w, 7, 7, dim)
+        x = self.attention(x.flatten(3, 4).flatten(0, 2), bias).view(x.shape)
+        x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)                   # (B, 7 h, 7 w, dim)
+        if shift:
+            x = x.roll((shift, shift), (1, 2))
+        return x[:, :H, :W]
+
+    def score_bias(self):
+        """(1, heads, N, N): entry [.., i, j] is that of token i's place less token j's."""
+        n = self.side
+        table = self.relative_bias.view(2 * n - 1, 2 * n - 1, -1)
+        # Key (k, l) of query (i, j) at [i, j, :, n - 1 - k, n - 1 - l]: an index needs no buffer.
+        bias = table.unfold(0, n, 1).unfold(1, n, 1).flip(3, 4)
+        return bias.permute(2, 0, 1, 3, 4).reshape(1, -1, n * n, n * n)
+
+    def adjacent(self, H, W, device):
+        """(windows, 1, N, N) bool: pairs of tokens of a rolled map that no border divides."""
+        row, column = [torch.arange(n, device=device) >= n - self.shift for n in (H, W)]
+        region = 2 * row[:, None] + column
+        region = split_windows(region[None, ..., None], self.side).reshape(-1, 1, self.side**2)
+        return region[..., None] == region[..., None, :]
+
+    def drop_samples(self, x):
+        # Samples stand where dropout3d expects the channels of one volume, which it drops whole.
+        return F.dropout3d(x, self.drop, self.training)
+
+
+class PatchMerging(nn.Module):
+    """(B, H, W, dim) -> (B, H / 2, W / 2, 2 dim): a linear map of 2 x 2 tokens (Liu 2021)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm, self.reduce = nn.LayerNorm(4 * dim), nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x):
+        return self.reduce(self.norm(split_windows(x, 2).flatten(3)))
+
+
+class Swin(nn.Module):
+    """Swin Transformer (Liu 2021) without its classifier: (B, in_channels, H, W) -> a list of
+    (B, width * 2^i, H / (4 * 2^i), W / (4 * 2^i)), each normalised.
+
+    depths: blocks of each level, every second one shifted; heads: of the first level, doubling as
+    width does; drop: that of the last block, growing from 0.
+    """
+
+    def __init__(self, in_channels, width, depths, heads, drop):
+        super().__init__()
+        self.embed = nn.Conv2d(in_channels, width, 4, stride=4)
+        self.norm_embed = nn.LayerNorm(width)
+        drops = iter(np.linspace(0, drop, sum(depths)).tolist())
+        self.stages, self.norms = nn.ModuleList(), nn.ModuleList()
+        for level, depth in enumerate(depths):
+            dim = width * 2**level
+            merging = [PatchMerging(dim // 2)] if level else []
+            blocks = [SwinBlock(dim, heads * 2**level, i % 2 == 1, next(drops))
+                      for i in range(depth)]
+            self.stages.append(nn.Sequential(*merging, *blocks))
+            self.norms.append(nn.LayerNorm(dim))
+
+    def forward(self, x):
+        x = self.norm_embed(self.embed(x).permute(0, 2, 3, 1))              # (B, H / 4, W / 4, C)
+        outputs = []
+        for stage, norm in zip(self.stages, self.norms):
+            x = stage(x)
+            outputs.append(norm(x).permute(0, 3, 1, 2))
+        return outputs
+
+
+class FPNT(nn.Module):
+    """Feature pyramid of Swin blocks (Bousselham 2022): maps (B, C_i, H_i, W_i), each half as large
+    as the one before -> list of (B, H_i, W_i, dim).
+
+    As in Pagano 2023's code, whose parameters these are, BatchNorm and ReLU follow the 1x1
+    convolutions, not in the original. That code also pads them, which moves every level; not here.
+    """
+
+    def __init__(self, widths, dim, heads):
+        super().__init__()
+        self.lateral = nn.ModuleList(conv_block((c, dim), kernel=1, padding=0) for c in widths)
+        self.blocks = nn.ModuleList(SwinBlock(dim, heads) for _ in widths)
+
+    def forward(self, maps):
+        laterals = [lateral(x) for lateral, x in zip(self.lateral, maps)]
+        for level in reversed(range(len(laterals) - 1)):
+            laterals[level] = laterals[level] + F.interpolate(laterals[level + 1], scale_factor=2)
+        return [block(x.permute(0, 2, 3, 1)) for block, x in zip(self.blocks, laterals)]
+
+
+class ClassAttention(nn.Module):
+    """Attention of L queries (B, L, dim) to features (B, N, dim) (Vaswani 2017, section 3.2).
+
+    The projections of keys and values are applied to the few queries instead of the many features:
+    q . (K f) = (K' q) . f, and the mean of V f is V times the mean of f. A bias of the keys would
+    change all scores of a query alike; it is counted as in the paper and has no effect.
+    """
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.query, self.project = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+
+    def forward(self, queries, features):
+        key, value = self.key_value.weight.unflatten(0, (2, self.heads, -1))    # (heads, d, dim)
+        q = self.query(queries).unflatten(2, (self.heads, -1))
+        q = torch.einsum("blhd,hdc->blhc", q, key).flatten(1, 2)                # (B, L heads, dim)
+        x = F.scaled_dot_product_attention(q, features, features, scale=key.shape[1] ** -0.5)
+        x = torch.einsum("blhc,hdc->blhd", x.unflatten(1, (-1, self.heads)), value)
+        return self.project(x.flatten(2) + self.key_value.bias.chunk(2)[1])
+
+
+class LearnerBlock(nn.Module):
+    """Queries (B, L, dim) attend to features (B, N, dim), then to each other, then pass an MLP;
+    each step is a residual of the normalised queries (Bousselham 2022, authors' code)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm_cross, self.cross = nn.LayerNorm(dim), ClassAttention(dim, heads)
+        self.norm_attention, self.attention = nn.LayerNorm(dim), SelfAttention(dim, heads)
+        self.norm_mlp, self.mlp = nn.LayerNorm(dim), mlp(dim)
+
+    def forward(self, queries, features):
+        queries = queries + self.cross(self.norm_cross(queries), features)
+        queries = queries + self.attention(self.norm_attention(queries))
+        return queries + self.mlp(self.norm_mlp(queries))
+
+
+class Learner(nn.Module):
+    """Logits (B, classes, H, W) of features (B, H, W, dim): their product with one embedding of
+    each class, which blocks of attention make of a learnt query and the features."""
+
+    def __init__(self, dim, heads, depth, classes):
+        super().__init__()
+        self.queries = nn.Parameter(torch.zeros(classes, dim))
+        self.norm_features, self.norm_queries = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.blocks = nn.ModuleList(LearnerBlock(dim, heads) for _ in range(depth))
+
+    def forward(self, x):
+        B, H, W, _ = x.shape
+        features = self.norm_features(x).flatten(1, 2)
+        queries = self.queries.expand(B, -1, -1)
+        for block in self.blocks:
+            queries = block(queries, features)
+        return (self.norm_queries(queries) @ features.transpose(1, 2)).unflatten(2, (H, W))
+
+
 # ==================================================================================================
 # Networks: (in_channels, out_channels, width=None) -> module with dims, stride, margin, offset;
 # 3D ones also with min_depth, the slices that they need
@@ -2502,10 +2715,46 @@ def CEECNet(in_channels, out_channels, width=None):
     return FractalNet(in_channels, out_channels, width, CEECUnit)
 
 
+class SenFormer(nn.Module):
+    """SenFormer (Bousselham 2022) on Swin-Small (Liu 2021): 163,100,906 parameters (1 in, 1 out).
+
+    (B, in_channels, H, W) -> logits (B, out_channels, H, W) of the mean of the probabilities of
+    four learners, one for each level of the feature pyramid. forward(x, heads=True) returns the
+    logits of each learner, a list. width: filters of the first level, 96 by default, with one
+    attention head for each 32; the pyramid has 16 / 3 as many and 8 heads. Trained from scratch
+    with stochastic depth of up to 0.2 in the backbone, both as in the code of Pagano 2023.
+    """
+
+    dims, stride, offset, margin = 2, 32, 0, 0
+    global_context = True               # prediction in tiles of the size trained on
+
+    def __init__(self, in_channels, out_channels, width=None):
+        super().__init__()
+        w = width or 96
+        heads = max(w // 32, 1)
+        if w < 2 or w % heads:
+            raise InputError(f"--width {w}: senformer takes 2 or more; from 64 on, multiples of "
+                             "width // 32, its attention heads")
+        dim = 8 * max(round(w * 64 / 96), 1)
+        self.backbone = Swin(in_channels, w, (2, 2, 18, 2), heads, drop=0.2)
+        self.pyramid = FPNT([w, 2 * w, 4 * w, 8 * w], dim, 8)
+        self.learners = nn.ModuleList(Learner(dim, 8, 6, out_channels) for _ in range(4))
+        self.apply(transformer_initialization)
+
+    def forward(self, x, heads=False):
+        levels = self.pyramid(self.backbone(x))
+        logits = [bilinear(learner(level), x.shape[-2:])
+                  for learner, level in zip(self.learners, levels)]
+        return logits if heads else self.combine(logits)
+
+    def combine(self, heads):
+        return mean_logits(heads)
+
+
 NETWORKS = {"unet": UNet, "resunet": ResUNet, "unet5": UNet5, "fcn8s": FCN8s, "segnet": SegNet,
             "deeplabv3plus": DeepLabV3Plus, "deeplab-resnet101": DeepLabResNet101,
             "deeplab-drn": DeepLabDRN, "unet++": UNetPlusPlus, "unet++3": UNetPlusPlus3,
-            "fractalresnet": FracTALResNet, "ceecnet": CEECNet}
+            "fractalresnet": FracTALResNet, "ceecnet": CEECNet, "senformer": SenFormer}
 NETWORKS_3D = {"unet3d": UNet3D}
 
 

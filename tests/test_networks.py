@@ -696,6 +696,296 @@ def test_patch_sizes_that_do_not_fit_say_what_would(sides, patch, message):
         emseg.check_patch_size(Sides(*sides), patch, "unet")
 
 
+# -- SenFormer
+
+
+def random_tokens(network):
+    """In float64, with norms, biases and queries that show where they are used."""
+    for name, parameter in network.double().named_parameters():
+        if parameter.dim() == 1 or name.endswith(("relative_bias", "queries")):
+            nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.7)
+        else:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return network.eval()
+
+
+def normed(state, name, x):
+    """LayerNorm from its weights alone."""
+    x = x - x.mean(-1, keepdim=True)
+    x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return x * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def linear(state, name, x):
+    return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+
+def mlp_by_hand(state, x):
+    hidden = linear(state, "mlp.0", normed(state, "norm_mlp", x))
+    hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+    return x + linear(state, "mlp.2", hidden)
+
+
+def swin_block_by_hand(state, x, heads, shift):
+    """Each window and head by itself: the tokens between lines at shift, shift + 7, ..."""
+    B, H, W, C = x.shape
+    padded = x.new_zeros(B, H + -H % 7, W + -W % 7, C)
+    padded[:, :H, :W] = normed(state, "norm_attention", x)
+    q, k, v = linear(state, "attention.qkv", padded).unflatten(3, (3, heads, C // heads)).unbind(3)
+    rows, columns = [(np.arange(n) - shift) // 7 for n in padded.shape[1:3]]
+    seen = torch.zeros_like(q)
+    for row in set(rows):
+        for column in set(columns):
+            ys, xs = [i.ravel() for i in np.meshgrid(np.flatnonzero(rows == row),
+                                                     np.flatnonzero(columns == column))]
+            offset = 13 * (ys[:, None] - ys + 6) + xs[:, None] - xs + 6
+            for head in range(heads):
+                place = (slice(None), ys, xs, head)
+                scores = q[place] @ k[place].transpose(1, 2) / (C // heads) ** 0.5
+                scores = scores + state["relative_bias"][offset, head]
+                seen[place] = scores.softmax(2) @ v[place]
+    return mlp_by_hand(state, x + linear(state, "attention.project", seen.flatten(3))[:, :H, :W])
+
+
+@pytest.mark.parametrize("sides", [(9, 16), (14, 7), (3, 5)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_swin_block_and_its_gradients_against_a_loop_over_windows(shifted, sides):
+    torch.manual_seed(0)
+    block = random_tokens(emseg.SwinBlock(6, 2, shifted))
+    x, results = torch.randn(2, *sides, 6, dtype=torch.float64, requires_grad=True), []
+    state = dict(block.named_parameters())
+    for out in block(x), swin_block_by_hand(state, x, 2, 3 if shifted else 0):
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), [x, *state.values()])])
+    for found, wanted in zip(*results):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_relative_bias_goes_from_the_query_to_the_key():
+    block = emseg.SwinBlock(4, 2)
+    block.relative_bias = nn.Parameter(torch.arange(338.0).view(169, 2))
+    bias = block.score_bias()
+    assert bias.shape == (1, 2, 49, 49)
+    for query, key in np.ndindex(49, 49):
+        down, right = query // 7 - key // 7, query % 7 - key % 7
+        assert bias[0, :, query, key].tolist() == [2 * (13 * (down + 6) + right + 6) + head
+                                                   for head in range(2)]
+
+
+def test_stochastic_depth_drops_whole_samples():
+    torch.manual_seed(0)
+    block, x = emseg.SwinBlock(2, 1, drop=0.2), torch.ones(500, 3, 4, 2)
+    out = block.train().drop_samples(x).flatten(1)
+    assert set(out.unique().tolist()) == {0, 1.25} and (out == out[:, :1]).all()
+    assert (out[:, 0] == 0).float().mean().item() == pytest.approx(0.2, abs=0.06)
+    assert torch.equal(block.eval().drop_samples(x), x)
+
+
+def test_patch_merging_by_hand():
+    torch.manual_seed(0)
+    merging = random_tokens(emseg.PatchMerging(3))
+    x = torch.randn(2, 4, 6, 3, dtype=torch.float64)
+    out = merging(x)
+    assert out.shape == (2, 2, 3, 6)
+    for b, i, j in np.ndindex(2, 2, 3):
+        tokens = torch.cat([x[b, 2 * i + di, 2 * j + dj] for di in (0, 1) for dj in (0, 1)])
+        wanted = merging.reduce.weight @ normed(merging.state_dict(), "norm", tokens)
+        torch.testing.assert_close(out[b, i, j], wanted)
+
+
+def test_swin_by_hand():
+    torch.manual_seed(0)
+    swin = random_tokens(emseg.Swin(2, 4, (1, 3), 2, drop=0.4))
+    state, x = swin.state_dict(), torch.randn(2, 2, 24, 40, dtype=torch.float64)
+    patches = x.unflatten(2, (6, 4)).unflatten(4, (10, 4))                  # (B, C, h, 4, w, 4)
+    x = torch.einsum("bcyixj,ocij->byxo", patches, state["embed.weight"]) + state["embed.bias"]
+    x = swin.stages[0][0](normed(state, "norm_embed", x))
+    wanted = [normed(state, "norms.0", x)]
+    for block in swin.stages[1]:
+        x = block(x)
+    wanted.append(normed(state, "norms.1", x))
+    assert [x.shape for x in wanted] == [(2, 6, 10, 4), (2, 3, 5, 8)]
+    torch.testing.assert_close(swin(patches.flatten(4, 5).flatten(2, 3)),
+                               [x.movedim(3, 1) for x in wanted])
+
+
+def test_swin_small_is_the_published_one():
+    with torch.device("meta"):
+        network = emseg.SenFormer(1, 1)
+    blocks = [m for m in network.backbone.modules() if isinstance(m, emseg.SwinBlock)]
+    assert [len(stage) for stage in network.backbone.stages] == [2, 1 + 2, 1 + 18, 1 + 2]
+    assert [block.shift for block in blocks] == 12 * [0, 3]
+    assert [block.drop for block in blocks] == pytest.approx([0.2 * i / 23 for i in range(24)])
+    assert [(block.attention.heads, len(block.norm_mlp.weight)) for block in blocks] == [
+        (h, 32 * h) for h, depth in zip((3, 6, 12, 24), (2, 2, 18, 2)) for _ in range(depth)]
+    for block in network.pyramid.blocks:
+        assert (block.shift, block.drop, block.attention.heads) == (0, 0, 8)
+
+
+def test_feature_pyramid_by_hand():
+    torch.manual_seed(0)
+    pyramid = random_statistics(random_tokens(emseg.FPNT([2, 3, 5], 8, 4)))
+    maps = [torch.randn(2, c, 4 * n, 6 * n, dtype=torch.float64)
+            for c, n in ((2, 4), (3, 2), (5, 1))]
+    state, x, wanted = pyramid.state_dict(), 0, []
+    for level in (2, 1, 0):
+        x = x + normalised(state, f"lateral.{level}", maps[level])
+        wanted.insert(0, pyramid.blocks[level](x.movedim(1, 3)))
+        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(pyramid(maps), wanted)
+
+
+def attention_by_torch(state, queries, tokens, parts, heads):
+    """Multi-head attention of torch; parts: names and rows of the weights of q, k and v."""
+    weight, bias = [torch.cat([state[f"{name}.{kind}"].unflatten(0, (-1, queries.shape[2]))[row]
+                               for name, row in parts]) for kind in ("weight", "bias")]
+    project = parts[0][0].split(".")[0] + ".project"
+    out, _ = F.multi_head_attention_forward(
+        queries.transpose(0, 1), tokens.transpose(0, 1), tokens.transpose(0, 1), queries.shape[2],
+        heads, weight, bias, None, None, False, 0.0, state[f"{project}.weight"],
+        state[f"{project}.bias"])
+    return out.transpose(0, 1)
+
+
+def learner_block_by_hand(state, queries, features, heads):
+    normal = normed(state, "norm_cross", queries)
+    queries = queries + attention_by_torch(
+        state, normal, features, [("cross.query", 0), ("cross.key_value", 0),
+                                  ("cross.key_value", 1)], heads)
+    normal = normed(state, "norm_attention", queries)
+    queries = queries + attention_by_torch(
+        state, normal, normal, [("attention.qkv", row) for row in range(3)], heads)
+    return mlp_by_hand(state, queries)
+
+
+def test_learner_block_and_its_gradients_against_torch():
+    torch.manual_seed(0)
+    block = random_tokens(emseg.LearnerBlock(6, 3))
+    queries, features = [torch.randn(2, n, 6, dtype=torch.float64, requires_grad=True)
+                         for n in (4, 35)]
+    state, results = dict(block.named_parameters()), []
+    for out in block(queries, features), learner_block_by_hand(state, queries, features, 3):
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+        results.append([out, *torch.autograd.grad((out * weight).sum(),
+                                                  [queries, features, *state.values()])])
+    for found, wanted in zip(*results):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_learner_by_hand():
+    torch.manual_seed(0)
+    learner = random_tokens(emseg.Learner(8, 2, 3, 4))
+    x, state = torch.randn(2, 5, 7, 8, dtype=torch.float64), learner.state_dict()
+    features = normed(state, "norm_features", x)
+    queries = torch.stack([state["queries"]] * 2)
+    for block in learner.blocks:
+        queries = block(queries, features.flatten(1, 2))
+    queries = normed(state, "norm_queries", queries)
+    torch.testing.assert_close(learner(x), torch.einsum("bkc,byxc->bkyx", queries, features))
+
+
+def test_senformer_has_the_published_parameters():
+    with torch.device("meta"):
+        network, two = emseg.NETWORKS["senformer"](1, 1), emseg.SenFormer(1, 2)
+    assert emseg.count_parameters(network) == 163_100_906
+    assert "163,100,906 parameters" in emseg.SenFormer.__doc__
+    assert emseg.count_parameters(two) == 163_102_954
+    parts = [network.backbone, network.pyramid, network.learners]
+    assert [emseg.count_parameters(part) for part in parts] == [48_835_530, 13_358_368, 100_907_008]
+    assert [len(learner.blocks) for learner in network.learners] == [6] * 4
+    heads = {(block.cross.heads, block.attention.heads) for learner in network.learners
+             for block in learner.blocks}
+    assert heads == {(8, 8)}
+
+
+def tiny_senformer(classes, width=8):
+    """With class queries that differ: at 0 all classes are the same."""
+    torch.manual_seed(0)
+    network = emseg.SenFormer(1, classes, width)
+    for learner in network.learners:
+        nn.init.normal_(learner.queries)
+    return network.eval()
+
+
+@pytest.mark.parametrize("sides", [(32, 64), (96, 32)])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_senformer_is_the_mean_of_four_learners(classes, sides):
+    network, x = tiny_senformer(classes), torch.randn(2, 1, *sides)
+    assert (network.dims, network.stride, network.offset, network.margin) == (2, 32, 0, 0)
+    assert network.global_context
+    with torch.no_grad():
+        out, branches = network(x), network(x, heads=True)
+        assert torch.equal(network.combine(branches), out)
+        levels = network.pyramid(network.backbone(x))
+        for level, found in enumerate(branches):
+            small = network.learners[level](levels[level])
+            assert small.shape == (2, classes, *[side // 2 ** (2 + level) for side in sides])
+            torch.testing.assert_close(found.double(), enlarged(small.double(), 4 * 2**level),
+                                       atol=1e-4, rtol=1e-4)
+        assert len(branches) == 4 and out.shape == (2, classes, *sides)
+        assert torch.equal(out, network(x))
+        prob = torch.stack([emseg.probabilities(branch) for branch in branches])
+        torch.testing.assert_close(emseg.probabilities(out), prob.mean(0))
+        assert prob.std(0).mean() > 0.01
+        torch.testing.assert_close(
+            emseg.channels_last(network)(x.to(memory_format=torch.channels_last)), out,
+            atol=1e-4, rtol=1e-4)
+
+
+def test_senformer_gradient_reaches_every_parameter():
+    network = tiny_senformer(1)
+    network(torch.randn(2, 1, 64, 96)).square().mean().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_senformer_in_half_precision(dtype):
+    network, x, results = tiny_senformer(2), torch.randn(2, 1, 64, 64), []
+    for enabled in True, False:
+        network.zero_grad()
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            out = network(x)
+        assert out.dtype == torch.float32
+        emseg.cross_entropy(out, (x[:, 0] > 0).long()).backward()
+        results.append([out, torch.cat([p.grad.flatten() for p in network.parameters()])])
+    for found, wanted, tolerance in zip(*results, (0.1, 0.4)):
+        assert (found - wanted).norm() < tolerance * wanted.norm()
+
+
+def test_senformer_widths():
+    for width, heads, dim in (2, 1, 8), (4, 1, 24), (24, 1, 128), (48, 1, 256), (66, 2, 352):
+        with torch.device("meta"):
+            network = emseg.SenFormer(1, 1, width)
+        assert network.backbone.embed.out_channels == width
+        assert network.backbone.stages[0][0].attention.heads == heads
+        assert network.learners[0].queries.shape == (1, dim)
+    for width in 1, 65, 100:
+        with pytest.raises(emseg.InputError, match=f"^--width {width}: senformer takes 2 or more"):
+            emseg.SenFormer(1, 1, width)
+
+
+def test_senformer_begins_as_its_authors_do():
+    network = emseg.SenFormer(1, 2, 24)
+    weights = {name: p.detach() for name, p in network.named_parameters()}
+    assert not any(weights[f"learners.{i}.queries"].any() for i in range(4))
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            assert module.bias is None or not module.bias.any()
+    for name in ("backbone.stages.2.1.attention.qkv.weight", "learners.3.blocks.5.mlp.0.weight",
+                 "pyramid.blocks.0.mlp.2.weight", "backbone.stages.3.1.relative_bias"):
+        assert weights[name].std().item() == pytest.approx(0.02, rel=0.1), name
+
+
+def test_what_weight_decay_should_spare_in_senformer_can_be_told_by_name():
+    network = tiny_senformer(2)
+    spared = {name for name, p in network.named_parameters()
+              if p.dim() == 1 or "relative" in name or "queries" in name}
+    kernels = {f"{name}.weight" for name, m in network.named_modules()
+               if isinstance(m, (nn.Linear, nn.Conv2d))}
+    assert spared == {name for name, _ in network.named_parameters()} - kernels
+
+
 # -- probabilities
 
 
@@ -716,6 +1006,49 @@ def test_class_ids_threshold_one_channel_and_take_the_largest_of_several():
     several = torch.tensor([[0.3, 0.2, 0.5], [0.4, 0.35, 0.25]]).T[None, :, :, None]
     ids = emseg.class_ids(several)
     assert ids.dtype == torch.int64 and ids[0, :, 0].tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_mean_logits_and_their_gradient_are_those_of_the_mean_probability(channels):
+    torch.manual_seed(0)
+    branches, results = 3 * torch.randn(4, 2, channels, 5, 6), []
+    branches[0, 0] = 15                                 # a learner that is sure
+    for x in branches.clone(), branches.double():
+        x.requires_grad_()
+        if x.dtype == torch.float32:
+            out = emseg.mean_logits(list(x))
+        elif channels == 1:
+            prob = (1 / (1 + (-x).exp())).mean(0)
+            out = (prob / (1 - prob)).log()
+        else:
+            out = (x.exp() / x.exp().sum(2, keepdim=True)).mean(0).log()
+        (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+        results.append([out.double(), x.grad.double()])
+    for found, wanted in zip(*results):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_mean_logits_are_finite_for_extreme_logits(channels):
+    signs = torch.tensor([[1.0, 1, -1, -1], [1, -1, 1, -1]]).view(2, 1, 1, 4).expand(
+        -1, -1, channels, -1)
+    x = (200 * signs * torch.arange(1, channels + 1).view(-1, 1)).requires_grad_()
+    out = emseg.mean_logits(list(x))
+    out.sum().backward()
+    assert out.isfinite().all() and x.grad.isfinite().all()
+    wanted = torch.stack([emseg.probabilities(part) for part in x]).mean(0)
+    torch.testing.assert_close(emseg.probabilities(out), wanted)
+    if channels == 1:
+        assert out.flatten().tolist() == pytest.approx([200, 0, 0, -200], abs=1e-4)
+
+
+def test_mean_logits_are_float32_and_those_of_equal_branches():
+    x = torch.randn(2, 1, 3, 4).bfloat16()
+    for part in x, x.expand(-1, 3, -1, -1) * torch.tensor([1, 2, 3]).view(3, 1, 1):
+        out = emseg.mean_logits([part] * 3)
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(emseg.probabilities(out), emseg.probabilities(part))
+        assert emseg.mean_logits([part]) is part
 
 
 # -- losses

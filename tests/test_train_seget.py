@@ -887,7 +887,8 @@ def test_every_network_predicts_slices_of_any_size(model, sides):
 
 @pytest.mark.parametrize("model", sorted(train_seget.MODELS))
 def test_every_network_trains(cells, masks, tmp_path, model):
-    train(cells, masks, tmp_path / "out", "--model", model, "--epochs", "1", structures=("mito",))
+    train(cells, masks, tmp_path / "out", "--model", model, "--epochs", "1", "--patch-size", "32",
+          "32", structures=("mito",))
     content = metrics(tmp_path / "out")
     assert content["model"] == model and 0 < content["average"]["miou"] <= 1
     before, after = [weights(path) for path in (tmp_path / "out" / "mito" / "best.pt",
