@@ -184,6 +184,11 @@ class InMemory(emseg.LazyArray):
         return self.array[z, y, x].copy()
 
 
+def narrow(model, width):
+    """A small width that a network takes: this one, or its smallest."""
+    return 8 if model in ("fractalresnet", "ceecnet") else width
+
+
 def convolutions(network):
     """(in, out, kernel side) of every convolution, in the order in which they are made."""
     return [(m.in_channels, m.out_channels, m.kernel_size[0]) for m in network.modules()

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 import emseg
 import train_2d3d
 from conftest import (ROOT, interrupt_after, kill_after_an_epoch, log_without_seconds, metrics,
-                      parse_readme_commands, refused, run, two_processes, weights)
+                      narrow, parse_readme_commands, refused, run, two_processes, weights)
 
 
 TINY = ["--width", "2", "--patch-size", "3", "60", "60", "--spacing", "2", "32", "32", "--epochs",
@@ -382,8 +382,8 @@ def test_every_network_trains_and_predicts(cells, tmp_path, model):
     run(train_2d3d, "--volume", cells / "image.tif@0:9,0:101,0:110", "--label",
         cells / "label.tif@0:9,0:101,0:110", "--val-volume", cells / "image.tif@10:11,0:50,0:41",
         "--val-label", cells / "label.tif@10:11,0:50,0:41", "--test-volume",
-        cells / "image.tif@10:12,0:53,0:45", "--out-dir", out, "--model", model, "--width", "2",
-        "--epochs", "1", "--steps-per-epoch", "1", "--batch-size", "1", "--elastic", "4",
+        cells / "image.tif@10:12,0:53,0:45", "--out-dir", out, "--model", model, "--width",
+        narrow(model, 2), "--epochs", "1", "--steps-per-epoch", "1", "--batch-size", "1", "--elastic", "4",
         "--patch-size", *patch)
     assert tifffile.imread(out / "prediction.tif").shape == (2, 53, 45)
     assert 0 <= float(log_without_seconds(out)[0]["val_miou"]) <= 1

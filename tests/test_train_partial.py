@@ -485,7 +485,8 @@ def test_two_processes_train_and_predict_together(cells, tmp_path):
 
 @pytest.mark.parametrize("model", sorted(train_partial.MODELS))
 def test_every_network_trains(cells, tmp_path, model):
-    train(cells, tmp_path / "run", "--model", model, "--epochs", 1, "--patch-size", 32, 32)
+    train(cells, tmp_path / "run", "--model", model, "--epochs", 1, "--patch-size", 32, 32,
+          "--width", conftest.narrow(model, 4))
     assert metrics(tmp_path / "run")["model"] == model
 
 

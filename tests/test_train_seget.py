@@ -19,7 +19,7 @@ from torch import nn
 import conftest
 import emseg
 import train_seget
-from conftest import (ROOT, InMemory, convolutions, enlarged, log_without_seconds, metrics,
+from conftest import (ROOT, InMemory, convolutions, enlarged, log_without_seconds, metrics, narrow,
                       normalised, random_statistics, weights)
 
 IGNORE = emseg.IGNORE
@@ -879,7 +879,7 @@ def test_two_processes_train_and_predict_together(cells, masks, tmp_path):
 @pytest.mark.parametrize("model", sorted(train_seget.MODELS))
 def test_every_network_predicts_slices_of_any_size(model, sides):
     """Multiples of 16 or not: padded, and cut back to the same size."""
-    network = train_seget.MODELS[model](1, 1, 2).eval()
+    network = train_seget.MODELS[model](1, 1, narrow(model, 2)).eval()
     with torch.no_grad():
         prob = emseg.predict_slices(network, torch.randn(2, 1, *sides))
     assert prob.shape == (2, 1, *sides) and (prob >= 0).all() and (prob <= 1).all()
@@ -888,7 +888,7 @@ def test_every_network_predicts_slices_of_any_size(model, sides):
 @pytest.mark.parametrize("model", sorted(train_seget.MODELS))
 def test_every_network_trains(cells, masks, tmp_path, model):
     train(cells, masks, tmp_path / "out", "--model", model, "--epochs", "1", "--patch-size", "32",
-          "32", structures=("mito",))
+          "32", "--width", narrow(model, 2), structures=("mito",))
     content = metrics(tmp_path / "out")
     assert content["model"] == model and 0 < content["average"]["miou"] <= 1
     before, after = [weights(path) for path in (tmp_path / "out" / "mito" / "best.pt",

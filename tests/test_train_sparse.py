@@ -520,7 +520,8 @@ def test_every_network_can_be_stage_1(cells, tmp_path, model):
     volumetric = model in emseg.NETWORKS_3D
     run(*training_data(cells), "--val-slices", "3", "--test-volume", cells / "image.tif@8:12",
         "--test-label", cells / "mito.tif@8:12", "--out-dir", tmp_path / "run", *TINY, "--model",
-        model, "--epochs", 1, "--scm-epochs", 1, "--patch-size", *[8, 32, 32][not volumetric:])
+        model, "--epochs", 1, "--scm-epochs", 1, "--patch-size", *[8, 32, 32][not volumetric:],
+        "--width", conftest.narrow(model, 4))
     result = metrics(tmp_path / "run")
     assert result["model"] == model and list(result["stages"]) == ["coarse", "mpp", "scm"]
 
