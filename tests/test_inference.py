@@ -1,8 +1,11 @@
 """Inference, metrics, figures: tiles against whole slices, scores by hand, pixels of pictures."""
 
+import contextlib
 import csv
 import functools
 import math
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,6 +229,36 @@ def test_valid_unet_in_one_tile_sees_the_mirrored_slice():
     with torch.no_grad():
         wanted = network(torch.from_numpy(padded)).softmax(1)[..., :26, :40]
         torch.testing.assert_close(emseg.predict_slices(network, image), wanted)
+
+
+class WholeImage(Pointwise):
+    """Adds the mean of all that it sees."""
+
+    def __init__(self, dims=2, min_depth=1, **more):
+        super().__init__(stride=4)
+        self.dims, self.min_depth, self.tta = dims, min_depth, False
+        vars(self).update(more)
+
+    def forward(self, x):
+        return super().forward(x) + x.mean((-2, -1), keepdim=True)
+
+
+@pytest.mark.parametrize("sides", [(70, 100), (32, 48), (20, 48), (200, 30)])
+def test_networks_that_see_the_whole_image_predict_tiles_of_the_size_of_their_crops(sides):
+    image = torch.randint(0, 256, (2, *sides), dtype=torch.uint8)
+    run = SimpleNamespace(args=SimpleNamespace(patch_size=[32, 48], tta=False), device="cpu",
+                          data=SimpleNamespace(normalization={"mean": 128.0, "std": 50.0}),
+                          autocast=contextlib.nullcontext)
+    prepared = emseg.normalize(image, run.data.normalization)
+    for network, tile, wanted in (
+            (WholeImage(global_context=True), None, (32, 48)),
+            (WholeImage(global_context=True), (16, 16), (16, 16)),
+            (WholeImage(global_context=False), None, None), (WholeImage(), None, None)):
+        found = emseg.Run.predict_slices(run, network, image, tile=tile)
+        exact = emseg.predict_slices(WholeImage(), prepared, wanted)
+        torch.testing.assert_close(found, exact)
+        most = [min(-(-side // 4) * 4, t) for side, t in zip(sides, wanted or (999, 999))]
+        assert set(network.sides) == {tuple(most)}
 
 
 def test_half_precision_networks_are_blended_in_float32():
@@ -792,6 +825,107 @@ def test_evaluate_refuses_a_class_that_does_not_exist():
         emseg.evaluate(InMemory(pred), InMemory(np.zeros_like(pred)), CLASSES, pixels=16)
 
 
+@pytest.mark.parametrize("pixels", [1, 100, 10**6])
+def test_confusion_of_volumes_slab_by_slab_equals_one_shot(pixels):
+    pred, truth = random_ids((9, 7, 8)), random_ids((9, 7, 8), ignore=0.3, seed=1)
+    label = InMemory(truth)
+    counts = emseg.confusion_volume(InMemory(pred), label, CLASSES, pixels)
+    np.testing.assert_array_equal(counts, confusion_by_loops(pred, truth, 3))
+    label.slices = np.array([2, 5])
+    found = emseg.volume_scores(counts, label, CLASSES, organelles=[2])
+    assert (found.pop("voxels"), found.pop("ignored")) == (504, (truth == IGNORE).sum())
+    assert found == emseg.scores(counts, CLASSES, [2])
+
+
+def test_dice_of_slices_by_hand():
+    found = emseg.dice_of_slices(emseg.confusion(PRED, TRUTH, 3))
+    nan = np.nan
+    background = [2 / 4, 6 / 7, 1, nan, nan]
+    np.testing.assert_allclose(found, np.transpose([background, [0.5, 0, nan, nan, 1], [nan] * 5]))
+
+
+# -- slices that were seen
+
+
+def seen_by(cells, crop, slices):
+    """What is noted of a run on these slices of a crop."""
+    volume = emseg.open_volume(f"{cells}/image.tif{crop}")
+    return emseg.seen_slices([volume], [InMemory(np.zeros(volume.shape), slices=slices)])
+
+
+@pytest.mark.parametrize("crop, wanted", [
+    ("", [2, 5]), ("@4:8", [1]), ("@0:5", [2]), ("@6:12", []), ("@5:6", [0]),
+    ("@0:12,10:20,30:31", [2, 5]), ("@0:12,59:112,59:128", [2, 5]), ("@0:12,60:112,0:128", []),
+    ("@0:12,0:112,60:128", [])])
+def test_seen_slices_are_counted_in_the_crop_and_only_where_it_overlaps(cells, crop, wanted):
+    seen = seen_by(cells, "@2:10,0:60,0:60", [3, 0])
+    assert emseg.seen_in(emseg.open_volume(f"{cells}/image.tif{crop}"), seen) == wanted
+
+
+def test_seen_slices_of_several_volumes_are_those_of_the_file(cells, tmp_path):
+    os.symlink(cells / "image.tif", tmp_path / "link.tif")
+    seen = seen_by(cells, "", [9, 4]) + seen_by(cells, "@4:6", [0, 1])
+    for path, wanted in ((cells / "image.tif", [4, 5, 9]), (tmp_path / "link.tif", [4, 5, 9]),
+                         (cells / "label.tif", [])):
+        assert emseg.seen_in(emseg.open_volume(path), seen) == wanted
+    assert emseg.seen_in(emseg.open_volume(cells / "image.tif"), []) == []
+
+
+def test_what_was_seen_does_not_score(cells):
+    volume = emseg.open_volume(f"{cells}/image.tif@2:8")
+    label = InMemory(np.ones(volume.shape, np.uint8), slices=[0, 2, 3, 5])
+    item = emseg.Item("name", volume, volume, label)
+    found = emseg.without_seen_slices(item, seen_by(cells, "@1:12", [1, 2, 4]))     # z 2, 3, 5
+    assert (found.name, found.volume, found.image) == ("name", volume, volume)
+    assert found.label.slices.tolist() == [2, 5]
+    assert found.label[:, :1, :1].ravel().tolist() == [IGNORE, IGNORE, 1, IGNORE, IGNORE, 1]
+    with pytest.raises(emseg.InputError, match="every labelled slice was trained"):
+        emseg.without_seen_slices(item, seen_by(cells, "", [2, 4, 5, 7]))
+    unlabelled = emseg.Item("name", volume, volume, None)
+    assert emseg.without_seen_slices(unlabelled, seen_by(cells, "", [2])) is unlabelled
+
+
+# -- learning rates and losses of a run
+
+
+def drops_of_torch(history, mode, patience, cooldown, threshold):
+    """How often torch's scheduler has lowered the rate after each epoch."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode, factor=0.1, patience=patience - 1, cooldown=cooldown, threshold=threshold,
+        threshold_mode="rel", min_lr=0, eps=0)
+    counts = []
+    for value in history:
+        schedule.step(value)
+        counts.append(round(-math.log10(optimizer.param_groups[0]["lr"])))
+    return counts
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-4, 0.05])
+@pytest.mark.parametrize("cooldown", [0, 1, 4])
+@pytest.mark.parametrize("patience", [1, 2, 5])
+def test_plateaus_are_those_of_torch(patience, cooldown, threshold):
+    rng = np.random.default_rng(patience)
+    for history in (rng.random(60), rng.random(60).cumsum(), np.ones(60), np.zeros(60),
+                    np.linspace(1, 2, 60) + 0.1 * rng.random(60), rng.integers(1, 9, 60)):
+        for values, mode in (history, "max"), (-history[::-1], "min"):
+            wanted = drops_of_torch(values if mode == "max" else -values, mode, patience, cooldown,
+                                    threshold)
+            found = [emseg.plateaus(list(values[: n + 1]), patience, cooldown, threshold)
+                     for n in range(60)]
+            assert found == wanted
+    assert emseg.plateaus([], patience, cooldown, threshold) == 0
+
+
+def test_losses_of_several_processes_are_averaged(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(3))
+    run = SimpleNamespace(world=2, device=torch.device("cpu"))
+    sums = {"loss": 4.0, "loss_sup": -1.0}
+    assert emseg.Run._mean_of_processes(run, sums) == {"loss": 6.0, "loss_sup": -1.5}
+    run.world = 1
+    assert emseg.Run._mean_of_processes(run, sums) == sums
+
+
 # -- figures
 
 
@@ -1175,3 +1309,33 @@ def test_save_curves_of_an_empty_log_writes_nothing(tmp_path):
     write_log(tmp_path / "log.csv", [["epoch", "loss"]])
     emseg.save_curves(tmp_path / "curves.png", tmp_path / "log.csv")
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_save_slice_dice_draws_every_class_against_z(tmp_path, figures):
+    dice = np.array([[0.9, 0.1, np.nan], [0.9, 0.2, 0.5], [0.8, np.nan, 0.6], [0.7, 0.4, 0.7]])
+    items = [("first", dice, [1]), ("second", dice[:2], [0, 1])]
+    emseg.save_slice_dice(tmp_path / "slice_dice.png", items, CLASSES)
+    figure = figures[0]
+    assert [axis.get_title() for axis in figure.axes] == ["first", "second"]
+    for axis, (_, wanted, marked) in zip(figure.axes, items):
+        marks, lines = axis.lines[: len(marked)], axis.lines[len(marked) :]
+        assert [mark.get_xdata() for mark in marks] == [[z, z] for z in marked]
+        assert [line.get_label() for line in lines] == ["a", "b"]
+        assert [line.get_color() for line in lines] == list(emseg.CLASS_COLORS[:2])
+        for line, column in zip(lines, wanted.T[1:]):
+            np.testing.assert_array_equal(line.get_xdata(), np.arange(len(wanted)))
+            np.testing.assert_array_equal(line.get_ydata(), column)
+        (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+        assert left < 0 and right > len(wanted) - 1 and low < 0 and high > 1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "labelled slices", "a", "b"]
+    picture = imread(tmp_path / "slice_dice.png")
+    assert all(has_color(picture, color) > 1e-4 for color in emseg.CLASS_COLORS[:2])
+
+
+def test_save_slice_dice_without_seen_slices_and_in_other_colours(tmp_path, figures):
+    colors = ["#123456"]
+    emseg.save_slice_dice(tmp_path / "one.png", [("x", np.full((3, 3), 0.5), [])], CLASSES, colors)
+    lines = figures[0].axes[0].lines
+    assert [line.get_color() for line in lines] == colors * 2
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["a", "b"]

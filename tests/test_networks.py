@@ -507,6 +507,497 @@ def test_deeplabs_have_the_convolutions_of_their_papers():
         assert convolutions(network)[-2:] == [(256, 256, 3), (256, 7, 1)]
 
 
+# -- UNet++
+
+
+@pytest.mark.parametrize("c_in, stride, dilation", [(3, 2, 1), (4, 2, 3), (3, 1, 2), (4, 1, 1)])
+def test_basic_block_by_hand(c_in, stride, dilation):
+    torch.manual_seed(0)
+    block = random_statistics(emseg.BasicBlock(c_in, 4, stride, dilation)).double()
+    state, x = block.state_dict(), torch.randn(2, c_in, 12, 10, dtype=torch.float64)
+    options = dict(padding=dilation, dilation=dilation)
+    y = normalised(state, "residual.0", x, stride=stride, **options)
+    y = normalised(state, "residual.1", y, relu=False, **options)
+    shortcut = x
+    if (c_in, stride) != (4, 1):
+        shortcut = normalised(state, "shortcut", x, relu=False, stride=stride)
+    torch.testing.assert_close(block(x), (shortcut + y).relu())
+    assert convolutions(block)[:2] == [(c_in, 4, 3), (4, 4, 3)]
+
+
+def test_residual_stages_are_of_either_block():
+    basic, narrow = [emseg.residual_stage(4, 8, [1, 2], 2, block) for block in
+                     (emseg.BasicBlock, emseg.Bottleneck)]
+    assert convolutions(basic) == [(4, 8, 3), (8, 8, 3), (4, 8, 1), (8, 8, 3), (8, 8, 3)]
+    assert convolutions(narrow)[:3] == [(4, 2, 1), (2, 2, 3), (2, 8, 1)]
+    assert [type(block) for block in emseg.residual_stage(4, 8, [1, 1])] == [emseg.Bottleneck] * 2
+
+
+def unetpp_by_hand(state, x, stages):
+    """Logits of all branches, the finest first: node x_d_l reads all of row l to its right."""
+    skips = [normalised(state, "encoder.0", x, stride=2)]
+    y = F.pad(skips[0], (1, 1, 1, 1)).unfold(2, 3, 2).unfold(3, 3, 2).amax((4, 5))      # y >= 0
+    for stage, blocks in enumerate((3, 4, 6, 3)[:stages], 1):
+        for block in range(blocks):
+            name, stride = f"encoder.{stage}.{block}", 2 if stage > 1 and not block else 1
+            z = normalised(state, f"{name}.residual.0", y, stride=stride)
+            z = normalised(state, f"{name}.residual.1", z, relu=False)
+            if f"{name}.shortcut.0.weight" in state:
+                y = normalised(state, f"{name}.shortcut", y, relu=False, stride=stride)
+            y = (y + z).relu()
+        skips.append(y)
+    skips, nodes = skips[::-1], {}
+
+    def up(x):
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    for row in range(stages):
+        for d in range(row, -1, -1):
+            seen = [nodes[k, row] for k in range(d + 1, row + 1)] + [skips[row + 1]]
+            below = nodes[d, row - 1] if d < row else skips[d]
+            nodes[d, row] = normalised(state, f"rows.{row}.{d}", torch.cat([up(below), *seen], 1))
+    y = normalised(state, "last", up(nodes[0, stages - 1]))
+    logits = [F.conv2d(y, state["head.weight"], state["head.bias"], padding=1)]
+    for d in range(1, stages):
+        kernel, bias = [state[f"branch_heads.{d - 1}.{part}"] for part in ("weight", "bias")]
+        logits.append(enlarged(F.conv2d(nodes[d, stages - 1], kernel, bias, padding=1), 2))
+    return logits
+
+
+# residual stages; parameters (1 in, 1 out): all, decoder; (name, in, out) of the decoder's blocks
+UNETPPS = {
+    "unet++": (4, 26_072_337, 4_793_792, [
+        ("x_0_0", 768, 256), ("x_0_1", 512, 128), ("x_1_1", 384, 128), ("x_0_2", 320, 64),
+        ("x_1_2", 256, 64), ("x_2_2", 192, 64), ("x_0_3", 320, 32), ("x_1_3", 256, 64),
+        ("x_2_3", 192, 64), ("x_3_3", 128, 64)]),
+    "unet++3": (2, 2_017_937, 676_160, [
+        ("x_0_0", 192, 128), ("x_0_1", 256, 64), ("x_1_1", 128, 64)])}
+
+
+@pytest.mark.parametrize("name", UNETPPS)
+def test_unetpp_by_hand(name):
+    stages = UNETPPS[name][0]
+    torch.manual_seed(0)
+    x, other = torch.randn(2, 2, 2, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        network = emseg.NETWORKS[name](2, 3, 8, average_branches=True).double()
+        with_statistics_of(network, other)
+        wanted = unetpp_by_hand(network.state_dict(), x, stages)
+        found = network(x, heads=True)
+        assert len(found) == len(wanted) == stages
+        for one, exact in zip(found, wanted):
+            assert 0.01 < exact.std() < 10
+            torch.testing.assert_close(one, exact)
+        mean = sum(logits.softmax(1) for logits in wanted) / stages
+        torch.testing.assert_close(network(x).softmax(1).double(), mean, atol=1e-5, rtol=1e-5)
+        plain = emseg.NETWORKS[name](2, 3, 8).double().eval()
+        assert not plain.load_state_dict(network.state_dict(), strict=False).missing_keys
+        torch.testing.assert_close(plain(x), wanted[0])
+        assert len(plain(x, heads=True)) == 1
+
+
+@pytest.mark.parametrize("name", UNETPPS)
+def test_unetpps_have_the_published_parameters_and_blocks(name):
+    stages, total, decoder, table = UNETPPS[name]
+    with torch.device("meta"):
+        network = emseg.NETWORKS[name](1, 1)
+    count = emseg.count_parameters
+    assert count(network) == total
+    assert f"{total:,}" in emseg.NETWORKS[name].__doc__ and f"{total:,}" in network.__doc__
+    assert (count(network.rows) + count(network.last), count(network.head)) == (decoder, 145)
+    blocks = [(f"x_{d}_{row}", *convolutions(block)) for row, blocks in enumerate(network.rows)
+              for d, block in enumerate(blocks)]
+    assert blocks == [(node, (c_in, c, 3), (c, c, 3)) for node, c_in, c in table]
+    assert convolutions(network.last) == [(table[-stages][2], 16, 3), (16, 16, 3)]
+    encoder = {"unet++": 21_278_400, "unet++3": 3_136 + 128 + 221_952 + 1_116_416}[name]
+    assert count(network.encoder) == encoder
+    assert total == encoder + decoder + 145
+
+
+def test_mean_logits_are_those_of_the_mean_probability():
+    torch.manual_seed(0)
+    for channels in 1, 4:
+        heads = list(3 * torch.randn(3, 2, channels, 5, 6, dtype=torch.float64))
+        prob = [1 / (1 + (-x).exp()) if channels == 1 else x.exp() / x.exp().sum(1, keepdim=True)
+                for x in heads]
+        found = emseg.mean_logits([x.bfloat16() for x in heads])
+        assert found.dtype == torch.float32 and found.shape == (2, channels, 5, 6)
+        torch.testing.assert_close(emseg.probabilities(found).double(), sum(prob) / 3, atol=0.02,
+                                   rtol=0)
+        found = emseg.probabilities(emseg.mean_logits(heads)).double()
+        torch.testing.assert_close(found, sum(prob) / 3, atol=1e-6, rtol=1e-5)
+        assert emseg.mean_logits(heads[:1]) is heads[0]
+
+
+def test_mean_logits_are_exact_for_extreme_ones():
+    """Half of the heads sure of yes: log 1 - log 1; all sure of it: their mean odds."""
+    for sure, wanted in ([200.0, -200.0], 0.0), ([200.0, 200.0], 200.0), ([-99.0, -99.0], -99.0):
+        heads = [torch.full((1, 1, 1, 1), x).requires_grad_() for x in sure]
+        found = emseg.mean_logits(heads)
+        found.sum().backward()
+        assert found.item() == pytest.approx(wanted, abs=1e-4)
+        assert all(x.grad.isfinite() for x in heads)
+        x = torch.tensor(sure[:1])
+        two = [torch.stack([torch.zeros(1), x]).view(1, 2, 1, 1)] * 2
+        found = emseg.mean_logits(two)
+        assert (found[:, 1] - found[:, 0]).item() == pytest.approx(sure[0])
+
+
+# -- FracTALResNet and CEECNet
+
+
+def test_group_norm_blocks_by_hand():
+    torch.manual_seed(0)
+    found = [emseg.group_norm(c).num_groups for c in (1, 2, 3, 4, 6, 8, 12, 32)]
+    assert found == [1, 2, 1, 4, 2, 4, 4, 4]
+    block = random_norms(emseg.conv_block((4, 8, 6), norm="group", groups=2)).double()
+    assert [type(layer).__name__ for layer in block] == ["Conv2d", "GroupNorm", "ReLU"] * 2
+    x = torch.randn(2, 4, 7, 9, dtype=torch.float64)
+    state = {f"block.{key}": value for key, value in block.state_dict().items()}
+    torch.testing.assert_close(block(x), grouped(state, "block", x))
+    last = random_norms(emseg.group_conv(4, 6, stride=2)).double()
+    assert [type(layer).__name__ for layer in last] == ["Conv2d", "GroupNorm"]
+    state = {f"last.{key}": value for key, value in last.state_dict().items()}
+    torch.testing.assert_close(last(x), grouped(state, "last", x, relu=False, stride=2))
+
+
+def random_norms(network):
+    """Weights of norms, and scales of attention, that show where they are used."""
+    torch.manual_seed(1)
+    for name, parameter in network.named_parameters():
+        if parameter.dim() == 1:
+            low, high = (0.3, 0.7) if "gamma" in name else (-1, 1) if "bias" in name else (0.5, 2)
+            nn.init.uniform_(parameter, low, high)
+    return network.eval().requires_grad_(False)
+
+
+def group_normalised(x, scale, shift):
+    parts = x.unflatten(1, ({0: 4, 2: 2}.get(x.shape[1] % 4, 1), -1))
+    mean = parts.mean((2, 3, 4), keepdim=True)
+    spread = (parts - mean).square().mean((2, 3, 4), keepdim=True) + 1e-5
+    x = ((parts - mean) / spread.sqrt()).flatten(1, 2)
+    return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+
+
+def grouped(state, name, x, relu=True, **options):
+    """Convolutions, GroupNorms and ReLUs of a conv_block, from its weights alone."""
+    for i in 0, 3:
+        if f"{name}.{i}.weight" in state:
+            kernel, bias = state[f"{name}.{i}.weight"], state[f"{name}.{i}.bias"]
+            x = F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2,
+                         groups=x.shape[1] // kernel.shape[1], **options)
+            x = group_normalised(x, state[f"{name}.{i + 1}.weight"], state[f"{name}.{i + 1}.bias"])
+            x = x.relu() if relu else x
+    return x
+
+
+def tanimoto_by_the_book(p, q, dims, depth, smooth=1e-5):
+    """Diakogiannis 2021, equations 2 to 4, summed over dims, in float64."""
+    def similarity(p, q, d):
+        pq, pp, qq = [(a * b).sum(dims, keepdims=True) for a, b in ((p, q), (p, p), (q, q))]
+        return (pq + smooth) / (2**d * (pp + qq) - (2 ** (d + 1) - 1) * pq + smooth)
+    each = [(similarity(p, q, d) + similarity(1 - p, 1 - q, d)) / 2 for d in range(depth)]
+    return sum(each) / depth
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 10, 20])
+def test_fractal_tanimoto_is_that_of_the_paper(depth):
+    rng = np.random.default_rng(0)
+    p, q = rng.random((2, 2, 3, 4, 5))
+    p[0], q[0] = (p[0] > 0.5) * 1.0, (q[0] > 0.5) * 1.0
+    q[1] = (p[1] + 0.02 * q[1]).clip(0, 1)                  # close to equality
+    dims = 1, (2, 3), (1, 2, 3), (0, 1, 2, 3)
+    found = emseg.fractal_tanimoto(torch.tensor(p), torch.tensor(q), *dims, depth=depth)
+    shapes = [(2, 1, 4, 5), (2, 3, 1, 1), (2, 1, 1, 1), (1, 1, 1, 1)]
+    assert [x.shape for x in found] == shapes and found[0].dtype == torch.float32
+    for one, dim in zip(found, dims):
+        np.testing.assert_allclose(one, tanimoto_by_the_book(p, q, dim, depth), rtol=2e-4)
+
+
+def test_fractal_tanimoto_of_equal_and_opposite_maps():
+    q = (torch.rand(2, 3, 8, 8) > 0.5).float()
+    same, opposite = [emseg.fractal_tanimoto(p, q, (1, 2, 3))[0] for p in (q, 1 - q)]
+    assert (same == 1).all() and (opposite < 1e-6).all()
+    steep = [emseg.fractal_tanimoto(0.9 * q, q, (1, 2, 3), depth=depth)[0].mean().item()
+             for depth in (0, 1, 5, 10)]
+    assert steep[0] == steep[1] > steep[2] > steep[3]
+    p = torch.rand(2, 3, 8, 8)
+    five, unsaid = [emseg.fractal_tanimoto(p, q, 1, **depth)[0] for depth in ({"depth": 5}, {})]
+    assert torch.equal(five, unsaid)
+    half = p.bfloat16()
+    found, = emseg.fractal_tanimoto(half, q, (1, 2, 3))
+    torch.testing.assert_close(found, emseg.fractal_tanimoto(half.float(), q, (1, 2, 3))[0])
+
+
+@pytest.mark.parametrize("depth", [0, 1, 5, 30])
+def test_fractal_tanimoto_has_finite_gradients_at_equality(depth):
+    for value in 0.0, 0.5, 1.0:
+        p = torch.full((1, 2, 4, 4), value, requires_grad=True)
+        total = sum(x.sum() for x in emseg.fractal_tanimoto(p, p.detach(), 1, (2, 3), depth=depth))
+        total.backward()
+        assert total.item() == pytest.approx(16 + 2) and p.grad.abs().max() < 1e-3
+
+
+def test_masked_fractal_tanimoto_is_that_of_the_kept_pixels():
+    p, q = torch.rand(2, 1, 3, 6, 7, requires_grad=True)
+    p.retain_grad()
+    valid = torch.rand(1, 1, 6, 7) > 0.4
+    kept = [x[:, :, None, valid[0, 0]] for x in (p, q)]
+    found, wanted = [emseg.fractal_tanimoto(*x, (1, 2, 3), depth=3, **options)[0] for x, options in
+                     (((p, q), {"valid": valid}), (kept, {}))]
+    torch.testing.assert_close(found, wanted)
+    found.sum().backward()
+    assert (p.grad.ne(0) == valid).all()
+
+
+def attention_by_hand(state, name, x, y):
+    query, key, value = [1 / (1 + (-grouped(state, f"{name}.{part}", z, relu=False)).exp()) for
+                         part, z in (("query", x), ("key", y), ("value", y))]
+    at_pixel, in_channel = [torch.from_numpy(tanimoto_by_the_book(query.numpy(), key.numpy(), dim,
+                                                                  5)) for dim in (1, (2, 3))]
+    out = group_normalised((in_channel * value) * (at_pixel * value),
+                           state[f"{name}.norm.weight"], state[f"{name}.norm.bias"])
+    return 1 + state[f"{name}.gamma"] * out
+
+
+def named(network, name):
+    return {f"{name}.{key}": value for key, value in network.state_dict().items()}
+
+
+def close(found, wanted):
+    """fractal_tanimoto is float32."""
+    assert 0.01 < wanted.std() < 100
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("channels, heads", [(8, 1), (8, 4), (4, 2), (6, 3)])
+def test_fractal_attention_by_hand(channels, heads):
+    torch.manual_seed(0)
+    attention = emseg.FractalAttention(channels, heads).double()
+    x, y = torch.randn(2, 2, channels, 7, 9, dtype=torch.float64)
+    assert (attention(x, y) == 1).all()                     # gamma is 0 to begin with
+    state = named(random_norms(attention), "attention")
+    close(attention(x, y), attention_by_hand(state, "attention", x, y))
+    assert {module.groups for module in attention.modules() if isinstance(module, nn.Conv2d)} == {
+        heads}
+
+
+def fractal_unit_by_hand(state, name, x):
+    y = x
+    for norm in 0, 3:
+        y = group_normalised(y, state[f"{name}.residual.{norm}.weight"],
+                             state[f"{name}.residual.{norm}.bias"]).relu()
+        kernel, bias = [state.get(f"{name}.residual.{norm + 2}.{part}") for part in
+                        ("weight", "bias")]
+        assert (bias is None) == (norm == 0)
+        y = F.conv2d(y, kernel, bias, padding=1, groups=x.shape[1] // kernel.shape[1])
+    return (x + y) * attention_by_hand(state, f"{name}.attention", x, x)
+
+
+def fusion_by_hand(state, name, a, b):
+    emphasised = [a * attention_by_hand(state, f"{name}.attention_a", a, b),
+                  b * attention_by_hand(state, f"{name}.attention_b", b, a)]
+    return grouped(state, f"{name}.merge", torch.cat(emphasised, 1))
+
+
+def ceec_unit_by_hand(state, name, x):
+    ce, ec = [grouped(state, f"{name}.enter_{way}", x, relu=False) for way in ("ce", "ec")]
+    low = grouped(state, f"{name}.compress_ce.0", ce, stride=2)
+    low = enlarged(grouped(state, f"{name}.compress_ce.1", low), 2)
+    ce = fusion_by_hand(state, f"{name}.fuse_ce", grouped(state, f"{name}.expand_ce", low),
+                        grouped(state, f"{name}.skip_ce", ce))
+    high = grouped(state, f"{name}.expand_ec", enlarged(ec, 2))
+    ec = fusion_by_hand(state, f"{name}.fuse_ec",
+                        grouped(state, f"{name}.compress_ec", high, stride=2), ec)
+    both = fusion_by_hand(state, f"{name}.collect",
+                          ce * attention_by_hand(state, f"{name}.attention_ce", ce, ec),
+                          ec * attention_by_hand(state, f"{name}.attention_ec", ec, ce))
+    return (x + both) * attention_by_hand(state, f"{name}.attention", x, x)
+
+
+UNITS = {"fractalresnet": (emseg.FractalUnit, fractal_unit_by_hand),
+         "ceecnet": (emseg.CEECUnit, ceec_unit_by_hand)}
+
+
+@pytest.mark.parametrize("channels, heads", [(8, 1), (16, 4)])
+@pytest.mark.parametrize("name", UNITS)
+def test_fractal_units_by_hand(name, channels, heads):
+    unit, by_hand = UNITS[name]
+    torch.manual_seed(0)
+    unit = random_norms(unit(channels, heads).double())
+    x = torch.randn(2, channels, 6, 10, dtype=torch.float64)
+    close(unit(x), by_hand(named(unit, "unit"), "unit", x))
+
+
+def psp_by_hand(state, name, x):
+    """Maxima of parts that overlap where the side is no multiple of their number."""
+    H, W = x.shape[-2:]
+    seen = [x]
+    for level in range(4):
+        n = 2**level
+        rows, columns = [[slice(i * side // n, -(-(i + 1) * side // n)) for i in range(n)]
+                         for side in (H, W)]
+        pooled = torch.stack([torch.stack([x[..., r, c].amax((2, 3)) for c in columns], -1)
+                              for r in rows], -2)
+        part = grouped(state, f"{name}.parts.{level}", pooled, relu=False)
+        seen.append(part[..., np.arange(H) * n // H, :][..., np.arange(W) * n // W])
+    return grouped(state, f"{name}.project", torch.cat(seen, 1), relu=False)
+
+
+def test_psp_pooling_against_maxima_of_blocks():
+    """As the authors do it: the maxima tiled to full size before they are narrowed."""
+    torch.manual_seed(0)
+    pooling = random_norms(emseg.PSPPooling(3, 8).double())
+    x, state = torch.randn(2, 3, 16, 24, dtype=torch.float64), named(pooling, "psp")
+    seen = [x]
+    for level, n in enumerate((1, 2, 4, 8)):
+        blocks = x.numpy().reshape(2, 3, n, 16 // n, n, 24 // n).max((3, 5))
+        tiled = torch.from_numpy(blocks.repeat(16 // n, 2).repeat(24 // n, 3))
+        seen.append(grouped(state, f"psp.parts.{level}", tiled, relu=False))
+    wanted = grouped(state, "psp.project", torch.cat(seen, 1), relu=False)
+    torch.testing.assert_close(pooling(x), wanted)
+    torch.testing.assert_close(psp_by_hand(state, "psp", x), wanted)
+
+
+@pytest.mark.parametrize("sides", [(5, 7), (12, 3), (1, 1)])
+def test_psp_pooling_of_other_sides_has_parts_that_overlap(sides):
+    torch.manual_seed(0)
+    pooling = random_norms(emseg.PSPPooling(4, 8).double())
+    x = torch.randn(2, 4, *sides, dtype=torch.float64)
+    torch.testing.assert_close(pooling(x), psp_by_hand(named(pooling, "psp"), "psp", x))
+
+
+def fractal_net_by_hand(state, x, unit):
+    """Logits of segmentation, boundary and distance."""
+    def up(x):
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def head(name, x):
+        x = grouped(state, f"{name}.0", x)
+        return F.conv2d(x, state[f"{name}.1.weight"], state[f"{name}.1.bias"])
+
+    def sigmoid(x):
+        return 1 / (1 + (-x).exp())
+
+    first = x = grouped(state, "first", x, relu=False)
+    skips = []
+    for level in range(6):
+        if level:
+            x = grouped(state, f"down.{level - 1}", x, relu=False, stride=2)
+        x = unit(state, f"encoder.{level}", x)
+        skips.append(x)
+    x = psp_by_hand(state, "middle", x).relu()
+    for level in range(5):
+        x = torch.cat([grouped(state, f"up.{level}", up(x)), skips[4 - level]], 1)
+        x = unit(state, f"decoder.{level}", grouped(state, f"join.{level}", x, relu=False))
+    x = torch.cat([first, x], 1)
+    pyramid = psp_by_hand(state, "pyramid", x).relu()
+    distance = head("distance", x)
+    distance_eq = grouped(state, "from_distance", sigmoid(distance))
+    boundary = head("boundary", torch.cat([pyramid, distance_eq], 1))
+    boundary = boundary / (0.01 + sigmoid(state["crispness"]))
+    boundary_eq = grouped(state, "from_boundary", sigmoid(boundary))
+    seen = grouped(state, "balance", torch.cat([boundary_eq, distance_eq], 1))
+    return head("segmentation", torch.cat([seen, pyramid], 1)), boundary, distance
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_fractal_nets_by_hand(name):
+    torch.manual_seed(0)
+    network = random_norms(emseg.NETWORKS[name](2, 3, 8).double())
+    x = torch.randn(1, 2, 64, 128, dtype=torch.float64)
+    found = network(x, heads=True)
+    wanted = fractal_net_by_hand(network.state_dict(), x, UNITS[name][1])
+    for one, exact in zip(found, wanted, strict=True):
+        assert 0.1 < exact.std() < 100
+        assert (one - exact).norm() < 2e-6 * exact.norm()
+    assert torch.equal(network(x), found[0]) and network.combine(found) is found[0]
+
+
+# parameters at 1 in, 1 out, width 32: all, units of the encoder, of the decoder
+FRACTALS = {
+    "fractalresnet": (18_199_919, [12_033, 24_065, 48_129, 96_257, 192_513, 385_025],
+                      [100_353, 50_177, 25_089, 12_545, 6_273]),
+    "ceecnet": (58_964_079, [53_273, 152_617, 489_545, 1_716_361, 6_381_833, 24_560_137],
+                [6_159_497, 1_605_193, 433_961, 124_825, 39_377])}
+
+
+@pytest.mark.parametrize("name", FRACTALS)
+def test_fractal_nets_have_the_published_parameters(name):
+    total, encoder, decoder = FRACTALS[name]
+    with torch.device("meta"):
+        network = emseg.NETWORKS[name](1, 1)
+    count = emseg.count_parameters
+    assert count(network) == total and f"{total:,} parameters" in emseg.NETWORKS[name].__doc__
+    assert [count(unit) for unit in network.encoder] == encoder
+    assert [count(unit) for unit in network.decoder] == decoder
+    assert [count(conv) for conv in network.down] == [18_624, 74_112, 295_680, 1_181_184, 4_721_664]
+    assert [count(up) + count(join) for up, join in zip(network.up, network.join)] == [
+        1_051_648, 263_680, 66_304, 16_768, 4_288]
+    assert [count(part) for part in (network.first, network.middle, network.pyramid,
+                                     network.distance)] == [128, 9_452_544, 14_816, 27_873]
+    parts = network.first, network.encoder, network.down, network.middle, network.up, network.join
+    assert total - sum(map(count, (*parts, network.decoder))) == 100_836
+    assert network.crispness.shape == (1,)
+
+
+def test_scales_of_attention_begin_at_0_and_crispness_at_1():
+    network = emseg.CEECNet(1, 1, 8)
+    gammas = [p for name, p in network.named_parameters() if name.endswith("gamma")]
+    assert len(gammas) == 11 * 9 and not any(gammas) and network.crispness == 1
+
+
+@pytest.mark.parametrize("width", [4, 12, 20])
+@pytest.mark.parametrize("name", FRACTALS)
+def test_fractal_nets_refuse_widths_that_heads_do_not_divide(name, width):
+    with pytest.raises(emseg.InputError, match=f"--width {width}: fractalresnet and ceecnet take"):
+        emseg.NETWORKS[name](1, 1, width)
+
+
+# -- what the new networks share
+
+STRIDES = {"unet++": 32, "unet++3": 8, "fractalresnet": 32, "ceecnet": 32}
+
+
+@pytest.mark.parametrize("name", STRIDES)
+def test_networks_take_exactly_the_multiples_of_their_stride(name):
+    network, stride = emseg.NETWORKS[name](3, 2, 8).eval(), STRIDES[name]
+    assert (network.stride, network.offset, network.margin) == (stride, 0, 0)
+    for halves in 1, 2, 3, 6:
+        sides = halves * stride // 2, stride
+        x = torch.randn(1, 3, *sides)
+        if halves % 2:
+            with pytest.raises(RuntimeError), torch.no_grad():
+                network(x)
+            with pytest.raises(emseg.InputError, match=f"multiple of {stride}"):
+                emseg.check_patch_size(network, sides, name)
+        else:
+            with torch.no_grad():
+                assert network(x).shape == (1, 2, *sides)
+            emseg.check_patch_size(network, sides, name)
+
+
+@pytest.mark.parametrize("width", [1, 3, 6])
+@pytest.mark.parametrize("name", UNETPPS)
+def test_unetpps_take_channels_and_narrow_widths(name, width):
+    network = emseg.NETWORKS[name](3, 4, width, average_branches=True).eval()
+    assert network(torch.randn(1, 3, 32, 64)).shape == (1, 4, 32, 64)
+    assert convolutions(network)[0] == (3, width, 7)
+
+
+@pytest.mark.parametrize("name, options", [(name, {}) for name in STRIDES] + [
+    (name, {"average_branches": True}) for name in UNETPPS])
+def test_what_is_predicted_depends_on_every_parameter(name, options):
+    torch.manual_seed(0)
+    network = emseg.NETWORKS[name](1, 2, 8, **options).train()
+    for parameter_name, parameter in network.named_parameters():
+        if parameter_name.endswith("gamma"):
+            nn.init.constant_(parameter, 0.5)
+    network(torch.randn(2, 1, 64, 64)).square().mean().backward()
+    for parameter_name, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), parameter_name
+
+
 # -- any size
 
 

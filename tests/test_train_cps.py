@@ -1,5 +1,6 @@
 """train_cps.py: its equations, and whole runs on small and real data."""
 
+import argparse
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 import conftest
 import emseg
@@ -119,6 +121,336 @@ def test_without_unlabelled_images_the_cps_loss_is_zero():
     assert loss_cps == 0 and len(a.seen) == 1 and loss_sup > 0
 
 
+@pytest.mark.parametrize("total, warmup", [(1000, 70), (21_428, 1500), (100_000, 1500)])
+def test_the_warmup_of_the_learning_rate_is_at_most_1500_steps(total, warmup):
+    rates = np.array([train_cps.learning_rate(step, total, 0.5) for step in range(total)])
+    steps = np.arange(total)
+    np.testing.assert_allclose(rates[: warmup // 2], 0.5 * (steps + 1)[: warmup // 2] / warmup,
+                               rtol=1e-4)
+    np.testing.assert_allclose(rates[warmup:], 0.5 * (1 - steps / total)[warmup:])
+    assert abs(int(rates.argmax()) - warmup) <= 0.08 * warmup
+
+
+NAMES = "schedule", "lr", "batch_size", "epochs", "weight_decay", "clip"
+
+
+def test_senformer_is_trained_with_weight_decay():
+    found = train_cps.recipe("senformer", "cps")
+    assert tuple(found[name] for name in NAMES) == ("linear", 6e-5, 8, 750, 0.01, 0.1)
+    assert train_cps.recipe("senformer", "supervised") == found
+
+
+def test_a_run_says_how_it_is_trained():
+    def described(*more):
+        return train_cps.describe(train_cps.parse_args(["--volume", "a", "--label", "b",
+                                                        "--batch-size", "4", *more]))
+    assert described("--lr", "0.002") == (
+        "resunet, CPS + CutMix: soft Dice; Adam, learning rate 0.002, linear; batches of 4, 500 "
+        "epochs, gradients clipped at 1")
+    assert described("--model", "ceecnet", "--method", "supervised", "--weight-decay", "0.1",
+                     "--lr", "1e-5") == (
+        "ceecnet, supervised: Tanimoto of segmentation, boundary and distance; AdamW, weight decay "
+        "0.1, learning rate 1e-05, plateau; batches of 4, 500 epochs, gradients not clipped")
+    assert "resunet, CPS: soft Dice" in described("--no-cutmix")
+
+
+def test_the_rate_drops_where_the_validation_dice_or_else_the_loss_stays():
+    def drops(history, **losses):
+        rows = [dict(zip(losses, row)) for row in zip(*losses.values())]
+        return train_cps.rate_drops(argparse.Namespace(history=history, losses=rows))
+
+    assert [drops([0.5] * n) for n in (0, 16, 17, 47, 48, 200)] == [0, 0, 1, 1, 2, 2]
+    falling, flat = np.linspace(2, 1, 60), [1.0] * 60
+    assert drops([], loss=falling, loss_sup=flat) == drops([], loss=flat) == 2
+    assert drops([], loss=flat, loss_sup=falling) == drops([], loss=falling) == 0
+    assert drops([0.1, 0.2], loss=flat) == 0
+    assert drops([*np.linspace(0.1, 0.2, 60)], loss=flat, loss_sup=flat) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_rate_drops_as_in_the_authors_schedule(seed):
+    losses = np.random.default_rng(seed).uniform(0.5, 0.6, 150).cumsum() / np.arange(1, 151)
+    losses += 1e-6 * np.arange(150)[::-1]
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.1, patience=15, cooldown=15, threshold=1e-5, min_lr=1e-2)
+    for epoch, loss in enumerate(losses, 1):
+        schedule.step(loss)
+        run = argparse.Namespace(history=[], losses=[{"loss": loss} for loss in losses[:epoch]])
+        assert 0.1 ** train_cps.rate_drops(run) == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+class Parts(torch.nn.Module):
+    """A kernel, a bias, a norm, a table of positions and queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(2, 3, 3), torch.nn.GroupNorm(1, 3)
+        self.relative_positions = torch.nn.Parameter(torch.ones(4, 4))
+        self.queries, self.gamma = [torch.nn.Parameter(torch.ones(s)) for s in ((2, 8), 1)]
+
+
+def test_weight_decay_is_for_kernels_alone():
+    network, args = Parts(), argparse.Namespace(lr=0.1, weight_decay=0.2)
+    torch.nn.init.ones_(network.conv.bias)
+    optimizer = train_cps.optimizer_of(network, args)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in network.named_parameters():
+        kept = 1 - 0.1 * 0.2 if name == "conv.weight" else 1
+        torch.testing.assert_close(p.detach(), kept * before[name])
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
+
+
+def test_without_weight_decay_the_optimiser_is_adam():
+    torch.manual_seed(0)
+    one, other = Parts(), Parts()
+    other.load_state_dict(one.state_dict())
+    found = train_cps.optimizer_of(one, argparse.Namespace(lr=0.1, weight_decay=0.0))
+    adam = torch.optim.Adam(other.parameters(), lr=0.1)
+    for _ in range(3):
+        for p, q in zip(one.parameters(), other.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        found.step(), adam.step()
+    for p, q in zip(one.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q)
+
+
+def labels_of(channels, seed=0, ignore=True):
+    """Class ids (4, 21, 30) in blobs; the second picture lacks class 1, the third is full of it."""
+    rng = np.random.default_rng(seed)
+    noise = ndimage.gaussian_filter(rng.normal(size=(4, 21, 30)), (0, 2, 2))
+    edges = np.quantile(noise, np.linspace(0, 1, max(2, channels) + 1)[1:-1])
+    label = np.digitize(noise, edges)
+    label[1][label[1] == 1] = 0
+    label[2] = 1
+    if ignore:
+        label[0, :, 12:15] = emseg.IGNORE
+        label[0, 18:][rng.random((3, 30)) < 0.3] = emseg.IGNORE
+        label[2, :4] = emseg.IGNORE
+        label[3, :, 25:] = emseg.IGNORE
+    return label
+
+
+def tanimoto_targets_by_scipy(label, channels):
+    """Segmentation, boundary and distance (B, C, H, W), one picture and class after the other."""
+    targets = np.zeros((3, len(label), channels, *label.shape[1:]))
+    for place in np.ndindex(len(label), channels):
+        b, k = place
+        inside = label[b] == (k if channels > 1 else 1)
+        outside = ~inside & (label[b] != emseg.IGNORE)
+        targets[0][place] = inside
+        edge = inside & ndimage.binary_dilation(outside)                # SciPy's cross
+        targets[1][place] = ndimage.binary_dilation(edge)
+        if outside.any() and inside.any():
+            distance = ndimage.distance_transform_edt(~outside) * inside
+            targets[2][place] = distance / distance.max()
+        else:
+            targets[2][place] = inside
+    return targets
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tanimoto_targets_against_scipy(channels, ignore):
+    label = labels_of(channels, ignore=ignore)
+    found = train_cps.tanimoto_targets(torch.from_numpy(label), channels)
+    wanted = tanimoto_targets_by_scipy(label, channels)
+    assert wanted[2].max((2, 3))[[0, 3]].min() == 1
+    assert {x.shape for x in found} == {(4, channels, 21, 30)}
+    for one, exact in zip(found, wanted, strict=True):
+        assert one.dtype == torch.float32
+        np.testing.assert_allclose(one, exact, atol=1e-6)
+
+
+def test_tanimoto_targets_of_a_square_by_hand():
+    label = torch.zeros(1, 7, 7, dtype=torch.int64)
+    label[0, 1:6, 1:6] = 1
+    segmentation, boundary, distance = train_cps.tanimoto_targets(label, 1)
+    assert torch.equal(segmentation[0, 0], label[0].float())
+    assert boundary[0, 0].tolist() == [[0, 1, 1, 1, 1, 1, 0], *[[1] * 7] * 2, [1, 1, 1, 0, 1, 1, 1],
+                                       *[[1] * 7] * 2, [0, 1, 1, 1, 1, 1, 0]]
+    assert distance[0, 0, 3].mul(3).round(decimals=4).tolist() == [0, 1, 2, 3, 2, 1, 0]
+    label[0, 0] = label[0, 6] = label[0, :, 0] = emseg.IGNORE           # who knows what is there
+    _, boundary, distance = train_cps.tanimoto_targets(label, 1)
+    assert boundary[0, 0, 3].tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert distance[0, 0, 3].mul(5).round(decimals=4).tolist() == [0, 5, 4, 3, 2, 1, 0]
+
+
+def test_tanimoto_targets_of_absent_and_filling_classes():
+    label = torch.full((2, 6, 5), 2)
+    label[1, 2] = emseg.IGNORE
+    segmentation, boundary, distance = train_cps.tanimoto_targets(label, 3)
+    assert not boundary.any() and torch.equal(segmentation, distance)
+    assert (segmentation[:, 2] == (label == 2)).all() and not segmentation[:, :2].any()
+
+
+def test_distances_and_grown_masks_of_each_plane_against_scipy():
+    rng = np.random.default_rng(0)
+    for H, W in (9, 14), (1, 50), (40, 1):
+        masks = rng.random((3, 4, H, W)) < np.array([0.0, 0.02, 0.3, 1.0])[:, None, None]
+        found, grown = [function(torch.from_numpy(masks)) for function in
+                        (train_cps.distance_to, train_cps.grow)]
+        assert found.dtype == torch.float32 and grown.dtype == torch.bool
+        for place in np.ndindex(3, 4):
+            wanted = np.full((H, W), H + W)
+            if masks[place].any():
+                wanted = ndimage.distance_transform_edt(~masks[place])
+            np.testing.assert_allclose(found[place], wanted, rtol=1e-6)
+            np.testing.assert_array_equal(grown[place], ndimage.binary_dilation(masks[place]))
+
+
+def predictions_of(label, channels, heads, seed=1):
+    """Logits (heads, B, C, H, W)."""
+    rng = np.random.default_rng(seed)
+    return 2 * rng.normal(size=(heads, len(label), channels, *label.shape[1:]))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(x):
+    return np.exp(x) / np.exp(x).sum(1, keepdims=True)
+
+
+def tanimoto_loss_by_the_book(heads, label, depth):
+    """A loop over pictures, maps and depths of the formula of the paper."""
+    channels = heads.shape[2]
+    prob = [(sigmoid if channels == 1 else softmax)(heads[0]), sigmoid(heads[1]), sigmoid(heads[2])]
+    similarities = []
+    for p, target in zip(prob, tanimoto_targets_by_scipy(label, channels)):
+        for b, kept in enumerate(label != emseg.IGNORE):
+            for d in range(max(depth, 1)):
+                for complement in False, True:
+                    x, y = [(1 - z if complement else z)[b][:, kept] for z in (p, target)]
+                    xy, xx, yy = (x * y).sum(), (x * x).sum(), (y * y).sum()
+                    similarities.append((xy + 1e-5) / (
+                        2**d * (xx + yy) - (2 ** (d + 1) - 1) * xy + 1e-5))
+    return 1 - np.mean(similarities)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 10])
+@pytest.mark.parametrize("ignore", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tanimoto_loss_is_that_of_the_paper(channels, ignore, depth):
+    label = labels_of(channels, ignore=ignore)
+    heads = predictions_of(label, channels, 3)
+    x = torch.tensor(heads, dtype=torch.float32, requires_grad=True)
+    loss = train_cps.tanimoto_loss(list(x), torch.from_numpy(label), depth)
+    assert loss.item() == pytest.approx(tanimoto_loss_by_the_book(heads, label, depth), rel=1e-4)
+    loss.backward()
+    taught = x.grad.ne(0).any(2)
+    assert (taught == torch.from_numpy(label != emseg.IGNORE)).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tanimoto_loss_of_what_is_right_or_not_annotated_is_0(channels):
+    label = torch.from_numpy(labels_of(channels))
+    segmentation, boundary, distance = train_cps.tanimoto_targets(label, channels)
+    heads = [80 * segmentation - 40, 80 * boundary - 40, distance.clamp(1e-7, 1 - 1e-7).logit()]
+    assert train_cps.tanimoto_loss(heads, label, 10) == pytest.approx(0, abs=2e-3)
+    heads = [torch.randn_like(x).requires_grad_() for x in heads]
+    loss = train_cps.tanimoto_loss(heads, torch.full_like(label, emseg.IGNORE), 10)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6) and not any(x.grad.any() for x in heads)
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_losses_of_branches_and_learners_by_hand(channels, ignore):
+    label = labels_of(channels, ignore=ignore)
+    heads = predictions_of(label, channels, 4)
+    kept, classes = label != emseg.IGNORE, range(1, max(2, channels))
+    prob = [np.concatenate([1 - sigmoid(x), sigmoid(x)], 1) if channels == 1 else softmax(x)
+            for x in heads]
+    right = [np.take_along_axis(p, np.where(kept, label, 0)[:, None], 1)[:, 0][kept] for p in prob]
+    ensemble = -np.log(np.mean(right, 0)).mean() + np.mean([-np.log(p).mean() for p in right])
+    dice = []
+    for p in prob:
+        for k in classes:
+            x, y = p[:, k][kept], label[kept] == k
+            dice.append(1 - (2 * (x * y).sum() + 1e-5) / ((x**2).sum() + y.sum() + 1e-5))
+    for loss, wanted in (train_cps.ensemble_loss, ensemble), (train_cps.dice_loss, np.mean(dice)):
+        x = torch.tensor(heads, requires_grad=True)
+        found = loss(list(x), torch.from_numpy(label))
+        assert found.item() == pytest.approx(wanted, rel=1e-5)
+        found.backward()
+        assert (x.grad.ne(0).any(2).numpy() == kept).all()
+
+
+def test_every_network_has_the_loss_of_its_paper():
+    label = torch.from_numpy(labels_of(1))
+    heads = list(torch.from_numpy(predictions_of(label.numpy(), 1, 3)))
+    for model in "fractalresnet", "ceecnet":
+        for drops in 0, 1, 2:
+            found = train_cps.loss_of(model, drops)(heads, label)
+            assert found == train_cps.tanimoto_loss(heads, label, 10 * drops)
+        assert train_cps.loss_of(model)(heads, label) == train_cps.tanimoto_loss(heads, label)
+    assert train_cps.loss_of("senformer", 2) is train_cps.ensemble_loss
+    assert {train_cps.loss_of(model, 2) for model in ("resunet", "unet", "unet++", "unet++3")} == {
+        train_cps.dice_loss}
+
+
+@pytest.mark.parametrize("model, options, heads, taught_by", [
+    ("unet", {}, 1, "only"), ("unet++3", {}, 1, "only"),
+    ("unet++3", {"average_branches": True}, 2, "mean"),
+    ("fractalresnet", {}, 3, "first")])
+def test_networks_are_trained_by_all_heads_and_teach_what_they_predict(model, options, heads,
+                                                                       taught_by):
+    torch.manual_seed(0)
+    network, image = emseg.NETWORKS[model](1, 3, 8, **options).eval(), torch.randn(2, 1, 32, 32)
+    found = train_cps.network_heads(Plain(), network, image)
+    assert isinstance(found, list) and len(found) == heads
+    noisy = [3 * torch.randn_like(x) for x in found]
+    prob = [x.softmax(1) for x in noisy]
+    wanted = (sum(prob) / heads if taught_by == "mean" else prob[0]).argmax(1)
+    assert torch.equal(train_cps.pseudo_label(network, noisy), wanted)
+    predicted = emseg.class_ids(emseg.probabilities(network(image)))
+    assert torch.equal(train_cps.pseudo_label(network, found), predicted)
+
+
+class TwoHeads(Recorder):
+    """The second head predicts."""
+
+    def forward(self, image, heads=False):
+        image = super().forward(image)
+        return [image - 9, image] if heads else image
+
+    def combine(self, heads):
+        return heads[1]
+
+
+@pytest.mark.parametrize("mix", [False, True])
+def test_cps_losses_take_all_heads_and_teach_with_what_is_predicted(mix, monkeypatch):
+    torch.manual_seed(0)
+    a, b, asked = TwoHeads(), TwoHeads(), []
+    b.scale.data.fill_(-1.0)
+    image_l, image_u = torch.randn(2, 4, 1, 8, 8)
+    label = (torch.rand(4, 8, 8) > 0.5).long()
+    box = torch.rand(4, 1, 8, 8) > 0.5
+    monkeypatch.setattr(emseg, "cutmix_boxes", lambda *args: box)
+
+    def loss(heads, label):
+        asked.append((heads, label))
+        return sum(head.sum() for head in heads)
+
+    train_cps.cps_losses(Plain(), a, b, loss, image_l, label, image_u, mix)
+    seen = torch.cat([image_l, image_u])
+    if mix:
+        first, second = seen[[0, 1, 4, 5]], seen[[2, 3, 6, 7]]
+        seen = torch.where(box, second, first)
+    wanted = [(image_l, label), (-image_l, label), (seen, (-seen > 0)[:, 0].long()),
+              (-seen, (seen > 0)[:, 0].long())]
+    for (heads, target), (image, exact) in zip(asked, wanted, strict=True):
+        assert torch.equal(heads[0], image - 9) and torch.equal(heads[1], image)
+        assert torch.equal(target, exact) and len(heads) == 2
+
+
 # -- whole runs ------------------------------------------------------------------------------------
 
 
@@ -150,6 +482,14 @@ def test_the_metrics_are_those_of_the_prediction_file(trained, cells):
     scores = metrics(trained)["volumes"][0]["per_class"]["class 1"]
     assert scores["tp"] == tp and scores["fn"] == truth.sum() - tp
     assert scores["fp"] == predicted.sum() - tp
+
+
+def test_the_losses_of_every_epoch_are_kept(trained):
+    rows = log_without_seconds(trained)
+    losses = torch.load(trained / "last.pt", weights_only=True)["losses"]
+    assert [set(each) for each in losses] == [{"loss", "loss_sup", "loss_cps"}] * 2
+    for row, each in zip(rows, losses, strict=True):
+        assert all(float(row[name]) == value for name, value in each.items())
 
 
 def test_same_seed_same_weights_other_seed_other_weights(trained, cells, tmp_path):
@@ -369,6 +709,15 @@ def test_prediction_does_not_depend_on_slab_or_tile(trained, cells, tmp_path, mo
     (["--demo"], "leave --label out"),
     (["--val-slices", "n=9"], "of 3 annotated slices"),
     (["--cps-warmup", "5", "20"], "starts at epoch 5, but there are 2"),
+    (["--weight-decay", "-0.5"], "--weight-decay -0.5 is not 0 or above"),
+    (["--weight-decay", "nan"], "--weight-decay nan is not 0 or above"),
+    (["--clip", "-1"], "--clip -1.0 is not 0 or above"),
+    (["--clip", "inf"], "--clip inf is not 0 or above"),
+    (["--average-branches"], "--average-branches: unet has no branches; --model unet++ has"),
+    (["--model", "ceecnet", "--width", "12"], "--width 12: fractalresnet and ceecnet take "
+                                              "multiples of 8"),
+    (["--model", "fractalresnet", "--width", "8", "--patch-size", "32", "48"],
+     "nearest to 48: 32 or 64"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, change, message):
     out = tmp_path / "out"
