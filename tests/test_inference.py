@@ -1339,3 +1339,11 @@ def test_save_slice_dice_without_seen_slices_and_in_other_colours(tmp_path, figu
     lines = figures[0].axes[0].lines
     assert [line.get_color() for line in lines] == colors * 2
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["a", "b"]
+
+
+def test_save_slice_dice_explains_the_marks_of_any_volume(tmp_path, figures):
+    items = [("trained on", np.full((3, 2), 0.5), [1]), ("new", np.full((3, 2), 0.5), [])]
+    for shown in items, items[::-1]:
+        emseg.save_slice_dice(tmp_path / "slice_dice.png", shown, CLASSES[:2])
+        texts = [text.get_text() for text in figures[-1].legends[0].get_texts()]
+        assert sorted(texts) == ["a", "labelled slices"]

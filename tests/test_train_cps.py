@@ -134,6 +134,41 @@ def test_the_warmup_of_the_learning_rate_is_at_most_1500_steps(total, warmup):
 NAMES = "schedule", "lr", "batch_size", "epochs", "weight_decay", "clip"
 
 
+# model, method -> schedule, lr of one process, batch_size, epochs, weight_decay, clip
+RECIPES = {
+    ("resunet", "cps"): ("linear", 1e-3, 20, 500, 0, 1),
+    ("resunet", "supervised"): ("linear", 1e-3, 20, 500, 0, 1),
+    ("unet++3", "cps"): ("linear", 1e-3, 20, 500, 0, 1),
+    ("unet++", "supervised"): ("plateau", 1e-4 * 3 / 256, 3, 500, 0, 0),
+    ("unet++3", "supervised"): ("plateau", 1e-4 * 3 / 256, 3, 500, 0, 0),
+    ("fractalresnet", "supervised"): ("plateau", 5e-4 * 3 / 256, 3, 500, 0, 0),
+    ("ceecnet", "supervised"): ("plateau", 5e-4 * 3 / 256, 3, 500, 0, 0),
+    ("ceecnet", "cps"): ("plateau", 5e-4 * 4 / 256, 4, 500, 0, 0),
+}
+
+
+def parsed(*more):
+    args = train_cps.parse_args(["--volume", "a", "--label", "b", *more])
+    return tuple(getattr(args, name) for name in NAMES)
+
+
+@pytest.mark.parametrize("model, method", RECIPES)
+def test_every_network_trains_as_the_paper_did_unless_told(model, method, monkeypatch):
+    wanted = RECIPES[model, method]
+    chosen = "--model", model, "--method", method
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert parsed(*chosen) == pytest.approx(wanted)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    plateau = wanted[0] == "plateau"
+    assert parsed(*chosen)[1] == pytest.approx(wanted[1] * (2 if plateau else 1))
+    schedule, lr, *rest = parsed(*chosen, "--batch-size", "8")
+    assert lr == pytest.approx(wanted[1] * 2 * 8 / wanted[2] if plateau else wanted[1])
+    assert (schedule, *rest) == (wanted[0], 8, *wanted[3:])
+    typed = dict(zip(NAMES, ("linear", 0.01, 12, 30, 0.5, 0.25)))
+    flags = [text for name, value in typed.items() for text in (emseg.flag_name(name), str(value))]
+    assert parsed(*chosen, *flags) == tuple(typed.values())
+
+
 def test_senformer_is_trained_with_weight_decay():
     found = train_cps.recipe("senformer", "cps")
     assert tuple(found[name] for name in NAMES) == ("linear", 6e-5, 8, 750, 0.01, 0.1)
