@@ -3573,18 +3573,19 @@ def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
     items: list of (name, Dice (Z, K), NaN where it is undefined or not scored, marked z).
     """
     figure = new_figure(figsize=(9, 2.6 * len(items) + 0.5), dpi=120)
+    shown = {}                                  # label -> line, for the legend
     for axis, (name, dice, marked) in zip(figure.subplots(len(items), squeeze=False)[:, 0], items):
-        for number, z in enumerate(marked):
-            axis.axvline(z, color="0.75", linewidth=1, label="" if number else "labelled slices")
+        for z in marked:
+            shown["labelled slices"] = axis.axvline(z, color="0.75", linewidth=1)
         for k, class_name in enumerate(classes[1:], 1):
-            axis.plot(dice[:, k], ".-", color=colors[(k - 1) % len(colors)], linewidth=1,
-                      markersize=3, label=class_name)
+            shown[class_name], = axis.plot(dice[:, k], ".-", color=colors[(k - 1) % len(colors)],
+                                           linewidth=1, markersize=3)
         axis.set(title=name, ylabel="Dice of the slice", ylim=(-0.03, 1.03),
                  xlim=(-0.5, len(dice) - 0.5))
         axis.grid(alpha=0.3)
     axis.set_xlabel("z")
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=6, fontsize=8,
+                  frameon=False)
     figure.savefig(path)
 
 

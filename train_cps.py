@@ -299,11 +299,11 @@ def parse_args(argv=None):
                 classes=["background", "mitochondrion", "nucleus"])
     args = emseg.parse(parser, argv, demo)
     own = recipe(args.model, args.method)
-    for name, value in own.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-            if name == "lr" and own["schedule"] == "plateau":
-                args.lr *= args.batch_size * int(os.environ.get("WORLD_SIZE", 1)) / 256
+    untyped = [name for name in own if getattr(args, name) is None]
+    for name in untyped:
+        setattr(args, name, own[name])
+    if "lr" in untyped and own["schedule"] == "plateau":
+        args.lr *= args.batch_size * int(os.environ.get("WORLD_SIZE", 1)) / 256
     if args.average_branches and args.model not in ("unet++", "unet++3"):
         parser.error(f"--average-branches: {args.model} has no branches; --model unet++ has")
     for name in ("weight_decay", "clip"):

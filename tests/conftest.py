@@ -189,6 +189,9 @@ def narrow(model, width):
     return 8 if model in ("fractalresnet", "ceecnet") else width
 
 
+CORNER = "8:10,0:64,0:64"              # of the cells, enough for a slow network to predict
+
+
 def convolutions(network):
     """(in, out, kernel side) of every convolution, in the order in which they are made."""
     return [(m.in_channels, m.out_channels, m.kernel_size[0]) for m in network.modules()

@@ -383,8 +383,8 @@ def test_every_network_trains_and_predicts(cells, tmp_path, model):
         cells / "label.tif@0:9,0:101,0:110", "--val-volume", cells / "image.tif@10:11,0:50,0:41",
         "--val-label", cells / "label.tif@10:11,0:50,0:41", "--test-volume",
         cells / "image.tif@10:12,0:53,0:45", "--out-dir", out, "--model", model, "--width",
-        narrow(model, 2), "--epochs", "1", "--steps-per-epoch", "1", "--batch-size", "1", "--elastic", "4",
-        "--patch-size", *patch)
+        narrow(model, 2), "--epochs", "1", "--steps-per-epoch", "1", "--batch-size", "1",
+        "--elastic", "4", "--patch-size", *patch)
     assert tifffile.imread(out / "prediction.tif").shape == (2, 53, 45)
     assert 0 <= float(log_without_seconds(out)[0]["val_miou"]) <= 1
 

@@ -486,7 +486,9 @@ def test_two_processes_train_and_predict_together(cells, tmp_path):
 @pytest.mark.parametrize("model", sorted(train_partial.MODELS))
 def test_every_network_trains(cells, tmp_path, model):
     train(cells, tmp_path / "run", "--model", model, "--epochs", 1, "--patch-size", 32, 32,
-          "--width", conftest.narrow(model, 4))
+          "--width", conftest.narrow(model, 4), "--test-volume",
+          f"{cells}/image.tif@{conftest.CORNER}", "--test-label",
+          f"{cells}/label.tif@{conftest.CORNER}")
     assert metrics(tmp_path / "run")["model"] == model
 
 
