@@ -4697,7 +4697,7 @@ class Run:
             load_weights(module, checkpoint, key, self.folder / "last.pt")
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
         self.best, self.sums = checkpoint["best"], checkpoint["sums"]
-        self.history, self.losses = checkpoint["history"], checkpoint["losses"]
+        self.history, self.losses = checkpoint["history"], checkpoint.get("losses", [])
         log, epoch = self.folder / "log.csv", self.epoch_of(self.step)
         if self.rank == 0 and log.exists():
             lines = log.read_text().splitlines(keepends=True)
