@@ -3576,13 +3576,14 @@ def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
     shown = {}                                  # label -> line, for the legend
     for axis, (name, dice, marked) in zip(figure.subplots(len(items), squeeze=False)[:, 0], items):
         for z in marked:
-            shown["labelled slices"] = axis.axvline(z, color="0.75", linewidth=1)
+            shown["labelled slices"] = axis.axvline(z, color="0.4", linewidth=1, linestyle="--")
         for k, class_name in enumerate(classes[1:], 1):
             shown[class_name], = axis.plot(dice[:, k], ".-", color=colors[(k - 1) % len(colors)],
-                                           linewidth=1, markersize=3)
+                                           linewidth=1, markersize=4, label=class_name)
         axis.set(title=name, ylabel="Dice of the slice", ylim=(-0.03, 1.03),
                  xlim=(-0.5, len(dice) - 0.5))
         axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("z")
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=6, fontsize=8,
                   frameon=False)

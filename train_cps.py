@@ -314,7 +314,8 @@ def parse_args(argv=None):
     if "lr" in untyped and own["schedule"] == "plateau":
         args.lr *= args.batch_size * int(os.environ.get("WORLD_SIZE", 1)) / 256
     if args.average_branches and args.model not in ("unet++", "unet++3"):
-        parser.error(f"--average-branches: {args.model} has no branches; --model unet++ has")
+        parser.error(f"--average-branches: {args.model} has no branches; unet++ and unet++3 "
+                     f"have")
     for name in ("weight_decay", "clip"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"{emseg.flag_name(name)} {getattr(args, name)} is not 0 or above")

@@ -82,14 +82,14 @@ def test_cutmix_pastes_the_second_half_into_the_first():
 
 
 class Recorder(torch.nn.Module):
-    """A network that notes what it sees: its mean, and whether gradients were on."""
+    """A network that notes how many images it sees, whether gradients are on, whether it trains."""
 
     def __init__(self):
         super().__init__()
         self.scale, self.seen = torch.nn.Parameter(torch.ones(())), []
 
     def forward(self, image):
-        self.seen.append((len(image), torch.is_grad_enabled()))
+        self.seen.append((len(image), torch.is_grad_enabled(), self.training))
         return image * self.scale
 
 
@@ -98,15 +98,17 @@ class Plain:
         return torch.autocast("cpu", enabled=False)
 
 
-@pytest.mark.parametrize("mix, last", [(True, (4, True)), (False, (4, True))])
-def test_cps_losses_teach_without_gradient_only_under_cutmix(mix, last):
+@pytest.mark.parametrize("mix", [True, False])
+def test_cps_losses_teach_as_in_prediction_only_under_cutmix(mix):
     torch.manual_seed(0)
     a, b = Recorder(), Recorder()
     image_l, image_u = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
     label = (torch.rand(4, 8, 8) > 0.5).long()
     loss_sup, loss_cps = train_cps.cps_losses(Plain(), a, b, train_cps.dice_loss, image_l, label,
                                               image_u, mix)
-    assert a.seen == ([(4, True), (4, False), (4, True)] if mix else [(4, True), (4, True)])
+    student, teacher = (4, True, True), (4, False, False)
+    assert a.seen == b.seen == ([student, teacher, student] if mix else [student, student])
+    assert a.training and b.training
     expected = 2 * emseg.soft_dice_loss(image_l, label, squared=True)
     assert torch.allclose(loss_sup, expected)
     loss_cps.backward()
@@ -748,7 +750,7 @@ def test_prediction_does_not_depend_on_slab_or_tile(trained, cells, tmp_path, mo
     (["--weight-decay", "nan"], "--weight-decay nan is not 0 or above"),
     (["--clip", "-1"], "--clip -1.0 is not 0 or above"),
     (["--clip", "inf"], "--clip inf is not 0 or above"),
-    (["--average-branches"], "--average-branches: unet has no branches; --model unet++ has"),
+    (["--average-branches"], "--average-branches: unet has no branches; unet++ and unet++3 have"),
     (["--model", "ceecnet", "--width", "12"], "--width 12: fractalresnet and ceecnet take "
                                               "multiples of 8"),
     (["--model", "fractalresnet", "--width", "8", "--patch-size", "32", "48"],
