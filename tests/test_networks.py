@@ -764,7 +764,7 @@ def named(network, name):
     return {f"{name}.{key}": value for key, value in network.state_dict().items()}
 
 
-def close(found, wanted):
+def assert_close(found, wanted):
     """fractal_tanimoto is float32."""
     assert 0.01 < wanted.std() < 100
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
@@ -777,7 +777,7 @@ def test_fractal_attention_by_hand(channels, heads):
     x, y = torch.randn(2, 2, channels, 7, 9, dtype=torch.float64)
     assert (attention(x, y) == 1).all()                     # gamma is 0 to begin with
     state = named(random_norms(attention), "attention")
-    close(attention(x, y), attention_by_hand(state, "attention", x, y))
+    assert_close(attention(x, y), attention_by_hand(state, "attention", x, y))
     assert {module.groups for module in attention.modules() if isinstance(module, nn.Conv2d)} == {
         heads}
 
@@ -826,7 +826,7 @@ def test_fractal_units_by_hand(name, channels, heads):
     torch.manual_seed(0)
     unit = random_norms(unit(channels, heads).double())
     x = torch.randn(2, channels, 6, 10, dtype=torch.float64)
-    close(unit(x), by_hand(named(unit, "unit"), "unit", x))
+    assert_close(unit(x), by_hand(named(unit, "unit"), "unit", x))
 
 
 def psp_by_hand(state, name, x):
