@@ -868,13 +868,15 @@ def parse_merge(text, n_classes):
 
 
 def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label=None,
-                label_slices=None, require_foreground=True, merge=None):
+                label_slices=None, require_foreground=True, merge=None, tallies=None,
+                flag="--label-map"):
     """Labels of opened Volumes: (list of Labels, number of classes).
 
     classes: how many, where that is known (from the training labels or a checkpoint). label_map:
     from parse_label_map. ignore_label: raw value, or tuple of raw values, that becomes IGNORE.
     label_slices: text for parse_slices, the annotated slices to use. merge: from parse_merge,
-    applied last. Without a map,
+    applied last. tallies: for each label, what count_pairs found in it; default: it is read. flag:
+    the option that advice on the values names. Without a map,
     values 0..K stand as they are and {0, v} is background and foreground (also where two labels are
     left by the merge and v is no class id); other values are an InputError that lists them.
 
@@ -886,27 +888,28 @@ def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label
         raise InputError(f"{len(volumes)} volumes but {len(label_paths)} labels; wanted one label "
                          "for each volume, in the same order")
     raw = []
-    for path, volume in zip(label_paths, volumes):
-        source, rows = _pair_labels(os.fspath(path), volume)
-        if label_slices is not None:
-            rows = _choose_slices(source.path, rows, label_slices)
-        raw.append((source, rows, *_scan_labels(source, rows)))
+    for path, volume, tally in zip(label_paths, volumes, tallies or [None] * len(volumes)):
+        source, rows = pair_labels(path, volume, label_slices)
+        tally = _scan_labels(source, rows) if tally is None else tally
+        values = np.unique(np.concatenate([found for found, _ in tally.values()]))
+        raw.append((source, rows, values, tally))
     ignored = ignore_label if isinstance(ignore_label, tuple) else (ignore_label,)
     union = sorted({int(v) for _, _, values, _ in raw for v in values} - {*ignored})
     if label_map is not None:
         mapped = [target for target in label_map.values() if target != IGNORE]
         n_classes = classes or max([1, *mapped]) + 1
     else:
-        n_classes = classes or _decide_classes(union, [source.path for source, *_ in raw])
+        n_classes = classes or decide_classes(union, [source.path for source, *_ in raw], flag)
     merge = np.arange(IGNORE + 1, dtype=np.uint8) if merge is None else np.array(
         [*merge, *range(n_classes, IGNORE + 1)], np.uint8)
     left = sorted(set(merge[:n_classes].tolist()))
     mask_class = left[1] if len(left) == 2 and left[0] == 0 else None
     labels = []
-    for (source, rows, values, tallies), volume in zip(raw, volumes):
-        ids = merge[_class_ids(source.path, values, n_classes, label_map, ignored, mask_class)]
+    for (source, rows, values, tally), volume in zip(raw, volumes):
+        ids = merge[_class_ids(source.path, values, n_classes, label_map, ignored, mask_class,
+                               flag)]
         counts = np.zeros((len(rows), n_classes), np.int64)
-        for z, (found, voxels) in tallies.items():
+        for z, (found, voxels) in tally.items():
             id_of = ids[np.searchsorted(values, found)]
             np.add.at(counts[z], id_of[id_of != IGNORE], voxels[id_of != IGNORE])
         labels.append(Labels(source, rows, volume.voxel_size, values, ids, counts))
@@ -920,16 +923,27 @@ def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label
     return labels, n_classes
 
 
+def pair_labels(path, volume, label_slices=None):
+    """(label Volume, rows): rows[z] is the label slice of the volume's slice z, -1 for none.
+
+    label_slices: text for parse_slices, of the slices to use. See open_labels, which maps values.
+    """
+    source, rows = _pair_labels(os.fspath(path), volume)
+    return source, rows if label_slices is None else _choose_slices(source.path, rows, label_slices)
+
+
 def _pair_labels(path, volume):
-    """(label Volume, rows): rows[z] is the label slice of the volume's slice z, -1 for none."""
     file, crop_text = _split_crop(path)
     label = open_volume(file)
     depth = volume.file_shape[0]
     if label.format != "slices" or label.file_shape[0] >= depth:
         label = open_volume(path)
         if label.shape != volume.shape:
+            turned = sorted(label.shape) == sorted(volume.shape)
+            advice = ("the axes of one of them are in another order, wanted (Z, Y, X)" if turned
+                      else "crop both alike with @z0:z1,y0:y1,x0:x1")
             raise InputError(f"{path}: labels of shape {label.shape} do not fit {volume.path} of "
-                             f"shape {volume.shape}; crop both alike with @z0:z1,y0:y1,x0:x1")
+                             f"shape {volume.shape}; {advice}")
         return label, np.arange(len(label))
     if label.numbers is None:
         raise InputError(f"{path}: {label.file_shape[0]} label slices for {depth} image slices "
@@ -976,21 +990,60 @@ def _unsigned(array):
 
 
 def _scan_labels(source, rows):
-    """(values, tallies): all raw values, sorted, and {z: (values, voxels)} of annotated slices."""
+    """{z: (values, voxels)} of the annotated slices: the raw values and how often they occur."""
     tallies = {}
     for z in np.flatnonzero(rows >= 0):
-        page = source[rows[z]]
-        if page.dtype.kind == "f" and not (np.isfinite(page) & (page == np.rint(page))).all():
-            raise InputError(f"{source.path}: slice {z} holds values that are not whole numbers; "
-                             "wanted class ids, not an image or a probability")
-        if page.dtype.kind in "iu" and page.itemsize <= 2:
-            counts = _count_values(_unsigned(page))
-            bits = np.flatnonzero(counts)
-            found = bits.astype(_unsigned(page).dtype).view(page.dtype).astype(np.int64)
-            tallies[z] = found, counts[bits]
+        values, ranks = _ranked(source, rows[z])
+        counts = _count_values(ranks) if ranks.itemsize <= 2 else np.bincount(ranks.ravel())
+        found = np.flatnonzero(counts)
+        tallies[z] = values[found], counts[found]
+    return tallies
+
+
+def count_pairs(source, rows, volume):
+    """Read a label and a volume alike, a prediction, once, slice by slice: their pairs of values.
+
+    source, rows: from pair_labels. Returns {z: (label values, volume values, voxels)} of the
+    annotated slices, int64 arrays of one length, and the tallies of each, as open_labels takes
+    them. Raises InputError where a voxel is no whole number.
+    """
+    pairs, of_label, of_volume = {}, {}, {}
+    for z in np.flatnonzero(rows >= 0):
+        (values_l, ranks_l), (values_v, ranks_v) = _ranked(source, rows[z]), _ranked(volume, z)
+        n = len(values_v)
+        index = np.uint16 if len(values_l) * n <= 2**16 else np.int64
+        index = ranks_l.astype(index) * index(n) + ranks_v.astype(index)
+        if len(values_l) * n <= 2**24:
+            counts = np.bincount(index.ravel())
+            found = np.flatnonzero(counts)
+            counts = counts[found]
         else:
-            tallies[z] = np.unique(page.astype(np.int64), return_counts=True)
-    return np.unique(np.concatenate([found for found, _ in tallies.values()])), tallies
+            found, counts = np.unique(index, return_counts=True)
+        pairs[z] = values_l[found // n], values_v[found % n], counts
+        for tally, values in ((of_label, pairs[z][0]), (of_volume, pairs[z][1])):
+            own, inverse = np.unique(values, return_inverse=True)
+            tally[z] = own, np.bincount(inverse, counts).astype(np.int64)
+    return pairs, of_label, of_volume
+
+
+def _ranked(volume, z):
+    """The values of slice z, int64 (n,), and for each voxel the number of its own (Y, X), unsigned.
+    Some of the values may not occur. Raises InputError where a voxel is no whole number."""
+    page = volume[z]
+    if page.dtype.kind == "f" and not (np.isfinite(page) & (page == np.rint(page))).all():
+        raise InputError(f"{volume.path}: slice {z} holds values that are not whole numbers; "
+                         "wanted class ids, not an image or a probability")
+    if page.dtype.kind == "f" or page.itemsize > 2:
+        values, ranks = np.unique(page.astype(np.int64), return_inverse=True)
+        return values, ranks.reshape(page.shape).astype(np.uint32)
+    bits = _unsigned(page)
+    found = np.arange(256, dtype=bits.dtype)
+    if page.itemsize == 2:
+        found = np.flatnonzero(_count_values(bits)).astype(bits.dtype)
+        table = np.zeros(2**16, np.uint16)
+        table[found] = np.arange(len(found))
+        bits = table[bits]
+    return found.view(page.dtype).astype(np.int64), bits
 
 
 def _listed(values, most=12):
@@ -998,35 +1051,37 @@ def _listed(values, most=12):
     return shown + (f", … ({len(values)} in all)" if len(values) > most else "")
 
 
-def _values_error(path, values, problem, n_classes=None):
+def _values_error(path, values, problem, n_classes=None, flag="--label-map"):
     """InputError that lists the label values and shows the flags that would settle them."""
     if len(values) > 255:
         return InputError(f"{path}: {len(values)} different label values; looks like instance ids, "
-                          'wanted class ids: --label-map "0=0,*=1" makes one foreground class')
+                          f'wanted class ids: {flag} "0=0,*=1" makes one foreground class')
     pairs = ",".join(f"{v}={i}" for i, v in enumerate(values[:12]))
     if len(values) > 12:
         smooth = 0 <= min(values) and 128 <= max(values) <= 255        # the borders of a 0/255 mask
         pairs = "128:256=1,*=0" if smooth else f"{pairs},*=0"
     elif n_classes == 2:
         pairs = "0=0,*=1"
-    advice = f'map them, for example --label-map="{pairs}"'
+    advice = f'map them, for example {flag}="{pairs}"'
     if n_classes == 2 and len(values) > 2:
         advice += ", or name all classes with --classes"
-    if IGNORE in values:
+    if IGNORE in values and flag == "--label-map":
         advice += ", or --ignore-label 255 if that marks voxels nobody annotated"
     return InputError(f"{path}: label values {_listed(values)}: {problem}; {advice}")
 
 
-def _decide_classes(union, paths):
-    """Number of classes from the values in all training labels: {0, v} is 2, 0..K is K + 1."""
+def decide_classes(union, paths, flag="--label-map"):
+    """Number of classes from the values in all labels: {0, v} is 2, 0..K is K + 1. Raises
+    InputError for other values, with advice on the option `flag`."""
     if len([v for v in union if v != 0]) <= 1 and min(union, default=0) >= 0:
         return 2
     if union != list(range(len(union))) or len(union) > 255:
-        raise _values_error(", ".join(paths), union, "neither 0..K without gaps nor a mask {0, v}")
+        raise _values_error(", ".join(paths), union, "neither 0..K without gaps nor a mask {0, v}",
+                            flag=flag)
     return len(union)
 
 
-def _class_ids(path, values, n_classes, label_map, ignored, mask_class):
+def _class_ids(path, values, n_classes, label_map, ignored, mask_class, flag):
     """(len(values),) uint8: the class id of each raw value, IGNORE for those to leave out.
 
     mask_class: the class that the foreground of a mask {0, v} is, or None.
@@ -1039,14 +1094,14 @@ def _class_ids(path, values, n_classes, label_map, ignored, mask_class):
                              f"0 to {n_classes - 1}")
         unmapped = [v for v in used if v not in label_map and "*" not in label_map]
         if unmapped:
-            raise InputError(f"{path}: label values {_listed(unmapped)} are not in the label map; "
-                             "map them too, or add *=0 for all the rest")
+            raise InputError(f"{path}: label values {_listed(unmapped)} are not in the label map "
+                             f"({flag}); map them too, or add *=0 for all the rest")
         id_of = {v: label_map.get(v, label_map.get("*")) for v in used}
     elif mask_class and len([v for v in used if v != 0]) <= 1 and min(used, default=0) >= 0 and (
             n_classes == 2 or max(used, default=0) >= n_classes):
         id_of = {v: mask_class if v else 0 for v in used}
     elif n_classes == 2 or min(used, default=0) < 0 or max(used, default=0) >= n_classes:
-        raise _values_error(path, used, f"wanted class ids 0 to {n_classes - 1}", n_classes)
+        raise _values_error(path, used, f"wanted class ids 0 to {n_classes - 1}", n_classes, flag)
     else:
         id_of = {v: v for v in used}
     return np.array([id_of.get(int(v), IGNORE) for v in values], np.uint8)
@@ -3407,36 +3462,84 @@ def save_surfaces(path, items, classes, max_side=128, pixels=300):
     """surfaces.png: the segmented structures as shaded surfaces in 3D, cut open at the border.
 
     items: {title: lazy class ids (Z, Y, X)} of one volume, such as its truth and its prediction: a
-    row each. Columns: all classes together from two sides, then each by itself. A class that
-    encloses the others is drawn like glass. Voxels are averaged in blocks until no side is longer
-    than max_side; their sizes are respected (cubes where the file does not say).
+    row each. Columns: all classes together from two sides, then each by itself; see see_surfaces.
+    """
+    seen, glass, side, _ = see_surfaces(items, classes, VIEWS, max_side, pixels)
+    rows = {name: [compose(surfaces, range(len(surfaces)), glass) for surfaces in views]
+            + [compose([surface], [k], [False]) for k, surface in enumerate(views[0])]
+            for name, views in seen.items()}
+    save_pictures(path, rows, ["all", "turned", *classes[1:]], side)
+
+
+def see_surfaces(items, classes, views, max_side, pixels):
+    """What is seen of the foreground classes of volumes, all in one frame, to be composed.
+
+    items: {name: lazy class ids (Z, Y, X)}; views: (azimuth, elevation) each, see cast_rays. Voxels
+    are averaged in blocks until no side is longer than max_side; their sizes are respected (cubes
+    where the file does not say). Returns {name: [what cast_rays returns of each class, of each
+    view]}; which classes enclose others, to be drawn like glass; the side of a pixel in nm, or
+    None; and for each view the edges of the volume (12, 2, 2): edge, end, x and y in pixels.
     """
     blocks = [class_shares(volume, len(classes), max_side) for volume in items.values()]
     filled = sum(shares.sum(0) for shares, _ in blocks) > 0
     objects = ndimage.find_objects(filled.astype(int))
     box = objects[0] if objects else (slice(None),) * 3                 # the same in all rows
-    titles = ["all", "turned", *classes[1:]]
-    rows, glass = [], None
-    for shares, block in blocks:
-        shares = shares[(slice(None), *box)]
-        views = [[cast_rays(share, block, *view, pixels) for share in shares] for view in VIEWS]
-        glass = _enclosing(views[0]) if glass is None else glass
-        rows.append([compose(surfaces, range(len(shares)), glass) for surfaces in views]
-                    + [compose([surface], [k], [False]) for k, surface in enumerate(views[0])])
-    ink = np.argwhere((np.array(rows) < 1).any(axis=(0, 1, 4)))         # the same margin all round
-    margin = max(0, min(ink.min(), pixels - 1 - ink.max()) - 8) if len(ink) else 0
-    figure = new_figure(figsize=(2.2 * len(titles), 2.2 * len(items) + 0.3), dpi=120)
-    axes = figure.subplots(len(items), len(titles), squeeze=False)
-    side = _scene_size(shares[0], block) / pixels
-    for pictures, axes_of_row, (name, volume) in zip(rows, axes, items.items()):
-        for picture, axis in zip(pictures, axes_of_row):
+    seen = {name: [[cast_rays(share[box], block, *view, pixels) for share in shares]
+                   for view in views] for name, (shares, block) in zip(items, blocks)}
+    size = np.array(filled[box].shape) * blocks[0][1]
+    side = float(np.linalg.norm(size)) / pixels
+    corners = np.array([[z, y, x] for z in (-1, 1) for y in (-1, 1) for x in (-1, 1)])
+    edges = np.array([(a, b) for a in corners for b in corners if (b - a).sum() == 2
+                      and (b != a).sum() == 1])
+    edges = (edges * size / 2)[..., ::-1] @ np.stack([_eye_frame(*view) for view in views])[
+        :, None, :2].swapaxes(-1, -2)
+    edges = edges * (1, -1) / side + pixels / 2 - 0.5
+    known = all(volume.voxel_size for volume in items.values())
+    return (seen, _enclosing(next(iter(seen.values()))[0]), side if known else None, edges)
+
+
+def _eye_frame(azimuth, elevation):
+    """Directions to the right, up and to the eye (in degrees: see cast_rays) in x, y, z of the
+    volume: (3, 3)."""
+    a, e = np.deg2rad([azimuth, elevation])
+    return np.array([[-np.sin(a), np.cos(a), 0],
+                     [-np.sin(e) * np.cos(a), -np.sin(e) * np.sin(a), np.cos(e)],
+                     [np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)]]) * (1, -1, -1)
+
+
+def save_pictures(path, rows, titles, side, edges=None, classes=(), inches=2.2):
+    """A grid of square pictures on white, without the margin that all of them have.
+
+    rows: {name: [RGB float (P, P, 3), one for each title]}; side: of a pixel in nm, for a scale
+    bar, or None; edges: lines behind the pictures, for each title (n, 2, 2), see see_surfaces;
+    classes: those that a legend shall name; inches: width of a picture.
+    """
+    pictures = np.array([*rows.values()])
+    pixels = pictures.shape[2]
+    ink = np.argwhere((pictures < 1).any(axis=(0, 1, 4)))
+    if edges is not None:
+        ink = np.concatenate([ink, edges[..., ::-1].reshape(-1, 2)])
+    ink = ink if len(ink) else np.array([[0, 0], [pixels, pixels]])
+    (top, left), (bottom, right) = ink.min(0) - pixels / 40, ink.max(0) + pixels / 40
+    height = inches * (bottom - top) / (right - left)
+    figure = new_figure(figsize=(inches * len(titles), height * len(rows) + 0.2
+                                 + 0.3 * any(titles) + 0.4 * bool(classes)), dpi=120)
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for (name, pictures), axes_of_row in zip(rows.items(), axes):
+        for number, (picture, axis) in enumerate(zip(pictures, axes_of_row)):
             axis.set_axis_off()
-            axis.imshow(picture[margin : pixels - margin, margin : pixels - margin])
-        axes_of_row[0].text(0.02, 0.98, name, transform=axes_of_row[0].transAxes, fontsize=8,
-                            va="top")
-        _scale_bar(axes_of_row[0], volume.voxel_size and (side,) * 3, 1)
+            for (x, y) in () if edges is None else edges[number].swapaxes(1, 2):
+                axis.plot(x, y, color="0.8", linewidth=0.8, zorder=0)
+            ink = (picture < 1).any(-1, keepdims=True)
+            axis.imshow(np.concatenate([picture, ink], -1), zorder=1)
+            axis.set(xlim=(left, right), ylim=(bottom, top))
+        axes_of_row[0].text(0.02, 0.98, name, transform=axes_of_row[0].transAxes,
+                            fontsize=8 if inches < 3 else 12, va="top")
+        _scale_bar(axes_of_row[0], side and (side,) * 3, 1)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
+    if classes:
+        legend(figure, classes, False, CLASS_COLORS)
     figure.savefig(path)
 
 
@@ -3460,11 +3563,6 @@ def class_shares(volume, n_classes, max_side):
     return shares, np.array(volume.voxel_size or (1.0, 1.0, 1.0)) * steps
 
 
-def _scene_size(share, block):
-    """Side of a picture that shows a volume whole from any side: its diagonal."""
-    return float(np.linalg.norm(np.array(share.shape) * block))
-
-
 def cast_rays(share, block, azimuth, elevation, pixels):
     """What parallel rays meet of a class: float32 (3, pixels, pixels).
 
@@ -3475,17 +3573,14 @@ def cast_rays(share, block, azimuth, elevation, pixels):
     Returns the way to the first hit, infinite where there is none, the brightness there, and the
     cosine between the surface's normal and the ray.
     """
-    a, e = np.deg2rad([azimuth, elevation])
-    frame = np.array([[-np.sin(a), np.cos(a), 0],                                   # to the right
-                      [-np.sin(e) * np.cos(a), -np.sin(e) * np.sin(a), np.cos(e)],  # up
-                      [np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)]])   # to the eye
     extent = np.array(share.shape[::-1]) * block[::-1]
-    frame = torch.from_numpy(frame * (1, -1, -1) * 2 / extent).float()  # in x, y, z from -1 to 1
+    frame = _eye_frame(azimuth, elevation)
+    frame = torch.from_numpy(frame * 2 / extent).float()            # in x, y, z from -1 to 1
     field = ndimage.gaussian_filter(share, 0.7)
     level = min(np.quantile(field, 1 - share.mean()), 0.7 * field.max())
     level = float(np.clip(level, 0.05, 0.5))
     field = torch.from_numpy(field * (0.5 / level))[None, None]
-    half, fine = _scene_size(share, block) / 2, float(min(block))
+    half, fine = float(np.linalg.norm(extent)) / 2, float(min(block))   # whole from any side
     step = fine / 2                     # along a ray: no sheet is stepped over
     across = (torch.arange(pixels) + 0.5) * (2 * half / pixels) - half
     up, right = (part.reshape(-1, 1) for part in torch.meshgrid(-across, across, indexing="ij"))
@@ -3587,6 +3682,24 @@ def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
     axis.set_xlabel("z")
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=6, fontsize=8,
                   frameon=False)
+    figure.savefig(path)
+
+
+def save_histogram(path, groups, score):
+    """histogram.png: how the values of a score spread over trained networks, as the share of each
+    group (Guay 2021, figure 4). groups: {name: [value, ...]}; score: its name, for the axis."""
+    values = np.concatenate([*groups.values()])
+    low, high = np.floor(values.min() * 50) / 50, np.ceil((values.max() + 1e-9) * 50) / 50
+    edges = np.linspace(low, high, min(50, max(2, round((high - low) * 100) + 1)))
+    figure = new_figure(figsize=(6, 3.6 + 0.15 * len(groups)), dpi=120)
+    axis = figure.subplots()
+    axis.hist([*groups.values()], edges, edgecolor="0.3",
+              color=(CLASS_COLORS * len(groups))[: len(groups)],
+              weights=[np.full(len(found), 1 / len(found)) for found in groups.values()],
+              label=[f"{name} ({len(found)})" for name, found in groups.items()])
+    axis.set_xlabel(score)
+    axis.set_ylabel("share of instances")
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
     figure.savefig(path)
 
 
@@ -4257,6 +4370,50 @@ def command(main):
     return wrapper
 
 
+def write_text(path, text):
+    """Write a small file so that it is always whole. Raises InputError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with _disk_errors(path):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def write_json(path, content):
+    """Write a JSON file, None for null; see write_text."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def provenance(args, script):
+    """What it takes to run a script (its path) again, for config.json."""
+    script = Path(script)
+    sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+               for path in (Path(__file__), script)}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                         cwd=script.resolve().parent) if shutil.which("git") else None
+    return {"args": vars(args), "argv": sys.argv, "python": platform.python_version(),
+            "versions": {m.__name__: m.__version__ for m in (torch, np, scipy, tifffile, mrcfile)},
+            "sha256": sources,
+            "git": git.stdout.strip() if git and git.returncode == 0 else None}
+
+
+def volume_entry(volume, label, prediction, shape, result=None, organelles=None):
+    """The entry of a volume in metrics.json: paths, voxels and its `volume_scores`, None where it
+    has no label."""
+    keys = ("ignored", "per_class", "dice", "iou", "miou", "accuracy")
+    return {"volume": volume, "label": label, "prediction": str(prediction),
+            "voxels": math.prod(shape),
+            **dict.fromkeys([*keys, *(["miou_org"] if organelles else [])]), **(result or {})}
+
+
+def metrics_content(script, classes, volumes, mean, **more):
+    """What metrics.json holds: the training scripts' and evaluate.py's. Keys that `more` does not
+    give, such as the model of a foreign program, are None."""
+    return {"schema": 1, "script": script, **dict.fromkeys(("model", "seed", "selected_on")),
+            "classes": classes, "volumes": volumes, "mean": mean,
+            **dict.fromkeys(("train_seconds", "predict_seconds", "predict_voxels_per_second",
+                             "peak_memory_gib", "parameters")), **more}
+
+
 def save_checkpoint(path, content):
     """Write a checkpoint so that the file is always whole: temporary name, flush, rename."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -4474,38 +4631,21 @@ class Run:
             for folder in parts:
                 if not any(folder.iterdir()):
                     folder.rmdir()
-            self._write_json("config.json", self._config())
+            write_json(self.folder / "config.json", self._config())
         except OSError as error:
             raise InputError(f"--out-dir {self.folder}: {error.strerror}")
 
     def _config(self):
         """What it takes to do the run again."""
-        sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-                   for path in (Path(__file__), self.script)}
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                             cwd=self.script.resolve().parent) if shutil.which("git") else None
         cuda = self.device.type == "cuda"
         return {
-            "args": vars(self.args), "argv": sys.argv,
+            **provenance(self.args, self.script),
             "part_of": str(self.whole.folder) if self.whole else None,
             "classes": self.data.classes,
             "normalization": self.data.normalization,
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor()
             or platform.machine(), "precision": str(self.dtype)[6:], "processes": self.world,
-            "threads": torch.get_num_threads(), "python": platform.python_version(),
-            "versions": {m.__name__: m.__version__ for m in (torch, np, scipy, tifffile, mrcfile)},
-            "sha256": sources,
-            "git": git.stdout.strip() if git and git.returncode == 0 else None}
-
-    def _write_text(self, name, text):
-        """Write a small file so that it is always whole."""
-        temporary = self.folder / f".{name}.tmp"
-        with _disk_errors(self.folder / name):
-            temporary.write_text(text)
-            os.replace(temporary, self.folder / name)
-
-    def _write_json(self, name, content):
-        self._write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+            "threads": torch.get_num_threads()}
 
     # -- training
 
@@ -4702,7 +4842,7 @@ class Run:
         log, epoch = self.folder / "log.csv", self.epoch_of(self.step)
         if self.rank == 0 and log.exists():
             lines = log.read_text().splitlines(keepends=True)
-            self._write_text("log.csv", "".join(lines[: epoch + 1]))
+            write_text(log, "".join(lines[: epoch + 1]))
         if self.total:
             self.say(f"resuming {self.folder} at step {self.step} of {self.total}")
 
@@ -4809,11 +4949,9 @@ class Run:
         return path
 
     def progress(self, what, done, total):
-        """How far something other than training is: a line that renews itself, on a terminal only.
-        """
-        if self.rank == 0 and sys.stdout.isatty():
-            text = f"{what} {done}/{total}" if done < total else ""
-            print(f"\r{text}\x1b[K", end="", flush=True)
+        """How far something other than training is, shown by the first process."""
+        if self.rank == 0:
+            show_progress(what, done, total)
 
     def barrier(self):
         """Wait for all processes."""
@@ -4835,10 +4973,8 @@ class Run:
         volumes, shown, curves = [], [], []
         for number, item in enumerate(self.data.test):
             opened = {name: open_volume(str(paths[number])) for name, paths in stages.items()}
-            entry = {"volume": item.volume.path, "label": item.label and item.label.path,
-                     "prediction": str(predictions[number]), "voxels": math.prod(item.volume.shape),
-                     **dict.fromkeys(("ignored", "per_class", "dice", "iou", "miou", "accuracy",
-                                      *(["miou_org"] if self.organelles else [])))}
+            entry = volume_entry(item.volume.path, item.label and item.label.path,
+                                 predictions[number], item.volume.shape, None, self.organelles)
             if item.label is not None:
                 for name, prediction in opened.items():
                     counts = confusion_volume(prediction, item.label, self.data.classes)
@@ -4854,19 +4990,17 @@ class Run:
             volumes.append(entry)
             shown.append((Path(item.volume.path).name, as_uint8(item.volume), item.label, opened))
         mean = {name: mean_scores(each) if each else None for name, each in results.items()}
-        content = {
-            "schema": 1, "script": self.script.name, "model": self.args.model,
-            "seed": self.args.seed,
-            "selected_on": "last epoch" if self.best is None else "validation",
-            "classes": self.data.classes, "volumes": volumes, "mean": list(mean.values())[-1],
-            **({"stages": mean} if named else {}), **more,
-            "train_seconds": round(self.seconds, 1),
-            "predict_seconds": round(self.predict_seconds, 1),
-            "predict_voxels_per_second": round(self.predicted_voxels / self.predict_seconds)
+        content = metrics_content(
+            self.script.name, self.data.classes, volumes, list(mean.values())[-1],
+            model=self.args.model, seed=self.args.seed,
+            selected_on="last epoch" if self.best is None else "validation",
+            train_seconds=round(self.seconds, 1), predict_seconds=round(self.predict_seconds, 1),
+            predict_voxels_per_second=round(self.predicted_voxels / self.predict_seconds)
             if self.predict_seconds else None,
-            "peak_memory_gib": peak_memory_gib(self.device),
-            "parameters": sum(map(count_parameters, self.networks.values()))}
-        self._write_json("metrics.json", content)
+            peak_memory_gib=peak_memory_gib(self.device),
+            parameters=sum(map(count_parameters, self.networks.values())),
+            **({"stages": mean} if named else {}), **more)
+        write_json(self.folder / "metrics.json", content)
         if shown:
             save_slices(self.folder / "figure.png", shown, self.data.classes, self.colors)
         if slices and curves:
@@ -4899,6 +5033,13 @@ def _is_part(config):
         return json.loads(config.read_text()).get("part_of") is not None
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def show_progress(what, done, total):
+    """A line that renews itself, and goes when all is done; on a terminal only."""
+    if sys.stdout.isatty():
+        text = f"{what} {done}/{total}" if done < total else ""
+        print(f"\r{text}\x1b[K", end="", flush=True)
 
 
 def duration(seconds):

@@ -18,7 +18,7 @@ Equations:
     Validation and performance metrics      emseg.scores: miou, miou_org
     Validation ... (rival networks)         SameUNet3D, DeepVess, emseg.UNet, DeepLabV3
     ensembles                               main: see_ensemble
-    figure 2, bottom; figure 4; table 1     save_instances, save_histogram, table_1
+    figure 2, bottom; figure 4; table 1     save_instances, emseg.save_histogram, table_1
 
 Differences from the paper:
     1. The elastic map is uniform noise of +-20 pixels every 40 pixels, smoothed (authors' code);
@@ -703,9 +703,9 @@ def report_all(run, runs, members, predictions, own_predictions, reports, valida
         """histogram.png, and instances.png of every labelled volume."""
         if blocks and best:
             models = dict.fromkeys(block["model"] for block in blocks.values())
-            save_histogram(run.folder / "histogram.png", {model: [
+            emseg.save_histogram(run.folder / "histogram.png", {model: [
                 peaks[name] for name, block in blocks.items() if block["model"] == model]
-                for model in models})
+                for model in models}, "peak validation MIoU(all)")
         score = "miou_org" if run.organelles else "miou"
         scored = [entry for entry in content["volumes"] if entry["label"]]
         for number, (item, entry) in enumerate(zip(labelled, scored)):
@@ -769,26 +769,6 @@ def save_weights(path, data, weights, class_weights):
             shown = axis.imshow(np.maximum(array, 0), cmap="magma", norm="asinh"
                                 if array is total else "linear")
             figure.colorbar(shown, ax=axis, shrink=0.8)
-    figure.savefig(path)
-
-
-def save_histogram(path, peaks):
-    """histogram.png: share of the instances of each model by peak validation MIoU (figure 4).
-
-    peaks: {model: [value, ...]}.
-    """
-    values = np.concatenate([*peaks.values()])
-    low, high = np.floor(values.min() * 50) / 50, np.ceil((values.max() + 1e-9) * 50) / 50
-    edges = np.linspace(low, high, max(2, round((high - low) * 100) + 1))
-    figure = emseg.new_figure(figsize=(6, 3.6), dpi=120)
-    axis = figure.subplots()
-    colors = (emseg.CLASS_COLORS * len(peaks))[: len(peaks)]
-    axis.hist([*peaks.values()], edges, color=colors, edgecolor="0.3",
-              weights=[np.full(len(found), 1 / len(found)) for found in peaks.values()],
-              label=[f"{model} ({len(found)})" for model, found in peaks.items()])
-    axis.set_xlabel("peak validation MIoU(all)")
-    axis.set_ylabel("share of instances")
-    axis.legend(fontsize=8)
     figure.savefig(path)
 
 
