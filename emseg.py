@@ -1000,15 +1000,16 @@ def _scan_labels(source, rows):
     return tallies
 
 
-def count_pairs(source, rows, volume):
+def count_pairs(source, rows, volume, progress=None):
     """Read a label and a volume alike, a prediction, once, slice by slice: their pairs of values.
 
-    source, rows: from pair_labels. Returns {z: (label values, volume values, voxels)} of the
-    annotated slices, int64 arrays of one length, and the tallies of each, as open_labels takes
-    them. Raises InputError where a voxel is no whole number.
+    source, rows: from pair_labels; progress(done, total) is told about slices. Returns {z: (label
+    values, volume values, voxels)} of the annotated slices, int64 arrays of one length, and the
+    tallies of each, as open_labels takes them. Raises InputError where a voxel is no whole number.
     """
     pairs, of_label, of_volume = {}, {}, {}
-    for z in np.flatnonzero(rows >= 0):
+    slices = np.flatnonzero(rows >= 0)
+    for done, z in enumerate(slices, 1):
         (values_l, ranks_l), (values_v, ranks_v) = _ranked(source, rows[z]), _ranked(volume, z)
         n = len(values_v)
         index = np.uint16 if len(values_l) * n <= 2**16 else np.int64
@@ -1023,6 +1024,8 @@ def count_pairs(source, rows, volume):
         for tally, values in ((of_label, pairs[z][0]), (of_volume, pairs[z][1])):
             own, inverse = np.unique(values, return_inverse=True)
             tally[z] = own, np.bincount(inverse, counts).astype(np.int64)
+        if progress:
+            progress(done, len(slices))
     return pairs, of_label, of_volume
 
 
@@ -3685,21 +3688,28 @@ def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
     figure.savefig(path)
 
 
-def save_histogram(path, groups, score):
+def save_histogram(path, panels, score):
     """histogram.png: how the values of a score spread over trained networks, as the share of each
-    group (Guay 2021, figure 4). groups: {name: [value, ...]}; score: its name, for the axis."""
-    values = np.concatenate([*groups.values()])
-    low, high = np.floor(values.min() * 50) / 50, np.ceil((values.max() + 1e-9) * 50) / 50
-    edges = np.linspace(low, high, min(50, max(2, round((high - low) * 100) + 1)))
-    figure = new_figure(figsize=(6, 3.6 + 0.15 * len(groups)), dpi=120)
-    axis = figure.subplots()
-    axis.hist([*groups.values()], edges, edgecolor="0.3",
-              color=(CLASS_COLORS * len(groups))[: len(groups)],
-              weights=[np.full(len(found), 1 / len(found)) for found in groups.values()],
-              label=[f"{name} ({len(found)})" for name, found in groups.items()])
-    axis.set_xlabel(score)
-    axis.set_ylabel("share of instances")
-    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
+    group (Guay 2021, figure 4).
+
+    panels: {title: {name of a group: [value, ...]}}, one below the other; score: what the values
+    are.
+    """
+    figure = new_figure(figsize=(6, sum(2.6 + 0.2 * len(groups) for groups in panels.values())),
+                        dpi=120)
+    for axis, (title, groups) in zip(figure.subplots(len(panels), squeeze=False)[:, 0],
+                                     panels.items()):
+        values = np.concatenate([*groups.values()])
+        low, high = np.floor(values.min() * 50) / 50, np.ceil((values.max() + 1e-9) * 50) / 50
+        width = next(w for w in (0.01, 0.02, 0.05, math.inf) if (high - low) / w <= 24)
+        edges = low + width * np.arange(max(2, math.ceil((high - low) / width - 1e-6) + 1))
+        axis.hist([*groups.values()], edges, edgecolor="0.3",
+                  color=(CLASS_COLORS * len(groups))[: len(groups)],
+                  weights=[np.full(len(found), 1 / len(found)) for found in groups.values()],
+                  label=[f"{name} ({len(found)})" for name, found in groups.items()])
+        axis.set(title=title, xlabel=score, ylabel="share of instances")
+        axis.title.set_fontsize(9)
+        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), fontsize=8, frameon=False)
     figure.savefig(path)
 
 

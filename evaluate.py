@@ -45,6 +45,7 @@ import os
 import re
 import statistics
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,8 @@ from scipy.spatial import cKDTree
 
 import emseg
 
-SLAB = 2**24                # voxels that are looked at together
+SLAB = 2**23                # voxels that are looked at together
+MOST_PANELS = 24            # of histogram.png
 MATCH = 0.5                 # objects are the same where their IoU is above this
 ANGLES = ((-60, 25), (30, 40), (120, 15))           # of --render: azimuth and elevation in degrees
 FILES = ("config.json", "metrics.json", "figure.png", "slice_dice.png", "confusion.png",
@@ -196,23 +198,22 @@ class Parts:
         """Measure a slab of class ids that begins at slice `start`; last: it ends the volume.
 
         known: bool, False where nobody knows, or None for all. Returns provisional numbers from 1
-        on, 0 for background, int64 (Z, Y, X), without the shared last slice.
+        on, 0 for background, int32 (Z, Y, X), without the shared last slice.
         """
-        numbers, classes = np.zeros(ids.shape, np.int64), []
+        numbers, classes = np.zeros(ids.shape, np.int32), []
         for k in np.flatnonzero(np.bincount(ids.ravel(), minlength=2)[1:]) + 1:
             found, n = ndimage.label(ids == k, self.structure)
-            numbers += np.where(found, found + len(classes), 0)
+            np.add(found, len(classes), out=numbers, where=found > 0)
             classes += [k] * n
         own = numbers if last else numbers[:-1]
         self.measured.append(self._measure(start, own, np.array(classes, int), numbers, known))
-        if self.shared is not None:
-            before, after = self.shared.ravel(), numbers[0].ravel()
-            pairs = np.stack([before, after + self.count])[:, after > 0]
-            self.links.append(np.unique(pairs, axis=1))
-        shift = np.where(numbers > 0, numbers + self.count, 0)
+        np.add(numbers, self.count, out=numbers, where=numbers > 0)
         self.count += len(classes)
-        self.shared = None if last else shift[-1]
-        return shift if last else shift[:-1]
+        if self.shared is not None:
+            pairs = np.stack([self.shared, numbers[0]])[:, numbers[0] > 0]
+            self.links.append(np.unique(pairs, axis=1))
+        self.shared = None if last else numbers[-1].copy()
+        return own
 
     def _measure(self, start, own, classes, numbers, known):
         n = len(classes)
@@ -289,7 +290,7 @@ def find_parts(prediction, label, structure, voxel_size, choose=lambda ids: ids,
         if thin:
             pred = grow(pred, voxel_size or (1.0, 1.0, 1.0))
         shared = (truth > 0) & (pred > 0)
-        keys = (truth[shared] - 1) * (both[1].count + 1) + pred[shared] - 1
+        keys = (truth[shared] - 1).astype(np.int64) * (both[1].count + 1) + pred[shared] - 1
         keys, voxels = np.unique(keys, return_counts=True)
         overlaps.append((*np.divmod(keys, both[1].count + 1), voxels))
         if progress:
@@ -441,12 +442,13 @@ def open_pairs(args):
                 f"{image.path}: a volume of {emseg.format_shape(image.shape)} voxels, its "
                 f"prediction {prediction.path} has {emseg.format_shape(prediction.shape)}")
         notes += choose_voxel_size(args, prediction, source)
-    counted = []
+    counted, started = [], time.monotonic()
     for (source, rows), prediction in zip(sources, predictions):
-        emseg.show_progress("counting  pair", len(counted) + 1, len(sources) + 1)
-        counted.append(emseg.count_pairs(source, rows, prediction))
-    emseg.show_progress("", 1, 1)
+        counted.append(emseg.count_pairs(source, rows, prediction, functools.partial(
+            emseg.show_progress, f"{prediction.path}: counting  slice")))
     pairs, drawn, found = zip(*counted)
+    voxels = sum(math.prod(prediction.shape) for prediction in predictions)
+    notes.append(f"counted {voxels:,} voxels in {time.monotonic() - started:.2f} s")
     names, note = known_names(args)
     n_classes = count_classes(names, *maps, drawn, found, args)
     options = {"require_foreground": False}
@@ -527,14 +529,17 @@ def count_classes(names, label_map, prediction_map, drawn, found, args):
     return len(ids)
 
 
-def reading(flag, labels, classes):
+def reading(flag, labels, classes, most=8):
     """How the values of a file are read, where they are not class ids, as a line to print."""
-    unlike = [(int(v), k) for v, k in zip(labels.values, labels.ids) if v != k]
-    if not unlike:
+    if (labels.values == labels.ids).all():
         return None
-    shown = [f"{v} as {classes[k] if k != emseg.IGNORE else 'ignored'}" for v, k in unlike[:8]]
-    more = f" and {len(unlike) - 8} more values" if len(unlike) > 8 else ""
-    return f"{flag} {labels.path}: reads {', '.join(shown)}{more}"
+    groups = {}
+    for value, k in zip(labels.values, labels.ids):
+        name = "ignored" if k == emseg.IGNORE else classes[k]
+        groups.setdefault(name, []).append(str(value))
+    shown = [", ".join(values[:most]) + ", …" * (len(values) > most) + f" as {name}"
+             for name, values in groups.items()]
+    return f"{flag} {labels.path}: reads {'; '.join(shown)}"
 
 
 def count_confusion(label, mask, values, n_classes):
@@ -604,6 +609,7 @@ HEADINGS = {
     "voi_merge": "VOI merge", "adapted_rand_error": "adapted Rand error",
     "rand_precision": "Rand precision", "rand_recall": "Rand recall"}
 OF_ALL = {"dice": "mean Dice", "iou": "mean IoU"}      # the same keys, as means over classes
+COUNTS = ("truth", "predicted", "matched")
 LOWER_IS_BETTER = ("hd95_nm", "assd_nm")
 
 
@@ -616,31 +622,30 @@ def markdown(rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def shown(value):
-    """A score for people."""
+def shown(key, value):
+    """A score for people: lengths to 0.1 nm, counts whole, all else to four digits."""
     if value is None:
         return "undefined"
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:,.{0 if key in COUNTS else 1 if key.endswith('_nm') else 4}f}"
 
 
 def describe(entry, classes):
     """The scores of metrics.json's volume entry or mean as text for the terminal."""
     keys = [key for key in HEADINGS if key in entry["per_class"][classes[1]]]
     lines = [markdown([["", *(HEADINGS[key] for key in keys)]] + [
-        [name, *(shown(scores[key]) for key in keys)]
+        [name, *(shown(key, scores[key]) for key in keys)]
         for name, scores in entry["per_class"].items()])]
     keys = [key for key in ("dice", "iou", "miou", "miou_org", "accuracy") if key in entry]
-    lines.append("  ".join(f"{OF_ALL.get(key, HEADINGS[key])} {shown(entry[key])}" for key in keys))
+    lines.append("  ".join(f"{OF_ALL.get(key, HEADINGS[key])} {shown(key, entry[key])}"
+                           for key in keys))
     if "objects" in entry:
         keys = list(entry["objects"][classes[1]])
         lines.append(markdown([["objects", *(HEADINGS[key] for key in keys)]] + [
-            [name, *(shown(scores[key]) for key in keys)]
+            [name, *(shown(key, scores[key]) for key in keys)]
             for name, scores in entry["objects"].items()]))
     if "segments" in entry:
         lines.append(markdown([["segments", *(HEADINGS[key] for key in entry["segments"])],
-                               ["", *map(shown, entry["segments"].values())]]))
+                               ["", *(shown(*item) for item in entry["segments"].items())]]))
     return "\n".join(lines)
 
 
@@ -782,9 +787,11 @@ def results_of(folder, content, config):
                                    if key not in NO_SETTING}, config.get("sha256", {}),
         content["parameters"], content["train_seconds"], content["predict_voxels_per_second"])
     if "stages" in content:
+        *earlier, _ = content["stages"]
         for name, mean in content["stages"].items():
+            whole = dict.fromkeys(("parameters", "train_seconds", "predict_rate"))
             yield replaced(own, method=" ".join(filter(None, (own.method, name))),
-                           mean=checked(mean))
+                           mean=checked(mean), **(whole if name in earlier else {}))
         return
     yield own
     for name, block in content.get("instances", {}).items():
@@ -931,11 +938,11 @@ def table_of_runs(scored, rows, wanted):
     lines = [heads]
     for (title, members), row in zip(rows.items(), spreads):
         cells = []
-        for (mean, deviation, n), top in zip(row, best):
+        for (mean, deviation, n), top, (_, key, _) in zip(row, best, columns):
             if mean is None:
                 cells.append("undefined")
                 continue
-            text = f"{shown(mean)} ± {shown(deviation)}" if deviation is not None else shown(mean)
+            text = shown(key, mean) + (f" ± {shown(key, deviation)}" if n > 1 else "")
             text = f"**{text}**" if top is not None and round(mean, 4) == top else text
             cells.append(text + (f" ({n} of {len(members)})" if n < len(members) else ""))
         parameters = sorted({r.parameters for r in members if r.parameters is not None})
@@ -945,8 +952,13 @@ def table_of_runs(scored, rows, wanted):
                       *(("" if mean is None else f"{mean:.3g}") + (
                           f" ± {deviation:.2g}" if deviation is not None else "")
                         for mean, deviation, _ in times)])
-    names = ", ".join(dict.fromkeys(Path(label).name for label in labels)) or "validation"
-    return f"### {', '.join(classes[1:])}: scored on {names}\n\n{markdown(lines)}\n"
+    return f"### {heading(scored)}\n\n{markdown(lines)}\n"
+
+
+def heading(scored):
+    """The classes of a table and the label files that its runs were scored on."""
+    classes, labels = scored
+    return f"{', '.join(classes[1:])}, scored on {', '.join(Path(label).name for label in labels)}"
 
 
 def doubtful(rows):
@@ -998,16 +1010,15 @@ def write_csv(path, rows, columns=None):
     emseg.write_text(path, text.getvalue())
 
 
-def histogram_groups(tables, most=8):
-    """{name: mIoU of its runs} for the histogram: by method where that gives few groups, else by
-    model, else by script."""
-    results = [(title, r) for _, rows in tables for title, members in rows.items()
-               for r in members if r.mean.get("miou") is not None]
+def histogram_groups(rows, most=8):
+    """{name: mIoU of its runs} of a table, for the histogram: by method where that gives few
+    groups, else by model, else by script."""
+    results = [(title, r.mean["miou"]) for title, members in rows.items() for r in members
+               if r.mean.get("miou") is not None]
     for length in (3, 2, 1):
         groups = {}
-        for title, result in results:
-            name = " ".join(filter(None, title[:length]))
-            groups.setdefault(name, []).append(result.mean["miou"])
+        for title, miou in results:
+            groups.setdefault(" ".join(filter(None, title[:length])), []).append(miou)
         if len(groups) <= most:
             break
     return groups
@@ -1028,9 +1039,10 @@ def tabulate(args):
     emseg.write_text(folder / "table.md", "\n".join(texts))
     for name, rows in zip(("table.csv", "runs.csv"), csv_rows(tables)):
         write_csv(folder / name, rows)
-    groups = histogram_groups(tables)
-    if groups:
-        emseg.save_histogram(folder / "histogram.png", groups, "mIoU")
+    panels = {heading(scored): histogram_groups(rows) for scored, rows in tables[:MOST_PANELS]}
+    panels = {title: groups for title, groups in panels.items() if groups}
+    if panels:
+        emseg.save_histogram(folder / "histogram.png", panels, "mIoU")
     print("\n".join(texts))
     for _, rows in tables:
         for line in doubtful(rows):

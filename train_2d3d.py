@@ -703,9 +703,10 @@ def report_all(run, runs, members, predictions, own_predictions, reports, valida
         """histogram.png, and instances.png of every labelled volume."""
         if blocks and best:
             models = dict.fromkeys(block["model"] for block in blocks.values())
-            emseg.save_histogram(run.folder / "histogram.png", {model: [
-                peaks[name] for name, block in blocks.items() if block["model"] == model]
-                for model in models}, "peak validation MIoU(all)")
+            groups = {model: [peaks[name] for name, block in blocks.items()
+                              if block["model"] == model] for model in models}
+            emseg.save_histogram(run.folder / "histogram.png", {"": groups},
+                                 "peak validation MIoU(all)")
         score = "miou_org" if run.organelles else "miou"
         scored = [entry for entry in content["volumes"] if entry["label"]]
         for number, (item, entry) in enumerate(zip(labelled, scored)):
