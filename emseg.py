@@ -830,8 +830,11 @@ class Labels(LazyArray):
         for i, row in enumerate(self.rows[z]):
             if row >= 0:
                 raw = self.source.read(slice(row, row + 1), y, x)[0]
-                out[i] = (self.table[_unsigned(raw)] if self.table is not None
-                          else self.ids[np.searchsorted(self.values, raw.astype(np.int64))])
+                if self.table is not None:
+                    out[i] = self.table[_unsigned(raw)]
+                else:
+                    known = np.searchsorted(self.values, raw).clip(max=len(self.values) - 1)
+                    out[i] = np.where(self.values[known] == raw, self.ids[known], IGNORE)
         return out
 
 

@@ -471,6 +471,9 @@ def open_pairs(args):
             raise emseg.InputError(f"{label.path}: every voxel is ignored; nothing can be scored")
         if image:
             image.voxel_size = label.voxel_size
+        if len(label.slices) < len(label):
+            notes.append(f"{label.path}: {len(label.slices)} of {len(label)} slices are annotated; "
+                         "surfaces and objects are cut where the others begin")
         result.append(Pair(name, mask, label, image, counts))
     return classes, result, [*([note] if note else []), *notes]
 
@@ -498,8 +501,9 @@ def known_names(args):
         return args.classes, None
     config = Path(args.prediction[0]).parent / "config.json"
     try:
-        names = json.loads(config.read_text())["classes"]
-        return [str(name) for name in names], f"class names from {config}: {', '.join(names)}"
+        _, *foreground = names = json.loads(config.read_text(encoding="utf-8"))["classes"]
+        note = f"class names from {config}: {', '.join(names)}"
+        return (names, note) if foreground else (None, None)
     except (OSError, ValueError, KeyError, TypeError):
         return None, None
 
@@ -519,7 +523,7 @@ def count_classes(names, label_map, prediction_map, drawn, found, args):
     ids = {0, 1}
     for _, values, mapping, _ in sides:
         if mapping:
-            ids |= set(range(1 + max(0, *(k for k in mapping.values() if k != emseg.IGNORE), 0)))
+            ids |= set(range(1 + max([0, *(k for k in mapping.values() if k != emseg.IGNORE)])))
         elif len(values - {0}) > 1 or min(values, default=0) < 0:
             ids |= values
     if ids != set(range(len(ids))) or len(ids) > emseg.IGNORE:
@@ -1155,6 +1159,8 @@ def parse_args(argv=None):
     if unknown:
         parser.error(f"--scores: there is no score {unknown[0]}; there are "
                      f"{', '.join([*HEADINGS][:9])}")
+    if args.classes and len(args.classes) < 2:
+        parser.error("--classes needs two names at least, the background's first")
     if args.segments_2d and args.segments is None:
         parser.error("--segments-2d needs --segments CLASS")
     args.out_dir = args.out_dir or default_folder(args)
