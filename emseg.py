@@ -3709,8 +3709,9 @@ def save_histogram(path, panels, score):
         axis.hist([*groups.values()], edges, edgecolor="0.3",
                   color=(CLASS_COLORS * len(groups))[: len(groups)],
                   weights=[np.full(len(found), 1 / len(found)) for found in groups.values()],
-                  label=[f"{name} ({len(found)})" for name, found in groups.items()])
-        axis.set(title=title, xlabel=score, ylabel="share of instances")
+                  label=[f"{name} ({len(found)})".replace("$", r"\$")      # no formula
+                         for name, found in groups.items()])
+        axis.set(title=title.replace("$", r"\$"), xlabel=score, ylabel="share of instances")
         axis.title.set_fontsize(9)
         axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), fontsize=8, frameon=False)
     figure.savefig(path)

@@ -619,7 +619,8 @@ LOWER_IS_BETTER = ("hd95_nm", "assd_nm")
 
 def markdown(rows):
     """Rows of cells, the first one the heads, as a Markdown table with straight columns."""
-    rows = [[str(cell) for cell in row] for row in rows]
+    rows = [[" ".join(str(cell).replace("|", "\\|").splitlines()) for cell in row]
+            for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]
     lines.insert(1, ["-" * width for width in widths])
@@ -724,10 +725,10 @@ def save_renders(folder, suffix, pair, classes, max_side=192, pixels=1000):
 
 # Arguments that two trainings of one method may differ in, or that belong to what is scored.
 NO_SETTING = {"seed", "out_dir", "overwrite", "resume", "checkpoint", "device", "amp", "compile",
-              "workers", "demo", "save_probability", "test_volume", "test_label", "label_map",
-              "classes", "voxel_size", "instances", "top_k", "ensemble", "compare", "organelles",
+              "workers", "demo", "save_probability", "test_volume", "test_label", "classes",
+              "voxel_size", "instances", "top_k", "ensemble", "compare",
               # of evaluate.py
-              "label", "prediction_map", "distances", "objects", "connectivity", "min_voxels",
+              "prediction_map", "distances", "objects", "connectivity", "min_voxels",
               "segments", "segments_2d", "render", "runs", "scores"}
 
 
@@ -748,7 +749,19 @@ class Result:
     parameters: object = None
     train_seconds: object = None
     predict_rate: object = None
-    is_instance: bool = False
+
+    def __post_init__(self):
+        """Raises TypeError where metrics.json held something else."""
+        for key, kinds in (("script", str), ("model", str), ("method", str),
+                           ("seed", (int, type(None)))):
+            if not isinstance(getattr(self, key), kinds):
+                raise TypeError(f"{key} is {getattr(self, key)!r}")
+        for key in ("parameters", "train_seconds", "predict_rate"):
+            check_number(key, getattr(self, key))
+        for scores in (self.mean, *self.mean["per_class"].values()):
+            for key, value in scores.items():
+                if key in HEADINGS:
+                    check_number(key, value)
 
     @property
     def title(self):
@@ -759,13 +772,13 @@ def read_run(folder):
     """The Results in a run folder: its own, those of its stages, instances and structures. Raises
     InputError, as a reason, where there are none."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise emseg.InputError("no folder" if folder.exists() else "no such folder")
-    if not (folder / "metrics.json").exists():
-        begun = (folder / "config.json").exists()
-        raise emseg.InputError("unfinished, it holds no metrics.json" if begun else
-                               "not a run, it holds no metrics.json")
     try:
+        if not folder.is_dir():
+            raise emseg.InputError("no folder" if folder.exists() else "no such folder")
+        if not (folder / "metrics.json").exists():
+            begun = (folder / "config.json").exists()
+            raise emseg.InputError("unfinished, it holds no metrics.json" if begun else
+                                   "not a run, it holds no metrics.json")
         content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         if content["schema"] != 1:
             raise emseg.InputError(f"metrics.json of schema {content['schema']}, wanted 1")
@@ -776,26 +789,31 @@ def read_run(folder):
         return list(results_of(folder, content, config))
     except emseg.InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError,
+            RecursionError) as error:
         raise emseg.InputError(f"damaged ({type(error).__name__}: {error})".replace("\n", " "))
 
 
 def results_of(folder, content, config):
     """The Results of a run, from its metrics.json and config.json."""
-    args = config.get("args", {})
+    args, classes = config.get("args", {}), content["classes"]
+    if not (isinstance(classes, list) and len(classes) > 1 and all(
+            isinstance(name, str) for name in classes)):
+        raise TypeError(f"classes is {classes!r}")
     own = Result(
-        str(folder), content["script"], content["model"] or "", method_of(args, content),
-        content["seed"], tuple(content["classes"]),
+        str(folder), content["script"], "" if content["model"] is None else content["model"],
+        method_of(args, content), content["seed"], tuple(classes),
         tuple(str(entry["label"]) for entry in content["volumes"] if entry["label"]),
-        checked(content["mean"]), {key: value for key, value in args.items()
-                                   if key not in NO_SETTING}, config.get("sha256", {}),
+        content["mean"], {key: value for key, value in args.items() if key not in NO_SETTING
+                          and (value or key != "partial")}, config.get("sha256", {}),
         content["parameters"], content["train_seconds"], content["predict_voxels_per_second"])
-    if "stages" in content:
-        *earlier, _ = content["stages"]
+    if content.get("stages"):
+        # networks and times are those of all stages, or of two trainings that were compared
+        unknown = dict.fromkeys(("parameters", "train_seconds", "predict_rate"))
         for name, mean in content["stages"].items():
-            whole = dict.fromkeys(("parameters", "train_seconds", "predict_rate"))
-            yield replaced(own, method=" ".join(filter(None, (own.method, name))),
-                           mean=checked(mean), **(whole if name in earlier else {}))
+            whole = name == list(content["stages"])[-1] and not args.get("compare")
+            yield replaced(own, method=" ".join(filter(None, (own.method, name))), mean=mean,
+                           **{} if whole else unknown)
         return
     yield own
     for name, block in content.get("instances", {}).items():
@@ -804,7 +822,7 @@ def results_of(folder, content, config):
         if block["mean"] is not None:
             yield replaced(
                 own, run=str(folder / name), model=block["model"], seed=block["seed"], method="",
-                mean=checked(block["mean"]), parameters=part.get("parameters"), is_instance=True,
+                mean=block["mean"], parameters=part.get("parameters"),
                 train_seconds=part.get("train_seconds"),
                 predict_rate=part.get("predict_voxels_per_second"))
     structures = content.get("structures", {})
@@ -812,8 +830,8 @@ def results_of(folder, content, config):
         average = {key: content["average"][key] for key in ("dice", "iou", "miou", "accuracy")}
         per_class = {name: scores for block in structures.values()
                      for name, scores in block["per_class"].items()}
-        yield replaced(own, method="masks by themselves", mean=checked(
-            {"per_class": per_class, **average}))
+        yield replaced(own, method="masks by themselves", mean={
+            "per_class": per_class, **average})
 
 
 def replaced(result, **changes):
@@ -821,13 +839,10 @@ def replaced(result, **changes):
     return Result(**{**vars(result), **changes})
 
 
-def checked(mean):
-    """The mean block of a metrics.json, known to hold numbers or None. Raises TypeError."""
-    for scores in (mean, *mean["per_class"].values()):
-        for key, value in scores.items():
-            if key in HEADINGS and not (value is None or isinstance(value, (int, float))):
-                raise TypeError(f"{key} is {value!r}")
-    return mean
+def check_number(name, value):
+    """Raise TypeError for what is neither a finite number nor None."""
+    if value is not None and not (isinstance(value, (int, float)) and abs(value) < math.inf):
+        raise TypeError(f"{name} is {value!r}")
 
 
 def method_of(args, content):
@@ -878,29 +893,43 @@ def grouped(results):
     for result in results:
         tables.setdefault((result.classes, result.labels), []).append(result)
     for scored, members in tables.items():
+        values = {}                             # (script, model, key) -> the values that occur
+        for result in members:
+            for key, value in result.settings.items():
+                found = values.setdefault((result.script, result.model, key), [])
+                found += [] if value in found else [value]
         rows = {}
         for result in members:
-            alike = [other for other in members
-                     if (other.script, other.model) == (result.script, result.model)]
-            differ = [key for key, value in result.settings.items()
-                      if any(other.settings.get(key, value) != value for other in alike)]
-            words = [setting(key, result.settings[key]) for key in differ if key not in METHOD]
-            title = (*result.title[:2], ", ".join(filter(None, (result.method, *words))))
+            words = [result.method]
+            for key, value in result.settings.items():
+                found = values[result.script, result.model, key]
+                if len(found) > 1 and key not in METHOD:
+                    words.append(setting(key, value, found))
+            title = (*result.title[:2], ", ".join(filter(None, words)))
             rows.setdefault(title, []).append(result)
         yield scored, rows
 
 
-METHOD = {"method", "cutmix", "partial", "affine", "mpp", "scm", "prediction", "model"}
+METHOD = {"method", "cutmix", "affine", "mpp", "scm", "prediction", "model"}
 
 
-def setting(key, value):
-    """An argument as text: --label-slices n=7; of paths only the names."""
+def setting(key, value, others):
+    """An argument as text that tells it from its other values: --label-slices n=7; of paths only
+    the names, where these are enough."""
+    texts = {short: [as_text(other, short) for other in others] for short in (True, False)}
+    short = len(set(texts[True])) == len(others)
+    return f"{emseg.flag_name(key)} {texts[short][others.index(value)]}"
+
+
+def as_text(value, short):
+    """The value of an argument; short: of paths only the names, of floats only six digits."""
     if isinstance(value, (list, tuple)):
-        value = " ".join(Path(v).name if isinstance(v, str) else f"{v:g}" if isinstance(v, float)
-                         else str(v) for v in value)
-    if isinstance(value, bool) or value is None:
-        return f"{emseg.flag_name(key)} {'default' if value is None else 'yes' if value else 'no'}"
-    return f"{emseg.flag_name(key)} {value}"
+        return " ".join(as_text(part, short) for part in value)
+    if value is None or isinstance(value, bool):
+        return {None: "default", True: "yes", False: "no"}[value]
+    if short and isinstance(value, str):
+        return Path(value).name
+    return f"{value:g}" if short and isinstance(value, float) else str(value)
 
 
 def columns_of(results, classes, wanted):
@@ -925,9 +954,8 @@ def spread(values):
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known)
 
 
-def table_of_runs(scored, rows, wanted):
-    """A heading and a Markdown table of means ± standard deviations, the best of each in bold."""
-    classes, labels = scored
+def table_of_runs(title, classes, rows, wanted):
+    """A title and a Markdown table of means ± standard deviations, the best of each in bold."""
     results = [result for members in rows.values() for result in members]
     columns = columns_of(results, classes, wanted)
     spreads = [[spread([value_of(r, key, name) for r in members]) for _, key, name in columns]
@@ -940,7 +968,7 @@ def table_of_runs(scored, rows, wanted):
     heads = ["script", "model", "method", "runs", *(head for head, *_ in columns), "parameters",
              "training [min]", "prediction [Mvoxel/s]"]
     lines = [heads]
-    for (title, members), row in zip(rows.items(), spreads):
+    for (names, members), row in zip(rows.items(), spreads):
         cells = []
         for (mean, deviation, n), top, (_, key, _) in zip(row, best, columns):
             if mean is None:
@@ -952,17 +980,21 @@ def table_of_runs(scored, rows, wanted):
         parameters = sorted({r.parameters for r in members if r.parameters is not None})
         times = [spread([r.train_seconds and r.train_seconds / 60 for r in members]),
                  spread([r.predict_rate and r.predict_rate / 1e6 for r in members])]
-        lines.append([*title, len(members), *cells, " to ".join(f"{p:,}" for p in parameters),
+        lines.append([*names, len(members), *cells, " to ".join(f"{p:,}" for p in parameters),
                       *(("" if mean is None else f"{mean:.3g}") + (
                           f" ± {deviation:.2g}" if deviation is not None else "")
                         for mean, deviation, _ in times)])
-    return f"### {heading(scored)}\n\n{markdown(lines)}\n"
+    return f"### {title}\n\n{markdown(lines)}\n"
 
 
-def heading(scored):
-    """The classes of a table and the label files that its runs were scored on."""
-    classes, labels = scored
-    return f"{', '.join(classes[1:])}, scored on {', '.join(Path(label).name for label in labels)}"
+def titles_of(tables):
+    """A title for each of `grouped` tables: its classes and the labels that its runs were scored
+    on, with their folders where two files have the same name."""
+    names = {label: Path(label).name for (_, labels), _ in tables for label in labels}
+    if len(set(names.values())) < len(names):
+        names = {label: label for label in names}
+    return [f"{', '.join(classes[1:])}, scored on {', '.join(names[label] for label in labels)}"
+            for (classes, labels), _ in tables]
 
 
 def doubtful(rows):
@@ -1038,13 +1070,15 @@ def tabulate(args):
     if not results:
         raise emseg.InputError(f"--runs: none of {len(args.runs)} folders holds a finished run")
     tables = list(grouped(results))
-    texts = [table_of_runs(scored, rows, args.scores) for scored, rows in tables]
+    titles = titles_of(tables)
+    texts = [table_of_runs(title, classes, rows, args.scores)
+             for title, ((classes, _), rows) in zip(titles, tables)]
     new_folder(folder, args)
     emseg.write_text(folder / "table.md", "\n".join(texts))
     for name, rows in zip(("table.csv", "runs.csv"), csv_rows(tables)):
         write_csv(folder / name, rows)
-    panels = {heading(scored): histogram_groups(rows) for scored, rows in tables[:MOST_PANELS]}
-    panels = {title: groups for title, groups in panels.items() if groups}
+    panels = {title: histogram_groups(rows) for title, (_, rows) in zip(titles, tables)}
+    panels = {title: groups for title, groups in [*panels.items()][:MOST_PANELS] if groups}
     if panels:
         emseg.save_histogram(folder / "histogram.png", panels, "mIoU")
     print("\n".join(texts))
