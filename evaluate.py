@@ -776,7 +776,7 @@ def read_run(folder):
         if not folder.is_dir():
             raise emseg.InputError("no folder" if folder.exists() else "no such folder")
         if not (folder / "metrics.json").exists():
-            begun = (folder / "config.json").exists()
+            begun = (folder / "config.json").exists() and not (folder / "table.md").exists()
             raise emseg.InputError("unfinished, it holds no metrics.json" if begun else
                                    "not a run, it holds no metrics.json")
         content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -840,8 +840,8 @@ def replaced(result, **changes):
 
 
 def check_number(name, value):
-    """Raise TypeError for what is neither a finite number nor None."""
-    if value is not None and not (isinstance(value, (int, float)) and abs(value) < math.inf):
+    """Raise TypeError for what is neither None nor a number of a size that scores may have."""
+    if value is not None and not (isinstance(value, (int, float)) and abs(value) < 2**63):
         raise TypeError(f"{name} is {value!r}")
 
 
