@@ -566,7 +566,7 @@ def score_pair(pair, classes, args, folder):
     size, volumes = pair.voxel_size, (pair.prediction, pair.label)
     if args.distances:
         spread = surface_distances(*volumes, len(classes), size, folder, progress(
-            "surfaces")) if size else [((), ()), ((), ())] * (len(classes) - 1)
+            "surfaces")) if size else [[((), ())] * 2] * (len(classes) - 1)
         for name, directions in zip(classes[1:], spread):
             result["per_class"][name].update(hd95_and_assd(directions))
     rows = []
