@@ -254,7 +254,7 @@ class Parts:
         self.voxels = np.bincount(self.number, voxels, n).astype(int)
         self.surface = np.bincount(self.number, surface, n)
         self.centroid = np.stack([np.bincount(self.number, part, n) for part in sums.T], 1)
-        self.centroid /= self.voxels[:, None]
+        self.centroid = self.centroid / self.voxels[:, None]
         np.minimum.at(self.low, self.number, low)
         np.maximum.at(self.high, self.number, high)
         return self
