@@ -1015,7 +1015,7 @@ def count_pairs(source, rows, volume, progress=None):
     for done, z in enumerate(slices, 1):
         (values_l, ranks_l), (values_v, ranks_v) = _ranked(source, rows[z]), _ranked(volume, z)
         n = len(values_v)
-        index = np.uint16 if len(values_l) * n <= 2**16 else np.int64
+        index = np.uint16 if n < 2**16 and len(values_l) * n <= 2**16 else np.int64
         index = ranks_l.astype(index) * index(n) + ranks_v.astype(index)
         if len(values_l) * n <= 2**24:
             counts = np.bincount(index.ravel())
