@@ -208,7 +208,7 @@ class Parts:
             np.add(found, len(classes), out=numbers, where=found > 0)
             classes += [k] * n
         own = numbers if last else numbers[:-1]
-        self.measured.append(self._measure(start, own, np.array(classes, int), numbers, known))
+        self.measured.append(self._measure(start, own, np.array(classes, int), numbers, ids, known))
         np.add(numbers, self.count, out=numbers, where=numbers > 0)
         self.count += len(classes)
         if self.shared is not None:
@@ -217,7 +217,7 @@ class Parts:
         self.shared = None if last else numbers[-1].copy()
         return own
 
-    def _measure(self, start, own, classes, numbers, known):
+    def _measure(self, start, own, classes, numbers, ids, known):
         n = len(classes)
         inside = np.nonzero(own)
         number = own[inside] - 1
@@ -237,7 +237,8 @@ class Parts:
             low_end, high_end = [tuple(
                 slice(max(0, sign * d), size + min(0, sign * d)) for d, size in
                 zip(step, whole.shape)) for sign in (-1, 1)]
-            crossed = whole[low_end] != whole[high_end]
+            # of ids, not numbers: what is one part in the end may be two in a slab
+            crossed = ids[: len(whole)][low_end] != ids[: len(whole)][high_end]
             if known is not None:
                 crossed &= known[: len(whole)][low_end] & known[: len(whole)][high_end]
             for end in (low_end, high_end):
@@ -451,7 +452,10 @@ def open_pairs(args):
     pairs, drawn, found = zip(*counted)
     voxels = sum(math.prod(prediction.shape) for prediction in predictions)
     notes.append(f"counted {voxels:,} voxels in {time.monotonic() - started:.2f} s")
-    names, note = known_names(args)
+    names = args.classes
+    if not names and not args.prediction_map:
+        names = training_of(args.prediction)[0].get("classes")
+        notes += [f"class names of the run: {', '.join(names)}"] if names else []
     n_classes = count_classes(names, *maps, drawn, found, args)
     options = {"require_foreground": False}
     labels, _ = emseg.open_labels(
@@ -477,7 +481,7 @@ def open_pairs(args):
             notes.append(f"{label.path}: {len(label.slices)} of {len(label)} slices are annotated; "
                          "surfaces and objects are cut where the others begin")
         result.append(Pair(name, mask, label, image, counts))
-    return classes, result, [*([note] if note else []), *notes]
+    return classes, result, notes
 
 
 def choose_voxel_size(args, prediction, source):
@@ -497,17 +501,18 @@ def choose_voxel_size(args, prediction, source):
     return []
 
 
-def known_names(args):
-    """Class names: of the command line, else of the run whose folder the first prediction is in."""
-    if args.classes or args.prediction_map:
-        return args.classes, None
-    config = Path(args.prediction[0]).parent / "config.json"
-    try:
-        _, *foreground = names = json.loads(config.read_text(encoding="utf-8"))["classes"]
-        note = f"class names from {config}: {', '.join(names)}"
-        return (names, note) if foreground else (None, None)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, None
+def training_of(predictions):
+    """config.json and metrics.json of the run in whose folder all predictions are, else {}, {}."""
+    folders = {Path(path).parent for path in predictions}
+    found = []
+    for name in ("config.json", "metrics.json"):
+        try:
+            (folder,) = folders
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            found.append(content if content["classes"] and content["classes"][1:] else {})
+        except (OSError, ValueError, KeyError, TypeError):
+            found.append({})
+    return found
 
 
 def count_classes(names, label_map, prediction_map, drawn, found, args):
@@ -798,16 +803,19 @@ def read_run(folder):
 
 def results_of(folder, content, config):
     """The Results of a run, from its metrics.json and config.json."""
-    args, classes = config.get("args", {}), content["classes"]
+    classes, training = content["classes"], config.get("training") or {}
+    args, script = (training.get(key) or own for key, own in (
+        ("args", config.get("args", {})), ("script", content["script"])))
     if not (isinstance(classes, list) and len(classes) > 1 and all(
             isinstance(name, str) for name in classes)):
         raise TypeError(f"classes is {classes!r}")
+    method = method_of(args, content) + ", by evaluate.py" * bool(training)
     own = Result(
-        str(folder), content["script"], "" if content["model"] is None else content["model"],
-        method_of(args, content), content["seed"], tuple(classes),
+        str(folder), script, "" if content["model"] is None else content["model"],
+        method.removeprefix(", "), content["seed"], tuple(classes),
         tuple(str(entry["label"]) for entry in content["volumes"] if entry["label"]),
-        content["mean"], {key: value for key, value in args.items() if key not in NO_SETTING
-                          and (value or key != "partial")}, config.get("sha256", {}),
+        content["mean"], {key: value for key, value in args.items() if has_effect(key, args)},
+        config.get("sha256", {}),
         content["parameters"], content["train_seconds"], content["predict_voxels_per_second"])
     if content.get("stages"):
         # networks and times are those of all stages, or of two trainings that were compared
@@ -834,6 +842,12 @@ def results_of(folder, content, config):
                      for name, scores in block["per_class"].items()}
         yield replaced(own, method="masks by themselves", mean={
             "per_class": per_class, **average})
+
+
+def has_effect(key, args):
+    """Whether an argument of a training may tell it from others of the same method."""
+    idle = key.startswith("cps_") and args.get("method") == "supervised"
+    return not (key in NO_SETTING or idle or (key == "partial" and not args[key]))
 
 
 def replaced(result, **changes):
@@ -910,6 +924,11 @@ def grouped(results):
             title = (*result.title[:2], ", ".join(filter(None, words)))
             rows.setdefault(title, []).append(result)
         yield scored, rows
+
+
+def natural(text):
+    """A key that sorts n=7 before n=10."""
+    return [part.zfill(20) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
 
 
 METHOD = {"method", "cutmix", "affine", "mpp", "scm", "prediction", "model"}
@@ -1065,8 +1084,10 @@ def histogram_groups(rows, most=8):
 def tabulate(args):
     """evaluate.py --runs: table.md, table.csv, runs.csv and histogram.png of finished runs."""
     folder = Path(args.out_dir)
-    own = os.path.realpath(folder)
-    results, skipped = read_runs([run for run in args.runs if os.path.realpath(run) != own])
+    own, runs = os.path.realpath(folder), args.runs
+    if runs == sorted(runs):                        # a shell pattern, in which 15 comes before 7
+        runs = sorted(runs, key=natural)
+    results, skipped = read_runs([run for run in runs if os.path.realpath(run) != own])
     for line in skipped:
         print(line)
     if not results:
@@ -1093,8 +1114,9 @@ def tabulate(args):
 # -- the command -----------------------------------------------------------------------------------
 
 
-def new_folder(folder, args):
-    """Make the folder of the results, without those of an earlier evaluation."""
+def new_folder(folder, args, **more):
+    """Make the folder of the results, without those of an earlier evaluation, and config.json.
+    more: for it, too."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1102,7 +1124,7 @@ def new_folder(folder, args):
     for pattern in FILES:
         for file in folder.glob(pattern):
             file.unlink()
-    emseg.write_json(folder / "config.json", emseg.provenance(args, __file__))
+    emseg.write_json(folder / "config.json", {**emseg.provenance(args, __file__), **more})
 
 
 def check_folder(args):
@@ -1220,7 +1242,9 @@ def main(args):
 
     # scores
     folder = Path(args.out_dir)
-    new_folder(folder, args)
+    config, metrics = training_of(args.prediction)
+    new_folder(folder, args, classes=classes, training=config and metrics and {
+        "script": metrics.get("script"), "args": config.get("args")})
     entries, objects = [], []
     for pair in pairs:
         entry, rows = score_pair(pair, classes, args, folder)
@@ -1237,7 +1261,9 @@ def main(args):
     if len(pairs) > 1:
         print(f"\nmean of {len(pairs)} pairs\n{describe(mean, classes)}")
     emseg.write_json(folder / "metrics.json", emseg.metrics_content(
-        Path(__file__).name, classes, entries, mean,
+        Path(__file__).name, classes, entries, mean, **{key: metrics.get(key) for key in (
+            "model", "seed", "selected_on", "train_seconds", "predict_seconds",
+            "predict_voxels_per_second", "parameters")},
         peak_memory_gib=emseg.peak_memory_gib(torch.device("cpu"))))
     if args.objects:
         write_csv(folder / "objects.csv", objects, OBJECT_COLUMNS)

@@ -750,7 +750,8 @@ def test_names_come_from_the_run_that_the_prediction_is_in(tmp_path):
     config.write_text(json.dumps({"classes": ["background", "mito", "vesicle"]}))
     arrays = tmp_path, line("0011"), line("0101")
     classes, _, notes = opened_arrays(*arrays)
-    assert classes == ["background", "mito", "vesicle"] and str(config) in notes[0]
+    assert classes == ["background", "mito", "vesicle"]
+    assert "class names of the run: background, mito, vesicle" in notes
     assert opened_arrays(*arrays, "--classes", "a", "b")[0] == ["a", "b"]
     assert opened_arrays(*arrays, "--prediction-map", "0=0,1=1")[0] == ["background", "class 1"]
     for broken in ("{}", "[]", "{", '{"classes": null}', '{"classes": 3}'):
@@ -830,7 +831,12 @@ def test_metrics_equal_those_of_the_training(cells, tmp_path, capsys, no_picture
     assert list(scored) == list(trained) and scored["schema"] == 1
     assert scored["volumes"] == trained["volumes"] and scored["mean"] == trained["mean"]
     assert scored["classes"] == trained["classes"] == list(emseg.PHANTOM_CLASSES)
-    assert (scored["script"], scored["model"], scored["seed"]) == ("evaluate.py", None, None)
+    assert scored["script"] == "evaluate.py"
+    for key in ("model", "seed", "selected_on", "parameters", "train_seconds", "predict_seconds"):
+        assert scored[key] == trained[key] is not None, key
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["training"]["script"] == "train_partial.py"
+    assert config["training"]["args"]["width"] == 4
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     for more in ((), ("--overwrite",)):
         refused(evaluate, capsys, *arguments, "--out-dir", folder, *more)
@@ -902,11 +908,12 @@ def test_the_printed_table_shows_what_metrics_json_holds(tmp_path, capsys, no_pi
     assert f"{entry['objects']['class 2']['pq']:.4f}" in printed
 
 
-@pytest.mark.parametrize("value, text", [(None, "undefined"), (3, "3"), (12345, "12,345"),
-                                         (0.12345, "0.1235"), (12.345, "12.3"), (1234.5, "1,234"),
-                                         (0, "0"), (0.0, "0.0000")])
-def test_scores_for_people(value, text):
-    assert evaluate.shown(value) == text
+@pytest.mark.parametrize("key, value, text", [
+    ("dice", None, "undefined"), ("truth", 3, "3"), ("predicted", 12345, "12,345"),
+    ("dice", 0.12345, "0.1235"), ("hd95_nm", 1234.56, "1,234.6"), ("assd_nm", 2.96, "3.0"),
+    ("matched", 0, "0"), ("pq", 0.0, "0.0000"), ("voi", 12.3, "12.3000")])
+def test_scores_for_people(key, value, text):
+    assert evaluate.shown(key, value) == text
 
 
 # -- formats ---------------------------------------------------------------------------------------

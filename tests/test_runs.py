@@ -1,5 +1,6 @@
 """evaluate.py --runs: one table of finished runs, made ones and those that the scripts write."""
 
+import json
 import csv
 import functools
 import re
@@ -246,19 +247,50 @@ def test_other_labels_and_classes_make_tables_in_the_order_given(tmp_path):
     made(tmp_path / "c", label="one.tif", model="a")
     made(tmp_path / "d", label="b/two.tif", classes=("background", "nucleus"))
     found = tabulate(tmp_path, *[tmp_path / n for n in "abcd"])
-    assert list(found) == ["mito: scored on two.tif", "mito: scored on one.tif",
-                           "nucleus: scored on two.tif"]
-    assert [row["model"] for row in found["mito: scored on one.tif"]] == ["z", "a"]
+    assert list(found) == ["mito, scored on two.tif", "mito, scored on one.tif",
+                           "nucleus, scored on two.tif"]
+    assert [row["model"] for row in found["mito, scored on one.tif"]] == ["z", "a"]
     assert [row["model"] for row in tabulate(tmp_path, tmp_path / "c", tmp_path / "b")[
-        "mito: scored on one.tif"]] == ["a", "z"]
+        "mito, scored on one.tif"]] == ["a", "z"]
     assert [row["scored_on"] for row in rows_of(tmp_path / "out" / "runs.csv")] == ["one.tif"] * 2
+
+
+@pytest.mark.parametrize("given, wanted", [
+    (["n-10", "n-15", "n-7"], ["7", "10", "15"]),           # as a shell sorts a pattern
+    (["n-15", "n-7", "n-10"], ["15", "7", "10"])])          # as a person wrote it
+def test_numbers_of_a_shell_pattern_are_sorted(tmp_path, given, wanted):
+    for name in given:
+        made(tmp_path / name, args={"label_slices": f"n={name[2:]}"})
+    rows = only(tabulate(tmp_path, *[tmp_path / name for name in given]))
+    assert [row["method"] for row in rows] == [f"--label-slices n={n}" for n in wanted]
+
+
+def test_settings_without_effect_do_not_split_supervised_runs(tmp_path):
+    for seed, warmup in enumerate(([5, 20], [1, 2])):
+        made(tmp_path / f"s{seed}", seed=seed, args={"method": "supervised", "cps_warmup": warmup})
+        made(tmp_path / f"c{seed}", seed=seed, args={"method": "cps", "cps_warmup": warmup})
+    rows = only(tabulate(tmp_path, *[tmp_path / n for n in ("s0", "s1", "c0", "c1")]))
+    assert [(row["method"], row["runs"]) for row in rows] == [
+        ("supervised", "2"), ("CPS, --cps-warmup 5 20", "1"), ("CPS, --cps-warmup 1 2", "1")]
+
+
+def test_evaluations_of_runs_are_averaged_over_their_seeds(tmp_path):
+    for seed in range(2):
+        out = made(tmp_path / f"e{seed}", 0.5 + seed / 10, seed=seed, script="evaluate.py",
+                   args={"prediction": [f"runs/{seed}/prediction.tif"]})
+        config = json.loads((out / "config.json").read_text())
+        config["training"] = {"script": "train_cps.py", "args": {"method": "supervised", "lr": 1}}
+        (out / "config.json").write_text(json.dumps(config))
+    (row,) = only(tabulate(tmp_path, tmp_path / "e0", tmp_path / "e1"))
+    assert (row["script"], row["method"]) == ("train_cps.py", "supervised, by evaluate.py")
+    assert row["Dice mito"] == "0.5500 ± 0.0707"
 
 
 def test_labels_of_the_same_name_are_told_apart(tmp_path):
     for name in ("one", "two"):
         made(tmp_path / name, label=f"{name}/label.tif")
     assert list(tabulate(tmp_path, tmp_path / "one", tmp_path / "two")) == [
-        "mito: scored on one/label.tif", "mito: scored on two/label.tif"]
+        "mito, scored on one/label.tif", "mito, scored on two/label.tif"]
     assert [run["scored_on"] for run in rows_of(tmp_path / "out" / "runs.csv")] == [
         "one/label.tif", "two/label.tif"]
 
@@ -623,8 +655,10 @@ def test_a_histogram_has_few_groups(tmp_path, monkeypatch, count, varied, wanted
             "lr": {"args": {"lr": n + 1}}, "model": {"model": f"m{n}"},
             "script": {"script": f"{n}.py"}}[varied])
     tabulate(tmp_path, *[tmp_path / f"{n}" for n in range(count)])
-    ((path, groups, score),) = drawn
+    ((path, panels, score),) = drawn
+    ((title, groups),) = panels.items()
     assert path == tmp_path / "out" / "histogram.png" and score == "mIoU" and [*groups] == wanted
+    assert title == "mito, scored on label.tif"
     assert sum(groups.values(), []) == [0.5 + n / 100 for n in range(count)]
 
 
@@ -634,13 +668,15 @@ def test_a_histogram_shows_the_share_of_each_group(tmp_path, monkeypatch, groups
     figures, new_figure = [], emseg.new_figure
     monkeypatch.setattr(emseg, "new_figure", lambda **kwargs: figures.append(
         new_figure(**kwargs)) or figures[-1])
-    emseg.save_histogram(tmp_path / "histogram.png", groups, "mIoU")
+    emseg.save_histogram(tmp_path / "histogram.png", {"one": groups, "$\\x$": groups}, "mIoU")
     assert imread(tmp_path / "histogram.png")[..., :3].std() > 0.05
-    (axis,) = figures[0].axes
+    axis, other = figures[0].axes
+    assert (axis.get_title(), other.get_title()) == ("one", r"\$\x\$")
+    assert len(axis.containers[0]) <= 24
     assert len(axis.containers) == len(groups)
     for bars in axis.containers:
         assert sum(bar.get_height() for bar in bars) == pytest.approx(1)
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
         f"{name} ({len(values)})".replace("$", r"\$") for name, values in groups.items()]
     low, high = axis.get_xlim()
     assert low <= min(map(min, groups.values())) and max(map(max, groups.values())) <= high
