@@ -243,9 +243,10 @@ def _plausible(voxel_size):
 # Sources: how boxes come out of files. A source has shape, dtype and read(z, y, x).
 
 class _MappedSource:
-    """Uncompressed voxels in one contiguous block, read through a memory map.
+    """Uncompressed voxels in one contiguous block, read through a memory map of what is asked for.
 
     shape and dtype are as stored, from byte offset; order transposes the stored axes to (Z, Y, X).
+    A map of the whole file would count as memory of the process, page by page.
     """
 
     def __init__(self, file, dtype, shape, offset, order=(0, 1, 2)):
@@ -256,18 +257,19 @@ class _MappedSource:
         if need > held:
             raise InputError(f"{file}: truncated, its header declares {shape} voxels of {dtype} "
                              f"({need} bytes) but the file holds {held} bytes")
-        self.stored = (file, dtype, "r", offset, shape)
+        self.file, self.stored, self.offset = file, (dtype, shape), offset
         self.order = order
         self.shape = tuple(shape[axis] for axis in order)
-        self.map = None
 
-    def __getstate__(self):
-        return {**self.__dict__, "map": None}  # pickling a map would copy all its voxels
-
-    def read(self, z, y, x):
-        if self.map is None:
-            self.map = np.memmap(*self.stored).transpose(self.order)
-        return np.array(self.map[z, y, x], dtype=self.dtype, order="C", subok=False)
+    def read(self, *box):
+        dtype, shape = self.stored
+        first, *others = [box[self.order.index(axis)] for axis in range(3)]     # as stored
+        count = first.stop - first.start
+        if not count:
+            return np.empty([part.stop - part.start for part in box], self.dtype)
+        start = self.offset + first.start * math.prod(shape[1:]) * dtype.itemsize
+        part = np.memmap(self.file, dtype, "r", start, (count, *shape[1:]))[:, others[0], others[1]]
+        return np.array(part.transpose(self.order), dtype=self.dtype, order="C", subok=False)
 
 
 class _PagedSource:
@@ -1038,7 +1040,8 @@ def _ranked(volume, z):
     page = volume[z]
     if page.dtype.kind == "f" and not (np.isfinite(page) & (page == np.rint(page))).all():
         raise InputError(f"{volume.path}: slice {z} holds values that are not whole numbers; "
-                         "wanted class ids, not an image or a probability")
+                         "wanted class ids, not an image or a probability, of which a threshold "
+                         "makes ids")
     if page.dtype.kind == "f" or page.itemsize > 2:
         values, ranks = np.unique(page.astype(np.int64), return_inverse=True)
         return values, ranks.reshape(page.shape).astype(np.uint32)
@@ -1062,18 +1065,22 @@ def _values_error(path, values, problem, n_classes=None, flag="--label-map"):
     if len(values) > 255:
         return InputError(f"{path}: {len(values)} different label values; looks like instance ids, "
                           f'wanted class ids: {flag} "0=0,*=1" makes one foreground class')
-    pairs = ",".join(f"{v}={i}" for i, v in enumerate(values[:12]))
+    first = sorted(values, key=lambda value: value != 0)[:12]           # 0 stays background
+    pairs = ",".join(f"{v}={i}" for i, v in enumerate(first))
     if len(values) > 12:
         smooth = 0 <= min(values) and 128 <= max(values) <= 255        # the borders of a 0/255 mask
         pairs = "128:256=1,*=0" if smooth else f"{pairs},*=0"
     elif n_classes == 2:
         pairs = "0=0,*=1"
     advice = f'map them, for example {flag}="{pairs}"'
+    if n_classes is None and 0 <= values[0] and values[-1] < IGNORE:
+        advice += ", or name all classes, missing ones too, with --classes"
     if n_classes == 2 and len(values) > 2:
         advice += ", or name all classes with --classes"
     if IGNORE in values and flag == "--label-map":
         advice += ", or --ignore-label 255 if that marks voxels nobody annotated"
-    return InputError(f"{path}: label values {_listed(values)}: {problem}; {advice}")
+    kind = "label" if flag == "--label-map" else "predicted"
+    return InputError(f"{path}: {kind} values {_listed(values)}: {problem}; {advice}")
 
 
 def decide_classes(union, paths, flag="--label-map"):
@@ -3272,13 +3279,13 @@ def overlay(image, masks, colors, alpha=0.45):
     return rgb
 
 
-def class_overlay(image, label, classes, colors=CLASS_COLORS):
+def class_overlay(image, label, classes, colors=CLASS_COLORS, alpha=0.45):
     """The image with every foreground class of `label` in its fixed colour."""
     masks = [label == k for k in range(1, len(classes))]
-    return overlay(image, masks, list(colors) * (1 + len(classes) // len(colors)))
+    return overlay(image, masks, list(colors) * (1 + len(classes) // len(colors)), alpha)
 
 
-def error_overlay(image, label, pred):
+def error_overlay(image, label, pred, alpha=0.45):
     """The image with true positives green, false negatives red, false positives blue.
 
     A foreground voxel given another foreground class counts as a false negative.
@@ -3286,22 +3293,24 @@ def error_overlay(image, label, pred):
     valid = label != IGNORE
     masks = [valid & (label > 0) & (pred == label), valid & (label > 0) & (pred != label),
              valid & (label == 0) & (pred > 0)]
-    return overlay(image, masks, ERROR_COLORS.values())
+    return overlay(image, masks, ERROR_COLORS.values(), alpha)
 
 
 def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768):
     """figure.png: slices as image | truth | prediction | errors, without truth image | prediction.
 
-    items: list of (name, image, label or None, {stage: prediction}), lazy volumes. Of a method in
-    stages, the errors of each stage are shown side by side. The rows are spread evenly over the
-    items and over the slices that are annotated. colors: of the foreground classes.
+    items: list of (name, image or None, label or None, {stage: prediction}), lazy volumes. Of a
+    method in stages, the errors of each stage are shown side by side. The rows are spread evenly
+    over the items and over the slices that are annotated. Without an image, paper is white. colors:
+    of the foreground classes.
     """
     panels = []
     for name, image, label, predictions in items:
-        for z in _spread(image, label, rows // len(items)):
+        like = next(iter(predictions.values())) if image is None else image
+        for z in _spread(like, label, rows // len(items)):
             shown = _panels(z, image, label, predictions, classes, colors,
-                            step=max(1, math.ceil(max(image.shape[1:]) / max_side)))
-            panels.append((f"{name}  z = {z}", image, shown))
+                            step=max(1, math.ceil(max(like.shape[1:]) / max_side)))
+            panels.append((f"{name}  z = {z}", like, shown))
     titles = max((list(shown) for *_, shown in panels), key=len)
     height = 3.1 * np.mean([min(1.6, i.shape[1] / i.shape[2]) for _, i, _ in panels]) + 0.25
     figure = new_figure(figsize=(3.1 * len(titles), height * len(panels) + 0.4), dpi=120)
@@ -3310,13 +3319,13 @@ def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768)
         axis.set_title(title)
     for row, (name, image, shown) in zip(axes, panels):
         for axis, title in zip(row, titles):
-            axis.set_axis_off()
+            axis.set(xticks=[], yticks=[], frame_on="image" not in titles)
             if title in shown:
                 axis.imshow(shown[title], interpolation="antialiased")
         row[0].text(0.02, 0.97, name, transform=row[0].transAxes, fontsize=7, va="top",
                     color="white", bbox={"facecolor": "black", "alpha": 0.6, "pad": 1.5,
                                          "edgecolor": "none"})
-        shrunk = image.shape[2] / shown["image"].shape[1]
+        shrunk = image.shape[2] / shown[titles[0]].shape[1]
         _scale_bar(row[0], image.voxel_size, shrunk)
     legend(figure, classes, "truth" in titles, colors)
     figure.savefig(path)
@@ -3331,22 +3340,27 @@ def _spread(image, label, count):
 
 def _panels(z, image, label, predictions, classes, colors, step):
     """{title: RGB} of slice z, every step-th pixel; see save_slices."""
-    grey = image[z][::step, ::step]
-    shown = {"image": overlay(grey, [], [])}
     preds = {name: prediction[z][::step, ::step] for name, prediction in predictions.items()}
+    shown, alpha = {}, 0.45
+    if image is None:
+        grey, alpha = np.full_like(next(iter(preds.values())), 255), 0.9
+    else:
+        grey = image[z][::step, ::step]
+        shown["image"] = overlay(grey, [], [])
     if label is None:
-        return shown | {name: class_overlay(grey, pred, classes, colors)
+        return shown | {name: class_overlay(grey, pred, classes, colors, alpha)
                         for name, pred in preds.items()}
     truth = label[z][::step, ::step]
-    shown["truth"] = class_overlay(grey, truth, classes, colors)
+    shown["truth"] = class_overlay(grey, truth, classes, colors, alpha)
     if len(preds) == 1:
-        shown |= {name: class_overlay(grey, pred, classes, colors) for name, pred in preds.items()}
-        return shown | {"errors": error_overlay(grey, truth, *preds.values())}
-    return shown | {f"{name}: errors": error_overlay(grey, truth, pred)
+        shown |= {name: class_overlay(grey, pred, classes, colors, alpha)
+                  for name, pred in preds.items()}
+        return shown | {"errors": error_overlay(grey, truth, *preds.values(), alpha)}
+    return shown | {f"{name}: errors": error_overlay(grey, truth, pred, alpha)
                     for name, pred in preds.items()}
 
 
-def _scale_bar(axis, voxel_size, step):
+def _scale_bar(axis, voxel_size, step, on_white=False):
     """A bar of a round length, about a quarter of the panel wide, where the voxel size is known."""
     if not voxel_size:
         return
@@ -3358,11 +3372,12 @@ def _scale_bar(axis, voxel_size, step):
     length = power * max(f for f in (1, 2, 5) if f * power <= length)
     y, x = y1 - 0.06 * (y1 - y0), x0 + 0.05 * (x1 - x0)
     text = f"{length:g} nm" if length < 1000 else f"{length / 1000:g} µm"
-    outline = [withStroke(linewidth=2, foreground="black")]
-    axis.plot([x, x + length / nm], [y, y], color="black", linewidth=4)
-    axis.plot([x, x + length / nm], [y, y], color="white", linewidth=2.5)
-    axis.text(x, y - 0.02 * (y1 - y0), text, color="white", fontsize=7, va="bottom",
-              path_effects=outline)
+    outline = [] if on_white else [withStroke(linewidth=2, foreground="black")]
+    axis.plot([x, x + length / nm], [y, y], color="black", linewidth=2.5 if on_white else 4)
+    if not on_white:
+        axis.plot([x, x + length / nm], [y, y], color="white", linewidth=2.5)
+    axis.text(x, y - 0.02 * (y1 - y0), text, color="black" if on_white else "white",
+              fontsize=9 if on_white else 7, va="bottom", path_effects=outline)
 
 
 def legend(figure, classes, errors, colors, unknown=False):
@@ -3513,12 +3528,12 @@ def _eye_frame(azimuth, elevation):
                      [np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)]]) * (1, -1, -1)
 
 
-def save_pictures(path, rows, titles, side, edges=None, classes=(), inches=2.2):
+def save_pictures(path, rows, titles, side, edges=None, classes=(), inches=2.2, dpi=120):
     """A grid of square pictures on white, without the margin that all of them have.
 
     rows: {name: [RGB float (P, P, 3), one for each title]}; side: of a pixel in nm, for a scale
     bar, or None; edges: lines behind the pictures, for each title (n, 2, 2), see see_surfaces;
-    classes: those that a legend shall name; inches: width of a picture.
+    classes: those that a legend shall name, background first; inches, dpi: of a picture.
     """
     pictures = np.array([*rows.values()])
     pixels = pictures.shape[2]
@@ -3529,7 +3544,7 @@ def save_pictures(path, rows, titles, side, edges=None, classes=(), inches=2.2):
     (top, left), (bottom, right) = ink.min(0) - pixels / 40, ink.max(0) + pixels / 40
     height = inches * (bottom - top) / (right - left)
     figure = new_figure(figsize=(inches * len(titles), height * len(rows) + 0.2
-                                 + 0.3 * any(titles) + 0.4 * bool(classes)), dpi=120)
+                                 + 0.3 * any(titles) + 0.4 * bool(classes)), dpi=dpi)
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for (name, pictures), axes_of_row in zip(rows.items(), axes):
         for number, (picture, axis) in enumerate(zip(pictures, axes_of_row)):
@@ -3541,7 +3556,7 @@ def save_pictures(path, rows, titles, side, edges=None, classes=(), inches=2.2):
             axis.set(xlim=(left, right), ylim=(bottom, top))
         axes_of_row[0].text(0.02, 0.98, name, transform=axes_of_row[0].transAxes,
                             fontsize=8 if inches < 3 else 12, va="top")
-        _scale_bar(axes_of_row[0], side and (side,) * 3, 1)
+        _scale_bar(axes_of_row[0], side and (side,) * 3, 1, on_white=True)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
     if classes:

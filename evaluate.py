@@ -38,6 +38,7 @@ Expect:
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import io
@@ -62,8 +63,7 @@ SLAB = 2**23                # voxels that are looked at together
 MOST_PANELS = 24            # of histogram.png
 MATCH = 0.5                 # objects are the same where their IoU is above this
 ANGLES = ((-60, 25), (30, 40), (120, 15))           # of --render: azimuth and elevation in degrees
-FILES = ("config.json", "metrics.json", "figure.png", "slice_dice.png", "confusion.png",
-         "objects.csv", "render*.png", "table.md", "table.csv", "runs.csv", "histogram.png")
+UNFINISHED = ".evaluate-"   # begins the name of the folder in which results are gathered
 
 
 # -- surface distances -----------------------------------------------------------------------------
@@ -366,8 +366,8 @@ def segment_scores(truth, pred, overlaps):
     merge = -(share * np.log2(shared / of_pred[p])).sum()
     together = (shared.astype(float) ** 2).sum()
     precision, recall = together / (of_pred**2).sum(), together / (of_truth**2).sum()
-    return result | {"voi": float(split + merge), "voi_split": float(split) + 0.0,
-                     "voi_merge": float(merge) + 0.0,
+    split, merge = abs(float(split)), abs(float(merge))         # abs: no -0.0
+    return result | {"voi": split + merge, "voi_split": split, "voi_merge": merge,
                      "adapted_rand_error": float(1 - 2 * precision * recall / (precision + recall)),
                      "rand_precision": float(precision), "rand_recall": float(recall)}
 
@@ -412,13 +412,6 @@ class Pair:
     @property
     def voxel_size(self):
         return self.label.voxel_size
-
-
-class Blank(emseg.LazyArray):
-    """Grey paper for pictures of a label without an image."""
-
-    def read(self, z, y, x):
-        return np.full([part.stop - part.start for part in (z, y, x)], 225, np.uint8)
 
 
 def read_pair(prediction, label, cut):
@@ -481,6 +474,11 @@ def open_pairs(args):
             notes.append(f"{label.path}: {len(label.slices)} of {len(label)} slices are annotated; "
                          "surfaces and objects are cut where the others begin")
         result.append(Pair(name, mask, label, image, counts))
+    total = sum(pair.counts.sum(0) for pair in result)
+    extra = [classes[k] for k in np.flatnonzero((total.sum(1) == 0) & (total.sum(0) > 0)) if k]
+    if extra and not names and not args.prediction_map:
+        notes.append(f"warning: {', '.join(extra)} in predictions only; if their values are the "
+                     'numbers of objects, give --prediction-map "0=0,*=1"')
     return classes, result, notes
 
 
@@ -518,25 +516,27 @@ def training_of(predictions):
 def count_classes(names, label_map, prediction_map, drawn, found, args):
     """How many classes there are: as many as names, else as the maps name and the values show.
 
-    drawn, found: tallies of labels and predictions. Class ids 0..K may be spread over truth and
-    prediction; a mask {0, v} is two classes. Raises InputError for other values.
+    drawn, found: tallies of labels and predictions. Class ids 0..K may be spread over all files; a
+    file with two values {0, v} is a mask of one class. Raises InputError for other values.
     """
     if names:
         return len(names)
-    drawn, found = [{int(v) for tally in each for values, _ in tally.values() for v in values}
-                    for each in (drawn, found)]
-    sides = [(args.label, drawn - {args.ignore_label}, label_map, "--label-map"),
-             (args.prediction, found, prediction_map, "--prediction-map")]
-    ids = {0, 1}
-    for _, values, mapping, _ in sides:
+    ids, files = {0, 1}, []
+    for paths, tallies, mapping, flag in ((args.label, drawn, label_map, "--label-map"),
+                                          (args.prediction, found, prediction_map,
+                                           "--prediction-map")):
         if mapping:
             ids |= set(range(1 + max([0, *(k for k in mapping.values() if k != emseg.IGNORE)])))
-        elif len(values - {0}) > 1 or min(values, default=0) < 0:
-            ids |= values
+            continue
+        for path, tally in zip(paths, tallies):
+            values = {int(v) for each, _ in tally.values() for v in each}
+            values -= {args.ignore_label} if flag == "--label-map" else set()
+            files.append((path, values, flag))
+            if len(values - {0}) > 1 or min(values, default=0) < 0:
+                ids |= values
     if ids != set(range(len(ids))) or len(ids) > emseg.IGNORE:
-        for paths, values, mapping, flag in sides:
-            if not mapping:
-                emseg.decide_classes(sorted(values | {0}), paths, flag)
+        for path, values, flag in files:
+            emseg.decide_classes(sorted(values | {0}), [path], flag)
     return len(ids)
 
 
@@ -648,8 +648,8 @@ def describe(entry, classes):
         [name, *(shown(key, scores[key]) for key in keys)]
         for name, scores in entry["per_class"].items()])]
     keys = [key for key in ("dice", "iou", "miou", "miou_org", "accuracy") if key in entry]
-    lines.append("  ".join(f"{OF_ALL.get(key, HEADINGS[key])} {shown(key, entry[key])}"
-                           for key in keys))
+    names = {**HEADINGS, **OF_ALL, "miou": "mIoU with background"}
+    lines.append("  ".join(f"{names[key]} {shown(key, entry[key])}" for key in keys))
     if "objects" in entry:
         keys = list(entry["objects"][classes[1]])
         lines.append(markdown([["objects", *(HEADINGS[key] for key in keys)]] + [
@@ -662,15 +662,15 @@ def describe(entry, classes):
 
 
 def absences(entry):
-    """Why scores of an entry are undefined, as lines to print."""
+    """Which scores of an entry are undefined and why, as lines to print."""
     for name, scores in entry["per_class"].items():
         truth, pred = (scores["tp"] + scores[key] for key in ("fn", "fp"))
-        if not truth and not pred:
-            yield (f"{name} is in neither truth nor prediction: its scores are undefined (null) "
-                   "and left out of means")
-        elif not truth or not pred:
-            where = "truth" if not truth else "prediction"
-            yield f"{name} is not in the {where}: what needs both is undefined (null)"
+        missing = [HEADINGS[key] for key, value in scores.items() if value is None]
+        where = ("neither truth nor prediction" if not truth and not pred else
+                 "not in the truth" if not truth else "not in the prediction")
+        if missing and not (truth and pred):
+            yield (f"{name} is {'in ' * (not truth and not pred)}{where}: undefined (null), and "
+                   f"left out of means, are {', '.join(missing)}")
 
 
 # -- pictures --------------------------------------------------------------------------------------
@@ -712,20 +712,24 @@ def compact(number):
     return str(number)
 
 
-def save_renders(folder, suffix, pair, classes, max_side=192, pixels=1000):
-    """render.png, all classes together, and one more for each of several: truth and prediction in
-    3D from three sides."""
+def save_renders(folder, suffix, pair, classes, max_side=256, pixels=1000):
+    """render.png, all classes together, and one more for each of several that occur: truth and
+    prediction in 3D from three sides."""
+    emseg.show_progress(f"{pair.name}: drawing surfaces", 0, 1)
     items = {"truth": pair.label, "prediction": pair.prediction}
     seen, glass, side, edges = emseg.see_surfaces(items, classes, ANGLES, max_side, pixels)
+    total = pair.counts.sum(0)
+    found = [k for k in range(len(classes) - 1) if total[k + 1].any() or total[:, k + 1].any()]
     pictures = {"": (range(len(classes) - 1), glass)}
     if len(classes) > 2:
         names = [re.sub(r"[^\w.-]+", "_", name) for name in classes[1:]]
-        pictures |= {f"_{name}": ([k], [False]) for k, name in enumerate(names)}
+        pictures |= {f"_{names[k]}": ([k], [False]) for k in found}
     for name, (chosen, see_through) in pictures.items():
         rows = {source: [emseg.compose([view[k] for k in chosen], chosen, see_through)
                          for view in views] for source, views in seen.items()}
         emseg.save_pictures(folder / f"render{suffix}{name}.png", rows, [""] * len(ANGLES), side,
-                            edges, classes if len(chosen) > 1 else (), inches=4.5)
+                            edges, classes if len(chosen) > 1 else (), inches=4.5, dpi=160)
+    emseg.show_progress("", 1, 1)
 
 
 # -- tables of runs --------------------------------------------------------------------------------
@@ -781,7 +785,8 @@ def read_run(folder):
     folder = Path(folder)
     try:
         if not folder.is_dir():
-            raise emseg.InputError("no folder" if folder.exists() else "no such folder")
+            raise emseg.InputError("a file, no run folder" if folder.exists() else
+                                   "no such folder")
         if not (folder / "metrics.json").exists():
             begun = (folder / "config.json").exists() and not (folder / "table.md").exists()
             raise emseg.InputError("unfinished, it holds no metrics.json" if begun else
@@ -791,7 +796,7 @@ def read_run(folder):
             raise emseg.InputError(f"metrics.json of schema {content['schema']}, wanted 1")
         config = folder / "config.json"
         config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-        if content["mean"] is None:
+        if content["mean"] is None or not any(entry["label"] for entry in content["volumes"]):
             raise emseg.InputError("no scores: its test volumes have no labels")
         return list(results_of(folder, content, config))
     except emseg.InputError:
@@ -857,7 +862,7 @@ def replaced(result, **changes):
 
 def check_number(name, value):
     """Raise TypeError for what is neither None nor a number of a size that scores may have."""
-    if value is not None and not (isinstance(value, (int, float)) and abs(value) < 2**63):
+    if value is not None and not (type(value) in (int, float) and abs(value) < 2**63):
         raise TypeError(f"{name} is {value!r}")
 
 
@@ -1083,8 +1088,7 @@ def histogram_groups(rows, most=8):
 
 def tabulate(args):
     """evaluate.py --runs: table.md, table.csv, runs.csv and histogram.png of finished runs."""
-    folder = Path(args.out_dir)
-    own, runs = os.path.realpath(folder), args.runs
+    own, runs = os.path.realpath(args.out_dir), args.runs
     if runs == sorted(runs):                        # a shell pattern, in which 15 comes before 7
         runs = sorted(runs, key=natural)
     results, skipped = read_runs([run for run in runs if os.path.realpath(run) != own])
@@ -1096,53 +1100,80 @@ def tabulate(args):
     titles = titles_of(tables)
     texts = [table_of_runs(title, classes, rows, args.scores)
              for title, ((classes, _), rows) in zip(titles, tables)]
-    new_folder(folder, args)
-    emseg.write_text(folder / "table.md", "\n".join(texts))
-    for name, rows in zip(("table.csv", "runs.csv"), csv_rows(tables)):
-        write_csv(folder / name, rows)
     panels = {title: histogram_groups(rows) for title, (_, rows) in zip(titles, tables)}
     panels = {title: groups for title, groups in [*panels.items()][:MOST_PANELS] if groups}
-    if panels:
-        emseg.save_histogram(folder / "histogram.png", panels, "mIoU")
     print("\n".join(texts))
     for _, rows in tables:
         for line in doubtful(rows):
             print(line)
-    say_written(folder)
+    with results_folder(args) as folder:
+        emseg.write_text(folder / "table.md", "\n".join(texts))
+        for name, rows in zip(("table.csv", "runs.csv"), csv_rows(tables)):
+            write_csv(folder / name, rows)
+        if panels:
+            emseg.save_histogram(folder / "histogram.png", panels, "mIoU")
 
 
 # -- the command -----------------------------------------------------------------------------------
 
 
-def new_folder(folder, args, **more):
-    """Make the folder of the results, without those of an earlier evaluation, and config.json.
-    more: for it, too."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise emseg.InputError(f"--out-dir {folder}: {error.strerror}")
-    for pattern in FILES:
-        for file in folder.glob(pattern):
-            file.unlink()
-    emseg.write_json(folder / "config.json", {**emseg.provenance(args, __file__), **more})
-
-
-def check_folder(args):
+def check_folder(folder, overwrite):
     """Refuse a folder that holds something else than an evaluation to replace."""
-    folder = Path(args.out_dir)
     if folder.exists() and not folder.is_dir():
         raise emseg.InputError(f"--out-dir {folder} is a file")
-    used = folder.exists() and any(folder.iterdir())
-    if used and not args.overwrite:
+    if not folder.exists() or all(file.name.startswith(UNFINISHED) for file in folder.iterdir()):
+        return
+    if not overwrite:
         raise emseg.InputError(f"--out-dir {folder} is not empty; give --overwrite or another "
                                "folder")
-    if used and any((folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
-        raise emseg.InputError(f"--out-dir {folder} holds a training run, whose metrics.json would "
-                               "be lost; give another folder")
+    if not earlier_files(folder):
+        raise emseg.InputError(f"--out-dir {folder} holds no evaluation that --overwrite could "
+                               "replace; give another folder")
 
 
-def say_written(folder):
-    print(f"wrote {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+def earlier_files(folder):
+    """Names of the files that an evaluation has written into a folder, from its config.json."""
+    try:
+        files = json.loads((folder / "config.json").read_text(encoding="utf-8"))["files"]
+        return {name for name in files if Path(name).name == name}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+@contextlib.contextmanager
+def results_folder(args, **more):
+    """A temporary folder, whose files take the place of an earlier evaluation in --out-dir when all
+    are written. Until then, and where something fails, that one stays as it is.
+
+    more: for config.json, too.
+    """
+    folder = Path(args.out_dir)
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as unfinished:
+            unfinished = Path(unfinished)
+            yield unfinished
+            names = {file.name for file in unfinished.iterdir()} | {"config.json"}
+            emseg.write_json(unfinished / "config.json", {
+                **emseg.provenance(args, __file__), **more, "files": sorted(names)})
+            check_folder(folder, args.overwrite)            # another one may have been faster
+            earlier = earlier_files(folder)
+            for name in names - earlier:
+                if (folder / name).exists():
+                    raise emseg.InputError(f"{folder / name} is in the way and of no evaluation; "
+                                           "give another --out-dir")
+            for name in earlier - names:
+                (folder / name).unlink(missing_ok=True)
+            for name in names:
+                os.replace(unfinished / name, folder / name)
+        print(f"wrote {folder}/: {', '.join(sorted(names))}")
+    except OSError as error:
+        raise emseg.InputError(f"--out-dir {folder}: {error.strerror or error}")
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):              # it is not empty
+                folder.rmdir()
 
 
 def class_of(text, classes, flag):
@@ -1227,7 +1258,7 @@ def parse_args(argv=None):
 
 @emseg.command
 def main(args):
-    check_folder(args)
+    check_folder(Path(args.out_dir), args.overwrite)
     if args.runs:
         return tabulate(args)
 
@@ -1235,51 +1266,52 @@ def main(args):
     classes, pairs, notes = open_pairs(args)
     if args.organelles:
         args.organelles = [class_of(text, classes, "--organelles") for text in args.organelles]
+        if len(set(args.organelles)) < len(args.organelles):
+            raise emseg.InputError("--organelles names a class twice")
     if args.segments is not None:
         args.segments = class_of(args.segments, classes, "--segments")
     for note in notes:
         print(note)
-
-    # scores
-    folder = Path(args.out_dir)
     config, metrics = training_of(args.prediction)
-    new_folder(folder, args, classes=classes, training=config and metrics and {
-        "script": metrics.get("script"), "args": config.get("args")})
-    entries, objects = [], []
-    for pair in pairs:
-        entry, rows = score_pair(pair, classes, args, folder)
-        entries.append(entry)
-        objects += rows
-        print(f"\n{entry['prediction']} against {entry['label']}: "
-              f"{emseg.format_shape(pair.label.shape)} voxels, {entry['ignored']:,} ignored")
-        print(describe(entry, classes))
-        for line in absences(entry):
-            print(line)
-    mean = emseg.mean_scores(entries)
-    mean |= {key: mean_of([entry[key] for entry in entries]) for key in ("objects", "segments")
-             if key in entries[0]}
-    if len(pairs) > 1:
-        print(f"\nmean of {len(pairs)} pairs\n{describe(mean, classes)}")
-    emseg.write_json(folder / "metrics.json", emseg.metrics_content(
-        Path(__file__).name, classes, entries, mean, **{key: metrics.get(key) for key in (
-            "model", "seed", "selected_on", "train_seconds", "predict_seconds",
-            "predict_voxels_per_second", "parameters")},
-        peak_memory_gib=emseg.peak_memory_gib(torch.device("cpu"))))
-    if args.objects:
-        write_csv(folder / "objects.csv", objects, OBJECT_COLUMNS)
+    training = config and metrics and {"script": metrics.get("script"), "args": config.get("args")}
+    with results_folder(args, classes=classes, training=training) as folder:
 
-    # pictures
-    shown_pairs = [(pair.name, emseg.as_uint8(pair.image) if pair.image else Blank(
-        pair.label.path, pair.label.shape, np.uint8, pair.voxel_size), pair.label,
-        {"prediction": pair.prediction}) for pair in pairs]
-    emseg.save_slices(folder / "figure.png", shown_pairs, classes)
-    emseg.save_slice_dice(folder / "slice_dice.png", [
-        (pair.name, emseg.dice_of_slices(pair.counts), []) for pair in pairs], classes)
-    save_confusion(folder / "confusion.png", sum(pair.counts.sum(0) for pair in pairs), classes)
-    if args.render:
+        # scores
+        entries, objects = [], []
         for pair in pairs:
-            save_renders(folder, f"_{pair.name}" if len(pairs) > 1 else "", pair, classes)
-    say_written(folder)
+            entry, rows = score_pair(pair, classes, args, folder)
+            entries.append(entry)
+            objects += rows
+            print(f"\n{entry['prediction']} against {entry['label']}: "
+                  f"{emseg.format_shape(pair.label.shape)} voxels, {entry['ignored']:,} ignored")
+            print("\n".join([describe(entry, classes), *absences(entry)]))
+        mean = emseg.mean_scores(entries)
+        mean |= {key: mean_of([entry[key] for entry in entries]) for key in ("objects", "segments")
+                 if key in entries[0]}
+        if len(pairs) > 1:
+            print(f"\nmean of {len(pairs)} pairs\n{describe(mean, classes)}")
+        emseg.write_json(folder / "metrics.json", emseg.metrics_content(
+            Path(__file__).name, classes, entries, mean,
+            **{key: metrics.get(key) for key in OF_TRAINING},
+            peak_memory_gib=emseg.peak_memory_gib(torch.device("cpu"))))
+        if args.objects:
+            write_csv(folder / "objects.csv", objects, OBJECT_COLUMNS)
+
+        # pictures
+        emseg.save_slices(folder / "figure.png", [
+            (pair.name, pair.image and emseg.as_uint8(pair.image), pair.label,
+             {"prediction": pair.prediction}) for pair in pairs], classes)
+        emseg.save_slice_dice(folder / "slice_dice.png", [
+            (pair.name, emseg.dice_of_slices(pair.counts), []) for pair in pairs], classes)
+        save_confusion(folder / "confusion.png", sum(pair.counts.sum(0) for pair in pairs), classes)
+        if args.render:
+            for pair in pairs:
+                save_renders(folder, f"_{pair.name}" if len(pairs) > 1 else "", pair, classes)
+
+
+# What metrics.json takes over from that of the run whose predictions are scored.
+OF_TRAINING = ("model", "seed", "selected_on", "train_seconds", "predict_seconds",
+               "predict_voxels_per_second", "parameters")
 
 
 if __name__ == "__main__":
