@@ -672,7 +672,7 @@ def test_a_mask_of_255_equals_one_of_1(tmp_path, values):
     truth, pred = pair_of((3, 8, 9), 2, 0, 0)
     _, [pair], notes = opened_arrays(tmp_path, truth * values[1], pred)
     np.testing.assert_array_equal(pair.counts, counts_of(truth, pred, 2))
-    said = [note for note in notes if "reads 255 as class 1" in note and "truth.npy" in note]
+    said = [note for note in notes if "255 as class 1" in note and "truth.npy" in note]
     assert len(said) == (values[1] == 255)
 
 
@@ -903,7 +903,7 @@ def test_the_printed_table_shows_what_metrics_json_holds(tmp_path, capsys, no_pi
         row = dict(zip(tables[""], tables[name]))
         assert row["Dice"] == f"{scores['dice']:.4f}" and row["recall"] == f"{scores['recall']:.4f}"
         assert row["HD95 [nm]"] == f"{scores['hd95_nm']:.1f}"
-    assert f"mIoU {entry['miou']:.4f}" in printed
+    assert f"mIoU with background {entry['miou']:.4f}" in printed
     assert f"{entry['segments']['adapted_rand_error']:.4f}" in printed
     assert f"{entry['objects']['class 2']['pq']:.4f}" in printed
 
@@ -981,8 +981,9 @@ def test_sparse_labels(stored, tmp_path, monkeypatch, no_pictures, chosen, more)
 def test_a_folder_is_replaced_only_when_told_to(tmp_path, capsys, no_pictures):
     ids, out = line("0011"), tmp_path / "out"
     score(tmp_path, ids, ids, "--objects")
-    (out / "mine.txt").write_text("keep")
-    (out / "render_old.png").write_text("old")
+    mine = {"mine.txt", "render_talk.png"}                  # only what evaluations wrote may go
+    for name in mine:
+        (out / name).write_text("keep")
     before = (out / "metrics.json").read_bytes()
     arguments = ["--prediction", tmp_path / "pred.tif", "--label", tmp_path / "truth.tif",
                  "--out-dir", out]
@@ -991,18 +992,70 @@ def test_a_folder_is_replaced_only_when_told_to(tmp_path, capsys, no_pictures):
                                      "none.tif", "--out-dir", out, "--overwrite")
     assert (out / "metrics.json").read_bytes() == before and (out / "objects.csv").exists()
     run(evaluate, *arguments, "--overwrite")
-    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.json", "mine.txt"}
+    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.json", *mine}
 
 
-@pytest.mark.parametrize("name", ["last.pt", "best.pt", "log.csv"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, emseg.InputError("no"), RuntimeError])
+def test_an_evaluation_that_ends_early_leaves_the_earlier_one(tmp_path, monkeypatch, no_pictures,
+                                                              error):
+    ids, out = line("0011"), tmp_path / "out"
+    score(tmp_path, ids, ids)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def fail(*arguments):
+        raise error
+    monkeypatch.setattr(evaluate, "save_confusion", fail)
+    for folder in (out, tmp_path / "new"):
+        with pytest.raises((SystemExit, RuntimeError)):
+            run(evaluate, "--prediction", tmp_path / "pred.tif", "--label", tmp_path / "truth.tif",
+                "--out-dir", folder, "--overwrite", "--objects")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_files_of_others_are_not_replaced(tmp_path, capsys, no_pictures):
+    ids, out = line("0011"), tmp_path / "out"
+    score(tmp_path, ids, ids)
+    (out / "objects.csv").write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "objects.csv is in the way" in refused(
+        evaluate, capsys, "--prediction", tmp_path / "pred.tif", "--label", tmp_path / "truth.tif",
+        "--out-dir", out, "--overwrite", "--objects")
+    config = json.loads(before["config.json"])
+    config["files"] += ["../pred.tif", 3]                   # a config.json that somebody made up
+    (out / "config.json").write_text(json.dumps(config))
+    assert "holds no evaluation" in refused(
+        evaluate, capsys, "--prediction", tmp_path / "pred.tif", "--label", tmp_path / "truth.tif",
+        "--out-dir", out, "--overwrite")
+    assert (tmp_path / "pred.tif").exists()
+
+
+def test_the_slower_of_two_evaluations_is_refused(tmp_path, monkeypatch, capsys, no_pictures):
+    ids = line("0011")
+    for name in ("pred.npy", "truth.npy"):
+        np.save(tmp_path / name, ids)
+    arguments = ["--prediction", tmp_path / "pred.npy", "--label", tmp_path / "truth.npy",
+                 "--voxel-size", 1, 1, 1, "--out-dir", tmp_path / "out"]
+
+    def meanwhile(*_):
+        monkeypatch.setattr(evaluate, "save_confusion", lambda *_: None)
+        run(evaluate, *arguments)
+    monkeypatch.setattr(evaluate, "save_confusion", meanwhile)
+    assert "is not empty" in refused(evaluate, capsys, *arguments)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "metrics.json"}
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "log.csv", "golgi/best.pt"])
 def test_a_training_is_never_overwritten(tmp_path, capsys, name):
     np.save(tmp_path / "a.npy", line("0011"))
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
     (tmp_path / "run" / name).write_text("weights")
-    assert "training run" in refused(
+    (tmp_path / "run" / "config.json").write_text('{"args": {}, "classes": ["background", "a"]}')
+    assert "holds no evaluation" in refused(
         evaluate, capsys, "--prediction", tmp_path / "a.npy", "--label", tmp_path / "a.npy",
         "--out-dir", tmp_path / "run", "--overwrite")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+    assert (tmp_path / "run" / name).read_text() == "weights"
+    assert not (tmp_path / "run" / "metrics.json").exists()
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path, capsys):
@@ -1047,7 +1100,7 @@ def place_of(picture, color, tolerance=0.02):
 
 
 def on_paper(color):
-    return 0.55 * 225 / 255 + 0.45 * rgb(color)
+    return 0.1 + 0.9 * rgb(color)
 
 
 @pytest.fixture(scope="module")
@@ -1075,10 +1128,9 @@ def test_all_pictures_are_there_and_none_is_blank(drawn):
 def test_figure_shows_classes_and_errors(drawn):
     mito, body = map(on_paper, emseg.CLASS_COLORS[:2])
     hit, miss, false = map(on_paper, emseg.ERROR_COLORS.values())
-    width = drawn["figure"].shape[1]
-    image, truth, pred, errors = [drawn["figure"][:, width * i // 4 : width * (i + 1) // 4]
-                                  for i in range(4)]
-    assert share_of(image, mito) == share_of(image, body) == 0
+    width = drawn["figure"].shape[1]                        # without an image there are three
+    truth, pred, errors = [drawn["figure"][:, width * i // 3 : width * (i + 1) // 3]
+                           for i in range(3)]
     assert share_of(truth, mito) > 0.01 and share_of(truth, body) > 0.01
     assert share_of(pred, mito) > share_of(truth, mito) and share_of(pred, body) == 0
     assert min(share_of(errors, color) for color in (hit, miss, false)) > 0.005

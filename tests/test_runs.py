@@ -304,7 +304,8 @@ def test_a_folder_given_twice_counts_once(tmp_path):
 
 def test_the_output_folder_is_no_run(tmp_path, capsys):
     made(tmp_path / "a", 0.3)
-    made(tmp_path / "out", 0.9)
+    out = made(tmp_path / "out", 0.9)               # as an evaluation of a pair leaves it
+    (out / "config.json").write_text('{"files": ["config.json", "metrics.json"]}')
     (row,) = only(tabulate(tmp_path, tmp_path / "a", tmp_path / "out"))
     assert row["Dice mito"] == "0.3000" and "skipped" not in capsys.readouterr().out
     only(tabulate(tmp_path, tmp_path / "a", tmp_path / "out"))
@@ -531,7 +532,7 @@ NO_RUN = {
     "no run": (without("metrics.json", "config.json"), "not a run, it holds no metrics.json"),
     "a table": (lambda folder: [without("metrics.json")(folder), text("", "table.md")(folder)],
                 "not a run, it holds no metrics.json"),
-    "a file": (a_file, "no folder"), "missing": (nothing, "no such folder"),
+    "a file": (a_file, "a file, no run folder"), "missing": (nothing, "no such folder"),
     "config": (text("{", "config.json"), "damaged"),
     "config bytes": (text(b"\xff\xfe", "config.json"), "damaged"),
     "config list": (text("[]", "config.json"), "damaged"),
@@ -657,7 +658,7 @@ def test_a_histogram_has_few_groups(tmp_path, monkeypatch, count, varied, wanted
     tabulate(tmp_path, *[tmp_path / f"{n}" for n in range(count)])
     ((path, panels, score),) = drawn
     ((title, groups),) = panels.items()
-    assert path == tmp_path / "out" / "histogram.png" and score == "mIoU" and [*groups] == wanted
+    assert path.name == "histogram.png" and score == "mIoU" and [*groups] == wanted
     assert title == "mito, scored on label.tif"
     assert sum(groups.values(), []) == [0.5 + n / 100 for n in range(count)]
 
@@ -701,8 +702,8 @@ def test_a_used_folder_is_kept(tmp_path, capsys):
     (tmp_path / "out" / "notes.txt").touch()
     assert "is not empty" in refused(evaluate, capsys, "--runs", run, "--out-dir", tmp_path / "out")
     (tmp_path / "out" / "last.pt").touch()
-    assert "holds a training run" in refused(evaluate, capsys, "--runs", run, "--out-dir",
-                                             tmp_path / "out", "--overwrite")
+    assert "holds no evaluation" in refused(evaluate, capsys, "--runs", run, "--out-dir",
+                                            tmp_path / "out", "--overwrite")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"notes.txt", "last.pt"}
 
 
