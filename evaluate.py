@@ -22,11 +22,10 @@ Metrics:
                                             where slices are ten pixels thick cubes are 21 % low,
                                             faces along slices 33 %
     variation of information (in bits),     segment_scores (Meila 2007; Arganda-Carreras et al.
-    adapted Rand error                      2015, section 3.4.2). Segments are what the voxels of a
-                                            class, such as membrane, separate. Predicted membrane is
-                                            thinned first: each of its voxels goes to the nearest
-                                            segment in its slice. Membrane of the truth does not
-                                            count
+    adapted Rand error                      2015). Segments are what the voxels of a class, such as
+                                            membrane, separate. Predicted membrane is thinned first:
+                                            each of its voxels goes to the nearest segment in its
+                                            slice. Membrane of the truth does not count
 
 Run:
     python evaluate.py --prediction prediction.tif --label label.tif --objects --render
