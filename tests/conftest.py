@@ -1,6 +1,7 @@
 """Small files and real data that the tests share; how they run a command and read its results."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import emseg
 
 ROOT = Path(emseg.__file__).resolve().parent
 DATA = Path(os.environ["EMSEG_DATA"]) if os.environ.get("EMSEG_DATA") else None
+DPI = 24                                # of pictures that no test looks at
 
 
 @pytest.fixture
@@ -48,9 +50,18 @@ def cells(tmp_path_factory):
     return folder
 
 
-def run(script, *arguments):
-    """Run a training script (a module) with these arguments."""
-    script.main(script.parse_args([str(a) for a in arguments]))
+def run(script, *arguments, fine=False):
+    """Run a training script (a module) with these arguments. All its pictures are drawn, but one
+    row of slices with few pixels unless they are to be fine: half the time of a small run went into
+    them."""
+    new_figure = emseg.new_figure
+    with pytest.MonkeyPatch.context() as patch:
+        if not fine:
+            patch.setattr(emseg, "new_figure", lambda **size: new_figure(**{**size, "dpi": DPI}))
+            for name, less in (("save_slices", {"rows": 1}), ("save_maps", {"rows": 1}),
+                               ("save_surfaces", {"pixels": 40})):
+                patch.setattr(emseg, name, functools.partial(getattr(emseg, name), **less))
+        script.main(script.parse_args([str(a) for a in arguments]))
 
 
 def refused(script, capsys, *arguments):

@@ -32,8 +32,8 @@ def volumes(cells, train="0:8", val="8:10", test="10:12"):
                          f"--{prefix}label", f"{cells / 'label.tif'}@{crop}")]
 
 
-def train(cells, out, *more, **crops):
-    run(train_2d3d, *volumes(cells, **crops), "--out-dir", out, *TINY, *more)
+def train(cells, out, *more, fine=False, **crops):
+    run(train_2d3d, *volumes(cells, **crops), "--out-dir", out, *TINY, *more, fine=fine)
     return out
 
 
@@ -41,7 +41,7 @@ def train(cells, out, *more, **crops):
 def trained(cells, tmp_path_factory):
     """Three instances, of which the best two are averaged."""
     return train(cells, tmp_path_factory.mktemp("2d3d") / "run", "--instances", "3", "--top-k", "2",
-                 "--organelles", "3", "4", "--seed", "5")
+                 "--organelles", "3", "4", "--seed", "5", fine=True)
 
 
 def peak(folder):
@@ -540,7 +540,8 @@ def test_every_readme_command_parses(trained, monkeypatch):
 def test_the_demo_trains_two_instances(tmp_path):
     """For a tenth of its steps, to save time: that it learns is for the real data to show."""
     out = tmp_path / "demo"
-    run(train_2d3d, "--demo", "--epochs", "2", "--steps-per-epoch", "30", "--out-dir", out)
+    run(train_2d3d, "--demo", "--epochs", "2", "--steps-per-epoch", "30", "--out-dir", out,
+        fine=True)
     content = metrics(out)
     assert content["classes"] == ["background", "nucleus", "mitochondrion"]
     assert list(content["instances"]) == ["seed0", "seed1"] == sorted(
