@@ -24,7 +24,7 @@ TINY = ["--model", "unet", "--width", "4", "--patch-size", "32", "32", "--batch-
         "--epochs", "2", "--steps-per-epoch", "4", "--downsample", "1", "--device", "cpu",
         "--cps-warmup", "0.5", "1"]
 
-WIDTHS = {"unet++3": 8, "unet++": 8, "fractalresnet": 8, "ceecnet": 8, "senformer": 32}
+WIDTHS = {"unet++3": 8, "unet++": 8, "fractalresnet": 8, "ceecnet": 8, "senformer": 4}
 
 
 def train(cells, out, *more):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import conftest
 import emseg
 import train_partial
-from conftest import ROOT, log_without_seconds, metrics, weights
+from conftest import BRIEF, CORNER, ROOT, log_without_seconds, metrics, weights
 
 IGNORE = emseg.IGNORE
 run = functools.partial(conftest.run, train_partial)
@@ -485,10 +485,9 @@ def test_two_processes_train_and_predict_together(cells, tmp_path):
 
 @pytest.mark.parametrize("model", sorted(train_partial.MODELS))
 def test_every_network_trains(cells, tmp_path, model):
-    train(cells, tmp_path / "run", "--model", model, "--epochs", 1, "--patch-size", 32, 32,
-          "--width", conftest.narrow(model, 4), "--test-volume",
-          f"{cells}/image.tif@{conftest.CORNER}", "--test-label",
-          f"{cells}/label.tif@{conftest.CORNER}")
+    train(cells, tmp_path / "run", *BRIEF, "--model", model, "--width", conftest.narrow(model, 4),
+          "--test-volume", f"{cells}/image.tif@8:10,{CORNER}", "--test-label",
+          f"{cells}/label.tif@8:10,{CORNER}")
     assert metrics(tmp_path / "run")["model"] == model
 
 

@@ -19,8 +19,8 @@ from torch import nn
 import conftest
 import emseg
 import train_seget
-from conftest import (CORNER, ROOT, InMemory, convolutions, enlarged, log_without_seconds, metrics,
-                      narrow, normalised, random_statistics, weights)
+from conftest import (BRIEF, CORNER, ROOT, InMemory, convolutions, enlarged, log_without_seconds,
+                      metrics, narrow, normalised, random_statistics, weights)
 
 IGNORE = emseg.IGNORE
 run = functools.partial(conftest.run, train_seget)
@@ -887,9 +887,11 @@ def test_every_network_predicts_slices_of_any_size(model, sides):
 
 @pytest.mark.parametrize("model", sorted(train_seget.MODELS))
 def test_every_network_trains(cells, masks, tmp_path, model):
-    train(cells, masks, tmp_path / "out", "--model", model, "--epochs", "1", "--patch-size", "32",
-          "32", "--width", narrow(model, 2), "--test-volume", f"{cells}/image.tif@{CORNER}",
-          "--test-label", *labels(masks, "mito", crop=CORNER), structures=("mito",))
+    run("--volume", f"{cells}/image.tif@0:8,{CORNER}", "--label",
+        *labels(masks, "mito", crop=f"0:8,{CORNER}"), "--test-volume",
+        f"{cells}/image.tif@8:10,{CORNER}", "--test-label",
+        *labels(masks, "mito", crop=f"8:10,{CORNER}"), "--out-dir", tmp_path / "out", *TINY, *BRIEF,
+        "--model", model, "--width", narrow(model, 2))
     content = metrics(tmp_path / "out")
     assert content["model"] == model and 0 < content["average"]["miou"] <= 1
     before, after = [weights(path) for path in (tmp_path / "out" / "mito" / "best.pt",

@@ -15,7 +15,7 @@ from scipy import ndimage
 import conftest
 import emseg
 import train_sparse
-from conftest import ROOT, log_without_seconds, metrics, weights
+from conftest import BRIEF, CORNER, ROOT, log_without_seconds, metrics, weights
 
 IGNORE = emseg.IGNORE
 CLASSES = ["background", "mitochondrion"]
@@ -518,11 +518,10 @@ def test_unlabelled_volumes_teach_stage_3(cells, tmp_path):
 @pytest.mark.parametrize("model", sorted(train_sparse.MODELS))
 def test_every_network_can_be_stage_1(cells, tmp_path, model):
     volumetric = model in emseg.NETWORKS_3D
-    corner = ",0:64,0:64"                   # enough for a slow network to predict
-    run("--volume", f"{cells}/image.tif@0:8{corner}", "--label", f"{cells}/mito.tif@0:8{corner}",
+    run("--volume", f"{cells}/image.tif@0:8,{CORNER}", "--label", f"{cells}/mito.tif@0:8,{CORNER}",
         "--label-slices", "0,3,7", "--val-slices", "3", "--test-volume",
-        f"{cells}/image.tif@8:12{corner}", "--test-label", f"{cells}/mito.tif@8:12{corner}",
-        "--out-dir", tmp_path / "run", *TINY, "--model", model, "--epochs", 1, "--scm-epochs", 1,
+        f"{cells}/image.tif@8:12,{CORNER}", "--test-label", f"{cells}/mito.tif@8:12,{CORNER}",
+        "--out-dir", tmp_path / "run", *TINY, *BRIEF, "--model", model, "--scm-epochs", 1,
         "--patch-size", *[8, 32, 32][not volumetric:], "--width", conftest.narrow(model, 4))
     result = metrics(tmp_path / "run")
     assert result["model"] == model and list(result["stages"]) == ["coarse", "mpp", "scm"]
