@@ -9,8 +9,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+
+# Networks this small gain nothing from threads, and those of two processes wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -33,6 +39,47 @@ def real_data():
     if DATA is None or not DATA.is_dir():
         pytest.skip("EMSEG_DATA is not set")
     return DATA.resolve()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "background(*command): a command line of Python that takes "
+                            "long; it begins with the session, and the test asks for `finished`")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def background(request, tmp_path_factory):
+    """{test: future of its background command}. Of all chosen tests, one command after the other
+    runs beside the other tests, on a core that they leave idle."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}       # as it is before tests change it
+    running, ended = [], threading.Event()
+
+    def finish(command, folder):
+        started = time.monotonic()
+        with subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, env=environment,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            running.append(process)
+            if ended.is_set():
+                process.kill()
+            out, err = process.communicate()
+        return SimpleNamespace(folder=folder, returncode=process.returncode, stdout=out, stderr=err,
+                               seconds=time.monotonic() - started)
+
+    pool, futures = ThreadPoolExecutor(max_workers=1), {}
+    for item in request.session.items:
+        for marker in item.iter_markers("background"):
+            folder = tmp_path_factory.mktemp("background")
+            futures[item.nodeid] = pool.submit(finish, marker.args, folder)
+    yield futures
+    ended.set()
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in running:
+        process.kill()
+
+
+@pytest.fixture
+def finished(request, background):
+    """The test's background command when it has ended: its folder, output and seconds."""
+    return background[request.node.nodeid].result()
 
 
 @pytest.fixture(scope="session")
@@ -200,8 +247,7 @@ def narrow(model, width):
     return 8 if model in ("fractalresnet", "ceecnet") else width
 
 
-# Of each slice of the cells, enough for a slow network: two windows that overlap, with mitochondria.
-CORNER = "0:32,0:48"
+CORNER = "0:32,0:48"                    # of a slice of the cells: two windows, with mitochondria
 BRIEF = ["--epochs", "1", "--steps-per-epoch", "1", "--batch-size", "2", "--patch-size", "32", "32"]
 
 

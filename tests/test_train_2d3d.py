@@ -5,7 +5,6 @@ Its networks, weights, windows and augmentation are tested in test_2d3d.py.
 
 import math
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -485,7 +484,7 @@ def test_ensembles_that_make_no_sense(trained, cells, tmp_path, capsys):
 
 
 LIMITED = """
-import resource, sys
+import resource
 import numpy as np, tifffile, torch
 import emseg, train_2d3d
 
@@ -500,7 +499,9 @@ class Tiny(torch.nn.Module):
         return self.head(x)
 
 train_2d3d.MODELS["2d3d"] = Tiny
-folder, limit = sys.argv[1], int(sys.argv[2])
+folder, limit = ".", 2**32
+tifffile.imwrite("patient1.tif", shape=(250, 2000, 2000), dtype=np.uint8, metadata={"axes": "ZYX"},
+                 imagej=True)
 image = np.random.default_rng(0).integers(0, 255, (5, 40, 40), np.uint8)
 tifffile.imwrite(folder + "/image.tif", image)
 tifffile.imwrite(folder + "/label.tif", image % 7)
@@ -514,21 +515,19 @@ torch.save(checkpoint, folder + "/paper.pt")
 with open("/proc/self/statm") as file:
     used = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
-run("--checkpoint", folder + "/paper.pt", "--test-volume", folder + "/patient1.tif" + sys.argv[3],
+run("--checkpoint", folder + "/paper.pt", "--test-volume", folder + "/patient1.tif@100:148",
     "--out-dir", folder + "/out")
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address space limits of Linux")
-def test_memory_is_bounded_for_the_patient_1_volume(tmp_path):
+@pytest.mark.background("-c", LIMITED)
+def test_memory_is_bounded_for_the_patient_1_volume(finished):
     """48 slices of a file of 250 x 2000 x 2000 voxels, in the paper's windows, with 4 GiB beside
     what Python and PyTorch take: their probabilities alone would be 5 GiB."""
-    tifffile.imwrite(tmp_path / "patient1.tif", shape=(250, 2000, 2000), dtype=np.uint8,
-                     metadata={"axes": "ZYX"}, imagej=True)
-    done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path, str(2**32), "@100:148"],
-                          capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert emseg.open_volume(str(tmp_path / "out" / "prediction.tif")).shape == (48, 2000, 2000)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    prediction = emseg.open_volume(str(finished.folder / "out" / "prediction.tif"))
+    assert prediction.shape == (48, 2000, 2000)
 
 
 def test_every_readme_command_parses(trained, monkeypatch):
@@ -537,11 +536,12 @@ def test_every_readme_command_parses(trained, monkeypatch):
     assert parse_readme_commands(train_2d3d, trained / "best.pt", monkeypatch) >= 6
 
 
-def test_the_demo_trains_two_instances(tmp_path):
+@pytest.mark.background(ROOT / "train_2d3d.py", "--demo", "--epochs", "2", "--steps-per-epoch",
+                        "30", "--out-dir", "demo")
+def test_the_demo_trains_two_instances(finished):
     """For a tenth of its steps, to save time: that it learns is for the real data to show."""
-    out = tmp_path / "demo"
-    run(train_2d3d, "--demo", "--epochs", "2", "--steps-per-epoch", "30", "--out-dir", out,
-        fine=True)
+    assert finished.returncode == 0, finished.stderr
+    out = finished.folder / "demo"
     content = metrics(out)
     assert content["classes"] == ["background", "nucleus", "mitochondrion"]
     assert list(content["instances"]) == ["seed0", "seed1"] == sorted(

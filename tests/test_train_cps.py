@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -896,15 +895,13 @@ def test_every_readme_command_parses(trained, monkeypatch):
     assert conftest.parse_readme_commands(train_cps, trained / "best.pt", monkeypatch) >= tables + 8
 
 
-def test_the_demo_does_what_the_readme_says(tmp_path):
-    started = time.monotonic()
-    done = subprocess.run([sys.executable, ROOT / "train_cps.py", "--demo"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs" / "train_cps-unet-seed0-demo"
-    assert f"wrote {folder.relative_to(tmp_path)}/" in done.stdout
+@pytest.mark.background(ROOT / "train_cps.py", "--demo")
+def test_the_demo_does_what_the_readme_says(finished):
+    assert finished.returncode == 0, finished.stderr
+    folder = finished.folder / "runs" / "train_cps-unet-seed0-demo"
+    assert f"wrote {folder.relative_to(finished.folder)}/" in finished.stdout
     assert metrics(folder)["mean"]["dice"] > 0.7
-    assert time.monotonic() - started < 600
+    assert finished.seconds < 600
     assert {p.name for p in (folder / "demo").iterdir()} == {
         "train.tif", "train_label.tif", "test.mrc", "test_label.mrc"}
 

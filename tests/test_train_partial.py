@@ -614,14 +614,13 @@ def test_every_readme_command_parses(trained, monkeypatch):
     assert conftest.parse_readme_commands(train_partial, trained / "best.pt", monkeypatch) >= 4
 
 
-def test_the_demo_prints_the_papers_table(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "train_partial.py", "--demo"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
+@pytest.mark.background(ROOT / "train_partial.py", "--demo")
+def test_the_demo_prints_the_papers_table(finished):
+    assert finished.returncode == 0, finished.stderr
+    (folder,) = (finished.folder / "runs").iterdir()
     stages = metrics(folder)["stages"]
     assert stages["mixed"]["dice"] > stages["baseline"]["dice"]
-    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    table = [line for line in finished.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 5 and f"{stages['mixed']['dice']:.3f} |" in table[3]
 
 

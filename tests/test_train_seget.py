@@ -1015,17 +1015,16 @@ def test_every_readme_command_parses(trained, monkeypatch):
     assert conftest.parse_readme_commands(train_seget, trained / "best.pt", monkeypatch) >= 5
 
 
-def test_the_demo_segments_three_structures(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "train_seget.py", "--demo", "--epochs", "6"],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
+@pytest.mark.background(ROOT / "train_seget.py", "--demo", "--epochs", "6")
+def test_the_demo_segments_three_structures(finished):
+    assert finished.returncode == 0, finished.stderr
+    (folder,) = (finished.folder / "runs").iterdir()
     content = metrics(folder)
     assert list(content["structures"]) == [*train_seget.DEMO_STRUCTURES]
     for name, least in ("membrane", 0.6), ("mitochondrion", 0.6):       # 0.47 without any
         assert content["structures"][name]["miou"] > least
     assert (folder / "demo" / "test_vesicle.mrc").exists()
-    assert f"{content['average']['miou']:.4f} |" in done.stdout.splitlines()[-1]
+    assert f"{content['average']['miou']:.4f} |" in finished.stdout.splitlines()[-1]
 
 
 ORGANELLES = {"mitochondrion": 0.65, "vesicles": 0.55}      # mIoU is 0.45, 0.48 without any

@@ -630,11 +630,10 @@ def test_every_readme_command_parses(trained, monkeypatch):
     assert conftest.parse_readme_commands(train_sparse, trained / "best.pt", monkeypatch) >= 4
 
 
-def test_the_demo_does_what_the_readme_says(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "train_sparse.py", "--demo"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = metrics(tmp_path / "runs" / "train_sparse-unet-seed0-demo")
+@pytest.mark.background(ROOT / "train_sparse.py", "--demo")
+def test_the_demo_does_what_the_readme_says(finished):
+    assert finished.returncode == 0, finished.stderr
+    result = metrics(finished.folder / "runs" / "train_sparse-unet-seed0-demo")
     assert result["mean"]["dice"] > 0.65
     assert result["stages"]["scm"]["dice"] > result["stages"]["coarse"]["dice"] - 0.03
 
