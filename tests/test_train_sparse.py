@@ -483,7 +483,7 @@ def test_validation_scores_stage_3_by_its_own_prediction(cells, tmp_path):
     shutil.copy(cells / "image.tif", tmp_path / "copy.tif")     # what validated is not scored
     run("--checkpoint", tmp_path / "run/best.pt", "--test-volume", tmp_path / "copy.tif@8:11",
         "--test-label", cells / "mito.tif@8:11", "--out-dir", tmp_path / "again", "--device", "cpu",
-        "--no-tta")
+        "--no-tta", "--no-amp")
     rows = log_without_seconds(tmp_path / "run")
     best = max(float(row["val_dice"]) for row in rows if row["stage"] == "scm")
     assert metrics(tmp_path / "again")["mean"]["dice"] == pytest.approx(best, abs=2e-3)
