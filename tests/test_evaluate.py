@@ -68,12 +68,12 @@ def opened_arrays(folder, truth, pred, *more, dtypes=(np.uint8, np.uint8)):
     return opened("--prediction", folder / "pred.npy", "--label", folder / "truth.npy", *more)
 
 
-def score(folder, truth, pred, *more, voxel_size=VOXEL):
+def score(folder, truth, pred, *more, voxel_size=VOXEL, fine=False):
     """The entry of metrics.json for two arrays, of the command."""
     paths = [save(folder / f"{name}.tif", array, voxel_size)
              for name, array in (("pred", pred), ("truth", truth))]
     run(evaluate, "--prediction", paths[0], "--label", paths[1], "--out-dir", folder / "out",
-        *more)
+        *more, fine=fine)
     return metrics(folder / "out")["volumes"][0]
 
 
@@ -87,7 +87,7 @@ def no_pictures(monkeypatch):
     """The command without its pictures, which take most of its time."""
     for module, name in ((emseg, "save_slices"), (emseg, "save_slice_dice"),
                          (evaluate, "save_confusion")):
-        monkeypatch.setattr(module, name, lambda *args: None)
+        monkeypatch.setattr(module, name, lambda *args, **options: None)
 
 
 def counts_of(truth, pred, n):
@@ -1115,7 +1115,8 @@ def drawn(tmp_path_factory):
     pred[3:9, 44:56, 4:16] = 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.save_renders, "__defaults__", (60, 250))         # sides; pixels
-        score(folder, truth, pred, "--render", "--classes", "background", "mito", "big body")
+        score(folder, truth, pred, "--render", "--classes", "background", "mito", "big body",
+              fine=True)
     return {path.stem: imread(path) for path in (folder / "out").glob("*.png")}
 
 
@@ -1139,7 +1140,8 @@ def test_figure_shows_classes_and_errors(drawn):
 
 def test_figure_shows_the_image_that_is_given(cells, tmp_path):
     run(evaluate, "--prediction", cells / "mito.tif@0:2", "--label", cells / "mito.tif@0:2",
-        "--volume", cells / "image.tif@0:2", "--no-distances", "--out-dir", tmp_path / "out")
+        "--volume", cells / "image.tif@0:2", "--no-distances", "--out-dir", tmp_path / "out",
+        fine=True)
     picture = imread(tmp_path / "out" / "figure.png")
     assert len(np.unique(picture[:, : picture.shape[1] // 4, 0])) > 50
     [entry] = metrics(tmp_path / "out")["volumes"]
