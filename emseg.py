@@ -3549,10 +3549,11 @@ def save_pictures(path, rows, titles, side, edges=None, classes=(), inches=2.2, 
     for (name, pictures), axes_of_row in zip(rows.items(), axes):
         for number, (picture, axis) in enumerate(zip(pictures, axes_of_row)):
             axis.set_axis_off()
-            for (x, y) in () if edges is None else edges[number].swapaxes(1, 2):
-                axis.plot(x, y, color="0.8", linewidth=0.8, zorder=0)
-            ink = (picture < 1).any(-1, keepdims=True)
-            axis.imshow(np.concatenate([picture, ink], -1), zorder=1)
+            if edges is not None:
+                for (x, y) in edges[number].swapaxes(1, 2):
+                    axis.plot(x, y, color="0.8", linewidth=0.8, zorder=0)
+                picture = np.concatenate([picture, (picture < 1).any(-1, keepdims=True)], -1)
+            axis.imshow(picture, zorder=1)
             axis.set(xlim=(left, right), ylim=(bottom, top))
         axes_of_row[0].text(0.02, 0.98, name, transform=axes_of_row[0].transAxes,
                             fontsize=8 if inches < 3 else 12, va="top")
