@@ -3610,37 +3610,76 @@ def cast_rays(share, block, azimuth, elevation, pixels):
     def place(right, up, toward):
         return torch.stack(torch.broadcast_tensors(right, up, toward), -1) @ frame
 
-    def sample(right, up, toward):
-        return F.grid_sample(field, place(right, up, toward)[None, None],
+    def sample(right, up, toward, grid=field, **how):
+        return F.grid_sample(grid, place(right, up, toward)[None, None], **how,
                              align_corners=False)[0, 0, 0]
 
     result = torch.full((3, pixels**2), math.inf)
-    filled = [np.flatnonzero(share.any(others)) for others in ((0, 1), (0, 2), (1, 2))]
-    if not len(filled[0]):
+    if field.max() <= 0.5:
         return result.view(3, pixels, pixels).numpy()
     # where each ray enters and leaves the box around the class, one block wider
+    filled = [np.flatnonzero(share.any(others)) for others in ((0, 1), (0, 2), (1, 2))]
+    size = torch.tensor(share.shape[::-1])
     box = torch.tensor([[part[0] - 1, part[-1] + 2] for part in filled]) * 2.0
-    box = (box / torch.tensor(share.shape[::-1])[:, None] - 1).T[:, None]           # (2, 1, 3)
+    box = (box / size[:, None] - 1).T[:, None]                                      # (2, 1, 3)
     slope = torch.where(frame[2].abs() < 1e-9, 1e-9, frame[2])
     ends = (box - place(right, up, torch.zeros(()))[:, 0]) / slope                  # (2, rays, 3)
     enter, leave = ends.amax(0).amin(-1, keepdim=True), ends.amin(0).amax(-1, keepdim=True)
-    for rays in torch.nonzero(enter[:, 0] > leave[:, 0])[:, 0].split(2**14):
-        x, y, start = right[rays], up[rays], enter[rays]
-        way = step * torch.arange(math.ceil(float((start - leave[rays]).max()) / step) + 1)
-        along = sample(x, y, start - way)                               # (rays, steps)
-        first = (along > 0.5).int().argmax(-1, keepdim=True)
-        there, before = along.gather(-1, first), along.gather(-1, (first - 1).clamp(min=0))
-        back = ((there - 0.5) / (there - before).clamp(min=1e-6)).clamp(0, 1)
-        toward = start - way[first] + back * step                       # (rays, 1)
-        nudge = torch.tensor([-1.5 * fine, 1.5 * fine])
-        normal = -torch.cat([sample(x + nudge, y, toward).diff(),
-                             sample(x, y + nudge, toward).diff(),
-                             sample(x, y, toward + nudge).diff()], -1)
-        normal = F.normalize(normal, dim=-1)
-        light = 0.3 + 0.7 * (normal @ F.normalize(torch.tensor(LIGHT), dim=0)).clamp(min=0)
-        surface = torch.stack([half - toward[:, 0], light, normal[:, 2].clamp(0, 1)])
-        result[:, rays] = surface.masked_fill(there[:, 0] <= 0.5, math.inf)
+    rays = torch.nonzero(enter[:, 0] > leave[:, 0])[:, 0]
+    x, y, start, last = right[rays], up[rays], enter[rays], (enter - leave)[rays] / step + 1
+    leaps = _leaps(field, block, (frame[2].abs() * size / 2 * step).tolist()[::-1])
+    first = _first_inside(sample, leaps, x, y, start, last, step)                   # (rays, 1)
+    rays, x, y, start, first = (part[first[:, 0] < math.inf]
+                                for part in (rays, x, y, start, first))
+    there, before = (sample(x, y, start - step * number)
+                     for number in (first, (first - 1).clamp(min=0)))
+    back = ((there - 0.5) / (there - before).clamp(min=1e-6)).clamp(0, 1)
+    toward = start - step * first + back * step                         # (rays, 1)
+    nudge = torch.tensor([-1.5 * fine, 1.5 * fine])
+    normal = -torch.cat([sample(x + nudge, y, toward).diff(),
+                         sample(x, y + nudge, toward).diff(),
+                         sample(x, y, toward + nudge).diff()], -1)
+    normal = F.normalize(normal, dim=-1)
+    light = 0.3 + 0.7 * (normal @ F.normalize(torch.tensor(LIGHT), dim=0)).clamp(min=0)
+    result[:, rays] = torch.stack([half - toward[:, 0], light, normal[:, 2].clamp(0, 1)])
     return result.view(3, pixels, pixels).numpy()
+
+
+def _first_inside(sample, leaps, x, y, start, last, step, few=4):
+    """Which of a ray's samples, one every step from `start` on, is the first above 0.5, infinite
+    where none of the `last` ones is: float (rays, 1), as x, y, start and last are.
+
+    In each round a ray either leaps over many samples that cannot be or takes a few.
+    """
+    first, going = torch.zeros_like(x), torch.arange(len(x))
+    while len(going):
+        now, toward = first[going], start[going]
+        leap = sample(x[going], y[going], toward - step * now, leaps, mode="nearest",
+                      padding_mode="border")
+        near = torch.nonzero(leap[:, 0] < few)[:, 0]
+        along = sample(x[going[near]], y[going[near]],
+                       toward[near] - step * (now[near] + torch.arange(few)))       # (near, few)
+        leap[near] = (along <= 0.5).cumprod(-1).sum(-1, keepdim=True).float()
+        missed = (leap >= few) & (now + leap >= last[going])
+        first[going] = torch.where(missed, math.inf, now + leap)
+        going = going[((leap >= few) & ~missed)[:, 0]]
+    return first
+
+
+def _leaps(field, block, steps):
+    """After how many steps of a ray its next sample may be above 0.5, at the earliest.
+
+    field (1, 1, z, y, x); block (3,): see class_shares; steps (3,): one step of the ray in blocks.
+    Returns float (1, 1, cells...), each number for a start anywhere in a cell.
+    """
+    size = field.shape[2:]                          # a cell is at least one block long on each axis
+    cells = [math.ceil(n * min(1, side / min(block) / 2)) for n, side in zip(size, block)]
+    empty = F.adaptive_max_pool3d(field[0], cells)[0] < 0.499           # not 0.5: rounding
+    free = torch.from_numpy(ndimage.distance_transform_cdt(empty, "chessboard"))
+    # From a cell to another that is free cells away there are at least free - 1 between their
+    # faces; interpolation feels blocks half a block, so at most half a cell, before their faces.
+    stride = max(step * m / n for step, m, n in zip(steps, cells, size))        # a step in cells
+    return (((free - 1.5) / stride).floor() + 1)[None, None]
 
 
 def _enclosing(surfaces):

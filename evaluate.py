@@ -711,7 +711,7 @@ def compact(number):
     return str(number)
 
 
-def save_renders(folder, suffix, pair, classes, max_side=256, pixels=1000):
+def save_renders(folder, suffix, pair, classes, max_side=384, pixels=1000):
     """render.png, all classes together, and one more for each of several that occur: truth and
     prediction in 3D from three sides."""
     emseg.show_progress(f"{pair.name}: drawing surfaces", 0, 1)

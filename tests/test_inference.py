@@ -1205,6 +1205,55 @@ def test_thin_sheets_do_not_vanish():
     assert 0 < np.isfinite(depth).sum() * side**2 < 24 * 1.5
 
 
+def sparse_share(density, shape, seed=0):
+    return (np.random.default_rng(seed).random(shape) < density).astype(np.float32)
+
+
+RAY_CASES = [(sparse_share(0.001, (24, 30, 40)), (1, 1, 1)),
+             (sparse_share(0.01, (9, 40, 31)), (5, 1, 1)),
+             (sparse_share(0.004, (30, 11, 13)), (1, 3, 4)),
+             (sparse_share(0.3, (12, 13, 14)), (1, 1, 1)),
+             (np.pad(np.full((1, 20, 20), 0.3, np.float32), ((9, 12), (0, 0), (0, 0))), (1, 1, 1)),
+             (np.ones((6, 7, 8), np.float32), (2, 1, 1)),
+             (np.pad(np.full((1, 1, 1), 0.01, np.float32), 7), (1, 1, 1))]
+RAY_VIEWS = [(-60, 25), (120, 15), (0, 0), (-90, 90)]
+
+
+@pytest.mark.parametrize("share, block", RAY_CASES)
+def test_rays_leap_over_nothing(monkeypatch, share, block):
+    """The same picture as from all samples of every ray."""
+    def cast():
+        return np.stack([emseg.cast_rays(share, np.array(block, float), *view, 70)
+                         for view in RAY_VIEWS])
+
+    leaping = cast()
+    with monkeypatch.context() as patch:            # no cell allows to leave a sample out
+        patch.setattr(emseg, "_leaps", lambda field, block, steps: torch.zeros(1, 1, 1, 1, 1))
+        np.testing.assert_allclose(leaping, cast(), atol=1e-5)
+    assert np.isfinite(leaping).any() == (share.max() > 0.01)
+
+
+@pytest.mark.parametrize("share, block", RAY_CASES[:3])
+@pytest.mark.parametrize("view", RAY_VIEWS)
+def test_no_sample_that_rays_leap_over_is_inside(share, block, view):
+    """Checked from every place in the volume; leaps three times as long would miss some."""
+    field = torch.from_numpy(ndimage.gaussian_filter(share, 0.7))[None, None]
+    field = field * (4 / field.max())
+    extent = np.array(share.shape[::-1]) * block[::-1]
+    toward = torch.from_numpy(emseg._eye_frame(*view)[2] * 2 / extent).float()
+    steps = (toward.abs() * torch.tensor(share.shape[::-1]) / 2 * min(block) / 2).tolist()[::-1]
+    leaps = emseg._leaps(field, np.array(block), steps)
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.rand(100_000, 1, 3, generator=generator) * 2.2 - 1.1   # a little outside too
+    leap = F.grid_sample(leaps, starts[None, None], mode="nearest", padding_mode="border",
+                         align_corners=False)[0, 0, 0]                  # (starts, 1)
+    number = torch.arange(60)
+    places = starts - (number * min(block) / 2)[:, None] * toward       # (starts, 60, 3)
+    inside = F.grid_sample(field, places[None, None], align_corners=False)[0, 0, 0] > 0.5
+    assert leap.max() > 4 and not (inside & (number < leap)).any()
+    assert (inside & (number < 3 * leap)).any()
+
+
 def test_voxel_sizes_stretch_the_picture():
     flat = np.ones((4, 20, 20), np.float32)
     heights = []
