@@ -33,7 +33,9 @@ Run:
     python evaluate.py --runs runs/*
 
 Expect:
-    EXPECT
+    165 x 768 x 1024 voxels, one class: Dice, IoU, precision and recall of 130 million voxels in
+    0.5 s, all in all 6.6 s with HD95 and ASSD, 18 s and 0.8 GiB with --objects, 35 s and 1.2 GiB
+    with --render too; two cores of an Intel Xeon, files uncompressed (commands in the README)
 """
 
 import argparse
