@@ -50,7 +50,7 @@ import re
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -828,7 +828,7 @@ def results_of(folder, content, config):
         unknown = dict.fromkeys(("parameters", "train_seconds", "predict_rate"))
         for name, mean in content["stages"].items():
             whole = name == list(content["stages"])[-1] and not args.get("compare")
-            yield replaced(own, method=" ".join(filter(None, (own.method, name))), mean=mean,
+            yield replace(own, method=" ".join(filter(None, (own.method, name))), mean=mean,
                            **{} if whole else unknown)
         return
     yield own
@@ -836,7 +836,7 @@ def results_of(folder, content, config):
         part = folder / name / "metrics.json"
         part = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
         if block["mean"] is not None:
-            yield replaced(
+            yield replace(
                 own, run=str(folder / name), model=block["model"], seed=block["seed"], method="",
                 mean=block["mean"], parameters=part.get("parameters"),
                 train_seconds=part.get("train_seconds"),
@@ -846,7 +846,7 @@ def results_of(folder, content, config):
         average = {key: content["average"][key] for key in ("dice", "iou", "miou", "accuracy")}
         per_class = {name: scores for block in structures.values()
                      for name, scores in block["per_class"].items()}
-        yield replaced(own, method="masks by themselves", mean={
+        yield replace(own, method="masks by themselves", mean={
             "per_class": per_class, **average})
 
 
@@ -854,11 +854,6 @@ def has_effect(key, args):
     """Whether an argument of a training may tell it from others of the same method."""
     idle = key.startswith("cps_") and args.get("method") == "supervised"
     return not (key in NO_SETTING or idle or (key == "partial" and not args[key]))
-
-
-def replaced(result, **changes):
-    """A copy of a Result with other values."""
-    return Result(**{**vars(result), **changes})
 
 
 def check_number(name, value):
