@@ -3270,6 +3270,11 @@ def new_figure(**options):
     return matplotlib.figure.Figure(layout="constrained", **options)
 
 
+def plain(text):
+    """A name as matplotlib shows it letter by letter: $ begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def overlay(image, masks, colors, alpha=0.45):
     """RGB float (Y, X, 3) of a grey uint8 image (Y, X) with coloured masks on top."""
     import matplotlib.colors
@@ -3322,7 +3327,7 @@ def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768)
             axis.set(xticks=[], yticks=[], frame_on="image" not in titles)
             if title in shown:
                 axis.imshow(shown[title], interpolation="antialiased")
-        row[0].text(0.02, 0.97, name, transform=row[0].transAxes, fontsize=7, va="top",
+        row[0].text(0.02, 0.97, plain(name), transform=row[0].transAxes, fontsize=7, va="top",
                     color="white", bbox={"facecolor": "black", "alpha": 0.6, "pad": 1.5,
                                          "edgecolor": "none"})
         shrunk = image.shape[2] / shown[titles[0]].shape[1]
@@ -3384,7 +3389,7 @@ def legend(figure, classes, errors, colors, unknown=False):
     """Class colours and, where truth is known, error colours below the panels; unknown: what grey
     means, too."""
     from matplotlib.patches import Patch
-    handles = [Patch(facecolor=colors[k % len(colors)], label=name, edgecolor="0.6")
+    handles = [Patch(facecolor=colors[k % len(colors)], label=plain(name), edgecolor="0.6")
                for k, name in enumerate(classes[1:])]
     if unknown:
         handles.append(Patch(facecolor=UNKNOWN_COLOR, label="not scored", edgecolor="0.6"))
@@ -3559,7 +3564,7 @@ def save_pictures(path, rows, titles, side, edges=None, classes=(), inches=2.2, 
                             fontsize=8 if inches < 3 else 12, va="top")
         _scale_bar(axes_of_row[0], side and (side,) * 3, 1, on_white=True)
     for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=9)
+        axis.set_title(plain(title), fontsize=9)
     if classes:
         legend(figure, classes, False, CLASS_COLORS)
     figure.savefig(path)
@@ -3734,9 +3739,9 @@ def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
         for z in marked:
             shown["labelled slices"] = axis.axvline(z, color="0.4", linewidth=1, linestyle="--")
         for k, class_name in enumerate(classes[1:], 1):
-            shown[class_name], = axis.plot(dice[:, k], ".-", color=colors[(k - 1) % len(colors)],
-                                           linewidth=1, markersize=4, label=class_name)
-        axis.set(title=name, ylabel="Dice of the slice", ylim=(-0.03, 1.03),
+            shown[plain(class_name)], = axis.plot(
+                dice[:, k], ".-", color=colors[(k - 1) % len(colors)], linewidth=1, markersize=4)
+        axis.set(title=plain(name), ylabel="Dice of the slice", ylim=(-0.03, 1.03),
                  xlim=(-0.5, len(dice) - 0.5))
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -3764,9 +3769,8 @@ def save_histogram(path, panels, score):
         axis.hist([*groups.values()], edges, edgecolor="0.3",
                   color=(CLASS_COLORS * len(groups))[: len(groups)],
                   weights=[np.full(len(found), 1 / len(found)) for found in groups.values()],
-                  label=[f"{name} ({len(found)})".replace("$", r"\$")      # no formula
-                         for name, found in groups.items()])
-        axis.set(title=title.replace("$", r"\$"), xlabel=score, ylabel="share of instances")
+                  label=[plain(f"{name} ({len(found)})") for name, found in groups.items()])
+        axis.set(title=plain(title), xlabel=score, ylabel="share of instances")
         axis.title.set_fontsize(9)
         axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), fontsize=8, frameon=False)
     figure.savefig(path)
@@ -4418,8 +4422,10 @@ def command(main):
         except OSError as error:
             print(f"{prog}: error: {error}", file=sys.stderr)
             raise SystemExit(2)
-        except (RuntimeError, ValueError) as error:
-            if re.search("out of memory|allocate memory", str(error)):
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if isinstance(error, MemoryError):          # NumPy's
+                advice = f"out of memory ({error or 'none is left'})"
+            elif re.search("out of memory|allocate memory", str(error)):
                 advice = "out of memory; give a smaller --batch-size, --patch-size or --width"
             elif "more than 1 value per channel" in str(error):
                 advice = "a batch of one so small patch cannot be normalised; give larger ones"
@@ -4428,9 +4434,10 @@ def command(main):
             print(f"{prog}: error: {advice}", file=sys.stderr)
             raise SystemExit(2)
         except KeyboardInterrupt:
-            resumable = (Path(args.out_dir) / "last.pt").exists()
-            how = (f"continue with: python {prog} --resume --out-dir {args.out_dir}" if resumable
-                   else "start again, with --overwrite")
+            folder = Path(args.out_dir)
+            how = (f"continue with: python {prog} --resume --out-dir {args.out_dir}"
+                   if (folder / "last.pt").exists() else
+                   "start again, with --overwrite" if folder.exists() else "start again")
             print(f"{prog}: interrupted; {how}", file=sys.stderr)
             raise SystemExit(130)
         finally:

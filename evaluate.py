@@ -508,7 +508,11 @@ def training_of(predictions):
         try:
             (folder,) = folders
             content = json.loads((folder / name).read_text(encoding="utf-8"))
-            found.append(content if content["classes"] and content["classes"][1:] else {})
+            json.dumps(content, allow_nan=False)        # a NaN is no number for metrics.json
+            classes = content["classes"]
+            usable = isinstance(classes, list) and len(set(classes)) == len(classes) > 1 and all(
+                isinstance(name, str) for name in classes)
+            found.append(content if usable else {})
         except (OSError, ValueError, KeyError, TypeError):
             found.append({})
     return found
@@ -667,11 +671,12 @@ def absences(entry):
     for name, scores in entry["per_class"].items():
         truth, pred = (scores["tp"] + scores[key] for key in ("fn", "fp"))
         missing = [HEADINGS[key] for key, value in scores.items() if value is None]
-        where = ("neither truth nor prediction" if not truth and not pred else
-                 "not in the truth" if not truth else "not in the prediction")
-        if missing and not (truth and pred):
-            yield (f"{name} is {'in ' * (not truth and not pred)}{where}: undefined (null), and "
-                   f"left out of means, are {', '.join(missing)}")
+        where = ("is in neither truth nor prediction" if not truth and not pred else
+                 "is not in the truth" if not truth else "is not in the prediction")
+        where = "has no surface in the volume, or no voxel size" if truth and pred else where
+        if missing:
+            yield (f"{name} {where}: undefined (null), and left out of means, are "
+                   f"{', '.join(missing)}")
 
 
 # -- pictures --------------------------------------------------------------------------------------
@@ -692,9 +697,10 @@ def save_confusion(path, counts, classes):
             if total[i]:
                 axis.text(j, i, percent(share[i, j]), ha="center", va="center", fontsize=8,
                           color="white" if share[i, j] > 0.55 else "black")
-    axis.set_xticks(range(n), classes, rotation=40, ha="right", rotation_mode="anchor")
+    names = [emseg.plain(name) for name in classes]
+    axis.set_xticks(range(n), names, rotation=40, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(n), [f"{name}\n{compact(int(voxels))}" for name, voxels in
-                               zip(classes, total[:, 0])])
+                               zip(names, total[:, 0])])
     axis.set(xlabel="prediction", ylabel="truth (voxels)")
     figure.savefig(path)
 
@@ -721,15 +727,18 @@ def save_renders(folder, suffix, pair, classes, max_side=384, pixels=1000):
     seen, glass, side, edges = emseg.see_surfaces(items, classes, ANGLES, max_side, pixels)
     total = pair.counts.sum(0)
     found = [k for k in range(len(classes) - 1) if total[k + 1].any() or total[:, k + 1].any()]
-    pictures = {"": (range(len(classes) - 1), glass)}
+    pictures = [("", range(len(classes) - 1), glass)]
     if len(classes) > 2:
         names = [re.sub(r"[^\w.-]+", "_", name) for name in classes[1:]]
-        pictures |= {f"_{names[k]}": ([k], [False]) for k in found}
-    for name, (chosen, see_through) in pictures.items():
+        pictures += [(f"_{names[k]}", [k], [False]) for k in found]
+    for name, chosen, see_through in pictures:
         rows = {source: [emseg.compose([view[k] for k in chosen], chosen, see_through)
                          for view in views] for source, views in seen.items()}
-        emseg.save_pictures(folder / f"render{suffix}{name}.png", rows, [""] * len(ANGLES), side,
-                            edges, classes if len(chosen) > 1 else (), inches=4.5, dpi=160)
+        path = folder / f"render{suffix}{name}.png"
+        while path.exists():                            # the classes "a b" and "a_b"
+            path = path.with_stem(path.stem + "_")
+        emseg.save_pictures(path, rows, [""] * len(ANGLES), side, edges,
+                            classes if len(chosen) > 1 else (), inches=4.5, dpi=160)
     emseg.show_progress("", 1, 1)
 
 
@@ -770,10 +779,11 @@ class Result:
                 raise TypeError(f"{key} is {getattr(self, key)!r}")
         for key in ("parameters", "train_seconds", "predict_rate"):
             check_number(key, getattr(self, key))
-        for scores in (self.mean, *self.mean["per_class"].values()):
+        for key in HEADINGS:
+            check_number(key, self.mean.get(key))
+        for scores in self.mean["per_class"].values():
             for key, value in scores.items():
-                if key in HEADINGS:
-                    check_number(key, value)
+                check_number(key, value)
 
     @property
     def title(self):
@@ -1147,25 +1157,29 @@ def results_folder(args, **more):
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise emseg.InputError(f"--out-dir {folder}: {error.strerror}")
+    try:
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as unfinished:
             unfinished = Path(unfinished)
             yield unfinished
             names = {file.name for file in unfinished.iterdir()} | {"config.json"}
-            emseg.write_json(unfinished / "config.json", {
-                **emseg.provenance(args, __file__), **more, "files": sorted(names)})
             check_folder(folder, args.overwrite)            # another one may have been faster
             earlier = earlier_files(folder)
-            for name in names - earlier:
-                if (folder / name).exists():
+            for name in names | earlier:
+                if os.path.lexists(folder / name) and (
+                        name not in earlier or not (folder / name).is_file()):
                     raise emseg.InputError(f"{folder / name} is in the way and of no evaluation; "
                                            "give another --out-dir")
+            # should this be interrupted, all files that may be there are known to be ours
+            config = {**emseg.provenance(args, __file__), **more}
+            emseg.write_json(folder / "config.json", {**config, "files": sorted(names | earlier)})
             for name in earlier - names:
                 (folder / name).unlink(missing_ok=True)
-            for name in names:
+            for name in names - {"config.json"}:
                 os.replace(unfinished / name, folder / name)
+            emseg.write_json(folder / "config.json", {**config, "files": sorted(names)})
         print(f"wrote {folder}/: {', '.join(sorted(names))}")
-    except OSError as error:
-        raise emseg.InputError(f"--out-dir {folder}: {error.strerror or error}")
     finally:
         if is_new:
             with contextlib.suppress(OSError):              # it is not empty

@@ -7,7 +7,9 @@ import csv
 import itertools
 import json
 import math
+import os
 import types
+from pathlib import Path
 
 import matplotlib.colors
 import numpy as np
@@ -754,7 +756,9 @@ def test_names_come_from_the_run_that_the_prediction_is_in(tmp_path):
     assert "class names of the run: background, mito, vesicle" in notes
     assert opened_arrays(*arrays, "--classes", "a", "b")[0] == ["a", "b"]
     assert opened_arrays(*arrays, "--prediction-map", "0=0,1=1")[0] == ["background", "class 1"]
-    for broken in ("{}", "[]", "{", '{"classes": null}', '{"classes": 3}'):
+    for broken in ("{}", "[]", "{", '{"classes": null}', '{"classes": 3}', '{"classes": "abc"}',
+                   '{"classes": [1, 2, 3]}', '{"classes": ["a", "b", "b"]}', '{"classes": ["a"]}',
+                   '{"classes": ["a", "b"], "args": {"lr": NaN}}'):
         config.write_text(broken)
         assert opened_arrays(*arrays)[0] == ["background", "class 1"]
 
@@ -1013,6 +1017,52 @@ def test_an_evaluation_that_ends_early_leaves_the_earlier_one(tmp_path, monkeypa
     assert not (tmp_path / "new").exists()
 
 
+def test_an_evaluation_that_ends_while_its_files_move_can_be_repeated(tmp_path, monkeypatch,
+                                                                      no_pictures):
+    ids, out = line("0011"), tmp_path / "out"
+    score(tmp_path, ids, ids)
+    replace = os.replace
+
+    def interrupted(source, target):
+        if Path(target).name == "metrics.json" and Path(target).parent == out:
+            raise KeyboardInterrupt
+        replace(source, target)
+    arguments = ["--prediction", tmp_path / "pred.tif", "--label", tmp_path / "truth.tif",
+                 "--objects", "--overwrite", "--out-dir", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(SystemExit):
+            run(evaluate, *arguments)
+    assert {"metrics.json", "objects.csv"} <= set(
+        json.loads((out / "config.json").read_text())["files"])
+    run(evaluate, *arguments)
+    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.json", "objects.csv"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to nothing"])
+def test_what_is_in_the_way_stops_before_anything_is_replaced(tmp_path, capsys, no_pictures, kind):
+    ids, out = line("0011"), tmp_path / "out"
+    score(tmp_path, ids, ids)
+    before = (out / "metrics.json").read_bytes()
+    if kind == "folder":
+        (out / "objects.csv").mkdir()
+    else:
+        (out / "objects.csv").symlink_to(tmp_path / "none")
+    assert "in the way" in refused(
+        evaluate, capsys, "--prediction", tmp_path / "pred.tif", "--label", tmp_path / "truth.tif",
+        "--out-dir", out, "--overwrite", "--objects")
+    assert (out / "metrics.json").read_bytes() == before and os.path.lexists(out / "objects.csv")
+
+
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise MemoryError("Unable to allocate 9 TiB")
+    monkeypatch.setattr(emseg, "count_pairs", fail)
+    np.save(tmp_path / "a.npy", line("0011"))
+    assert "out of memory (Unable to allocate 9 TiB)" in refused(
+        evaluate, capsys, "--prediction", tmp_path / "a.npy", "--label", tmp_path / "a.npy")
+
+
 def test_files_of_others_are_not_replaced(tmp_path, capsys, no_pictures):
     ids, out = line("0011"), tmp_path / "out"
     score(tmp_path, ids, ids)
@@ -1136,6 +1186,17 @@ def test_figure_shows_classes_and_errors(drawn):
     assert share_of(pred, mito) > share_of(truth, mito) and share_of(pred, body) == 0
     assert min(share_of(errors, color) for color in (hit, miss, false)) > 0.005
     assert share_of(errors, hit) == pytest.approx(share_of(truth, mito), rel=0.2)
+
+
+def test_odd_class_names_have_pictures_of_their_own(tmp_path):
+    names = ["bg", r"$\frac{$", "a b", "a_b"]
+    ids = np.zeros((3, 12, 12), np.uint8)
+    for k in (1, 2, 3):
+        ids[:, 3 * k - 2 : 3 * k, 3:9] = k
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.save_renders, "__defaults__", (20, 40))
+        score(tmp_path, ids, ids, "--render", "--classes", *names)
+    assert len(list((tmp_path / "out").glob("render_*.png"))) == 3
 
 
 def test_figure_shows_the_image_that_is_given(cells, tmp_path):

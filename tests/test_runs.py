@@ -512,6 +512,8 @@ NO_RUN = {
         "0.5", "NaN"))(folder), "damaged (TypeError: dice is nan)"),
     "infinite": (lambda folder: text((folder / "metrics.json").read_text().replace(
         "0.5", "1e999"))(folder), "damaged (TypeError: dice is inf)"),
+    "count": (scored(tp="x"), "damaged (TypeError: tp is"),
+    "other key": (scored(mine=[1]), "damaged (TypeError: mine is"),
     "huge": (scored(dice=10**400), "damaged"), "overflow": (scored(dice=1.7e308), "damaged"),
     "mean list": (changed(mean=[]), "damaged"), "mean text": (changed(mean="0.5"), "damaged"),
     "per class": (changed(mean={"per_class": {"mito": 0.5}}), "damaged"),
