@@ -3739,8 +3739,9 @@ def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
         for z in marked:
             shown["labelled slices"] = axis.axvline(z, color="0.4", linewidth=1, linestyle="--")
         for k, class_name in enumerate(classes[1:], 1):
-            shown[plain(class_name)], = axis.plot(
-                dice[:, k], ".-", color=colors[(k - 1) % len(colors)], linewidth=1, markersize=4)
+            name_k = plain(class_name)
+            shown[name_k], = axis.plot(dice[:, k], ".-", color=colors[(k - 1) % len(colors)],
+                                       linewidth=1, markersize=4, label=name_k)
         axis.set(title=plain(name), ylabel="Dice of the slice", ylim=(-0.03, 1.03),
                  xlim=(-0.5, len(dice) - 0.5))
         axis.grid(alpha=0.3)
