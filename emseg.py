@@ -1042,17 +1042,18 @@ def _ranked(volume, z):
         raise InputError(f"{volume.path}: slice {z} holds values that are not whole numbers; "
                          "wanted class ids, not an image or a probability, of which a threshold "
                          "makes ids")
-    if page.dtype.kind == "f" or page.itemsize > 2:
-        values, ranks = np.unique(page.astype(np.int64), return_inverse=True)
+    if page.itemsize == 1:
+        return np.arange(256, dtype=np.uint8).view(page.dtype).astype(np.int64), _unsigned(page)
+    page = page.astype(np.int64)
+    low = page.min()
+    if int(page.max()) - int(low) >= 2**16:
+        values, ranks = np.unique(page, return_inverse=True)
         return values, ranks.reshape(page.shape).astype(np.uint32)
-    bits = _unsigned(page)
-    found = np.arange(256, dtype=bits.dtype)
-    if page.itemsize == 2:
-        found = np.flatnonzero(_count_values(bits)).astype(bits.dtype)
-        table = np.zeros(2**16, np.uint16)
-        table[found] = np.arange(len(found))
-        bits = table[bits]
-    return found.view(page.dtype).astype(np.int64), bits
+    page = (page - low).astype(np.uint16)               # a table is far faster than to sort
+    found = np.flatnonzero(_count_values(page))
+    table = np.zeros(2**16, np.uint16)
+    table[found] = np.arange(len(found))
+    return found + low, table[page]
 
 
 def _listed(values, most=12):

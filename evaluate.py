@@ -577,9 +577,9 @@ def score_pair(pair, classes, args, folder):
     result = emseg.volume_scores(pair.counts, pair.label, classes, args.organelles)
     size, volumes = pair.voxel_size, (pair.prediction, pair.label)
     if args.distances:
-        spread = surface_distances(*volumes, len(classes), size, folder, progress(
+        distances = surface_distances(*volumes, len(classes), size, folder, progress(
             "surfaces")) if size else [[((), ())] * 2] * (len(classes) - 1)
-        for name, directions in zip(classes[1:], spread):
+        for name, directions in zip(classes[1:], distances):
             result["per_class"][name].update(hd95_and_assd(directions))
     rows = []
     if args.objects:
@@ -756,7 +756,8 @@ NO_SETTING = {"seed", "out_dir", "overwrite", "resume", "checkpoint", "device", 
 @dataclass
 class Result:
     """The scores of one trained network, ensemble or stage; see read_run. settings: the arguments
-    of its training that may tell it from others."""
+    of its training that may tell it from others; is_part: whether its folder is within that of the
+    run that it is a part of."""
     run: str
     script: str
     model: str
@@ -767,6 +768,7 @@ class Result:
     mean: dict
     settings: dict
     sources: dict
+    is_part: bool
     parameters: object = None
     train_seconds: object = None
     predict_rate: object = None
@@ -831,7 +833,7 @@ def results_of(folder, content, config):
         method.removeprefix(", "), content["seed"], tuple(classes),
         tuple(str(entry["label"]) for entry in content["volumes"] if entry["label"]),
         content["mean"], {key: value for key, value in args.items() if has_effect(key, args)},
-        config.get("sha256", {}),
+        config.get("sha256", {}), bool(config.get("part_of")),
         content["parameters"], content["train_seconds"], content["predict_voxels_per_second"])
     if content.get("stages"):
         # networks and times are those of all stages, or of two trainings that were compared
@@ -891,23 +893,18 @@ def method_of(args, content):
 def read_runs(folders):
     """The Results of all folders, and a line for each one that has none. A part of a run that is
     given too is left to it."""
-    results, skipped, seen, parts = [], [], set(), []
+    found, skipped = {}, []                     # found: real path -> Results
     for folder in folders:
         real = os.path.realpath(folder)
-        if real in seen:
+        if real in found:
             continue
-        seen.add(real)
         try:
-            found = read_run(folder)
-            whole = json.loads((Path(folder) / "config.json").read_text()).get("part_of") if (
-                Path(folder) / "config.json").exists() else None
-            results.append((real, whole and os.path.dirname(real), found))
+            found[real] = read_run(folder)
         except emseg.InputError as error:
+            found[real] = []
             skipped.append(f"skipped {folder}: {error}")
-    wholes = {real for real, whole, _ in results if not whole}
-    for real, whole, found in results:
-        parts += [] if whole in wholes else found
-    return parts, skipped
+    return [result for real, results in found.items() for result in results
+            if not (result.is_part and found.get(os.path.dirname(real)))], skipped
 
 
 def grouped(results):

@@ -1,8 +1,7 @@
 """evaluate.py --runs: one table of finished runs, made ones and those that the scripts write."""
 
-import json
 import csv
-import functools
+import json
 import re
 import shutil
 import time
@@ -400,22 +399,22 @@ def real(cells, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     image, mito, label = [cells / f"{name}.tif" for name in ("image", "mito", "label")]
 
-    def test_of(path):
+    def tested_on(path):
         return ["--test-volume", f"{image}@8:9", "--test-label", f"{path}@8:9"]
 
     for name, more in (("cps0", []), ("cps1", ["--seed", "1"]),
                        ("alone", ["--method", "supervised"])):
         conftest.run(train_cps, "--volume", f"{image}@0:4", "--label", f"{mito}@0:4",
                      "--label-slices", "0,2", "--downsample", "2", "--model", "unet", "--classes",
-                     "background", "mito", "--cps-warmup", "0", "1", *test_of(mito), *TINY, *more,
+                     "background", "mito", "--cps-warmup", "0", "1", *tested_on(mito), *TINY, *more,
                      "--out-dir", runs / name)
-    conftest.run(train_2d3d, "--volume", f"{image}@0:3", "--label", f"{label}@0:3", *test_of(label),
-                 "--instances", "2", "--width", "2", "--patch-size", "3", "60", "60", "--spacing",
-                 "2", "32", "32", "--epochs", "1", "--steps-per-epoch", "1", "--batch-size", "1",
-                 "--elastic", "3", "--out-dir", runs / "2d3d")
+    conftest.run(train_2d3d, "--volume", f"{image}@0:3", "--label", f"{label}@0:3",
+                 *tested_on(label), "--instances", "2", "--width", "2", "--patch-size", "3", "60",
+                 "60", "--spacing", "2", "32", "32", "--epochs", "1", "--steps-per-epoch", "1",
+                 "--batch-size", "1", "--elastic", "3", "--out-dir", runs / "2d3d")
     conftest.run(train_partial, "--volume", f"{image}@0:3", "--label", f"{label}@0:3", "--partial",
                  f"{image}@3:6", f"{label}@3:6", "3=0,4=0", "--compare", "--classes",
-                 *emseg.PHANTOM_CLASSES, *test_of(label), *TINY, "--model", "unet", "--out-dir",
+                 *emseg.PHANTOM_CLASSES, *tested_on(label), *TINY, "--model", "unet", "--out-dir",
                  runs / "partial")
     vesicle = runs / "vesicle.tif"
     tifffile.imwrite(vesicle, (tifffile.imread(label) == 4).astype(np.uint8))
