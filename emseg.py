@@ -28,6 +28,7 @@ import bisect
 import contextlib
 import csv
 import ctypes
+import datetime
 import functools
 import hashlib
 import io
@@ -38,6 +39,7 @@ import operator
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -82,7 +84,7 @@ class InputError(ValueError):
 TIFF_EXTENSIONS = (".tif", ".tiff")
 MRC_EXTENSIONS = (".mrc", ".rec", ".map", ".st", ".ali")
 READABLE = ".tif .tiff .mrc .rec .map .st .ali .npy .png, or a folder of .tif or .png slices"
-CACHE_BYTES = 256 * 2**20  # decoded slices that one compressed volume keeps
+CACHE_BYTES = 256 * 2**20  # decoded slices that a process keeps
 PLAUSIBLE_NM = (0.005, 10_000.0)  # sides outside this are header defaults, such as 72 dpi
 UNIT_NM = {"pm": 1e-3, "å": 0.1, "a": 0.1, "angstrom": 0.1, "nm": 1.0, "nanometer": 1.0,
            "um": 1e3, "µm": 1e3, "μm": 1e3, "micron": 1e3, "microns": 1e3, "micrometer": 1e3,
@@ -273,18 +275,16 @@ class _MappedSource:
 
 
 class _PagedSource:
-    """Slices that must be decoded whole: decode(z) -> (Y, X). The latest are kept, CACHE_BYTES."""
+    """Slices that must be decoded whole: decode(z) -> (Y, X). The latest are kept: CACHE_BYTES of
+    all sources together, or the last one."""
+
+    cache, cached = OrderedDict(), 0            # (source, z) -> slice, the latest last; their bytes
 
     def __init__(self, name, shape, dtype, decode):
         self.name, self.shape, self.dtype, self.decode = name, shape, _native(name, dtype), decode
-        self.cache = OrderedDict()
-        self.cache_size = max(1, CACHE_BYTES // (shape[1] * shape[2] * self.dtype.itemsize))
-
-    def __getstate__(self):
-        return {**self.__dict__, "cache": OrderedDict()}
 
     def page(self, z):
-        page = self.cache.pop(z, None)
+        page = self.cache.get((self, z))
         if page is None:
             try:
                 page = np.asarray(self.decode(z), self.dtype).reshape(self.shape[1:])
@@ -293,9 +293,11 @@ class _PagedSource:
             except Exception as error:
                 raise InputError(f"{self.name}: slice {z} is damaged "
                                  f"({_one_line(error)})") from error
-        self.cache[z] = page
-        while len(self.cache) > self.cache_size:
-            self.cache.popitem(last=False)
+            self.cache[self, z] = page
+            _PagedSource.cached += page.nbytes
+        self.cache.move_to_end((self, z))
+        while self.cached > CACHE_BYTES and len(self.cache) > 1:
+            _PagedSource.cached -= self.cache.popitem(last=False)[1].nbytes
         return page
 
     def read(self, z, y, x):
@@ -687,16 +689,24 @@ class _Downsampled(LazyArray):
         if box.size == 0:
             return np.empty(shape, self.dtype)
         pad = ((0, 0), (0, shape[1] * n - box.shape[1]), (0, shape[2] * n - box.shape[2]))
-        blocks = np.pad(box, pad, mode="edge").reshape(shape[0], shape[1], n, shape[2], n)
+        if box.shape[1:] != (shape[1] * n, shape[2] * n):
+            box = np.pad(box, pad, mode="edge")
         if self.reduce == "mean":
-            mean = blocks.mean(axis=(2, 4), dtype=np.float64)
+            mean = _sum_blocks(box, n, np.int32 if box.itemsize == 1 else np.float64) / n**2
             return (np.floor(mean + 0.5) if self.dtype.kind in "iu" else mean).astype(self.dtype)
         most, winner = np.zeros(shape, np.int32), np.zeros(shape, self.dtype)
-        for value in np.unique(box):  # ascending, so that a tie stays with the lower id
-            votes = (blocks == value).sum(axis=(2, 4), dtype=np.int32)
+        found = np.flatnonzero(_count_values(box)) if box.dtype == np.uint8 else np.unique(box)
+        for value in found:  # ascending, so that a tie stays with the lower id
+            votes = _sum_blocks(box == value, n, np.int32)
             winner[votes > most] = value
             np.maximum(most, votes, out=most)
         return winner
+
+
+def _sum_blocks(box, n, dtype):
+    """Sums of the n x n pixels of each block, (Z, Y, X) -> (Z, Y / n, X / n)."""
+    rows = sum(box[:, k::n].astype(dtype) for k in range(n))
+    return sum(rows[..., k::n] for k in range(n))           # far faster than over both axes at once
 
 
 def resize(array, shape, linear):
@@ -1127,6 +1137,7 @@ class VolumeWriter:
     def __init__(self, path, dtype, shape, offset, owner):
         self.path, self.dtype, self.shape = path, dtype, shape
         self.offset, self.owner = offset, owner  # byte of the first voxel; whether this one renames
+        self.nbytes = math.prod(shape) * dtype.itemsize
         self.temporary = _temporary(path)
         self.stream = open(self.temporary, "r+b")
 
@@ -1155,22 +1166,26 @@ class VolumeWriter:
 
     def __exit__(self, kind, error, traceback):
         if kind is None:
-            return self.close()
+            with _removed_on_failure(self.temporary) if self.owner else contextlib.nullcontext():
+                return self.close()
         with contextlib.suppress(OSError):      # closing flushes, which a full disk refuses again
             self.stream.close()
         if self.owner:
-            os.remove(self.temporary)
+            with contextlib.suppress(OSError):
+                os.remove(self.temporary)
 
 
-def create_volume(path, shape, dtype, voxel_size=None, max_value=255, attach=False):
+def create_volume(path, shape, dtype, voxel_size=None, max_value=255, attach=False, promised=0):
     """Create a .tif or .mrc file for a volume larger than memory: a VolumeWriter, to use in `with`.
 
     shape (Z, Y, X), or (Z, C, Y, X) for a TIFF of several channels; dtype uint8, uint16 or float32;
     voxel_size (z, y, x) in nm or None. The voxels go to a temporary file beside path, renamed when
     the block ends and removed when it ends by an exception. Several processes can fill one file:
     the first creates it, then the others call this with attach=True, and the first may leave the
-    block only after the others have. MRC has no unsigned bytes: uint8 is stored as int8 where
-    max_value <= 127, else as uint16. TIFF carries ImageJ metadata, or OME above 4 GB. Raises
+    block only after the others have. promised: bytes on the same disk that other files still need,
+    which like this one take their room as they are filled. MRC has no unsigned bytes: uint8 is
+    stored as int8 where max_value <= 127, else as uint16. TIFF carries ImageJ metadata, or OME
+    above 4 GB. Raises
     InputError where the folder is missing or the disk too small, before anything is written.
     """
     path, shape, dtype = os.fspath(path), tuple(shape), np.dtype(dtype)
@@ -1185,11 +1200,12 @@ def create_volume(path, shape, dtype, voxel_size=None, max_value=255, attach=Fal
         folder = os.path.dirname(temporary) or "."
         if not os.path.isdir(folder):
             raise InputError(f"{path}: the folder {folder} does not exist")
-        need, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(folder).free
+        need = math.prod(shape) * dtype.itemsize + promised
+        free = shutil.disk_usage(folder).free
         if need > free:
             raise InputError(f"{path}: needs {need / 2**30:.2f} GiB but the disk has "
                              f"{free / 2**30:.2f} GiB free; make room or choose another folder")
-        with _disk_errors(path):
+        with _removed_on_failure(temporary), _disk_errors(path):
             (_create_mrc if is_mrc else _create_tiff)(temporary, shape, dtype, voxel_size)
     return VolumeWriter(path, dtype, shape, _data_offset(temporary, is_mrc), owner=not attach)
 
@@ -1207,6 +1223,31 @@ def _disk_errors(path):
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); is there room "
                          "on the disk and the right to write?") from error
+
+
+@contextlib.contextmanager
+def _removed_on_failure(file):
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(file)
+        raise
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """The name of a temporary file to write in the block, beside path and renamed to it at the end.
+
+    So the file at path is whole at any moment, even after a crash or a power cut. Where the block
+    fails the temporary file goes; an OSError, such as a full disk, becomes an InputError.
+    """
+    temporary = _temporary(path)
+    with _removed_on_failure(temporary), _disk_errors(path):
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def _create_tiff(file, shape, dtype, voxel_size):
@@ -3271,6 +3312,12 @@ def new_figure(**options):
     return matplotlib.figure.Figure(layout="constrained", **options)
 
 
+def save_figure(figure, path):
+    """Write a figure as a PNG file that is always whole; see replacing."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
 def plain(text):
     """A name as matplotlib shows it letter by letter: $ begins no formula."""
     return text.replace("$", r"\$")
@@ -3334,7 +3381,7 @@ def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768)
         shrunk = image.shape[2] / shown[titles[0]].shape[1]
         _scale_bar(row[0], image.voxel_size, shrunk)
     legend(figure, classes, "truth" in titles, colors)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _spread(image, label, count):
@@ -3451,7 +3498,7 @@ def save_maps(path, items, classes, colors=CLASS_COLORS, rows=2, max_side=768):
         _scale_bar(row[0], image.voxel_size, step)
     legend(figure, classes, False, colors, unknown)
     figure.get_layout_engine().set(h_pad=0.08)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _busiest(ids, n_classes):
@@ -3568,7 +3615,7 @@ def save_pictures(path, rows, titles, side, edges=None, classes=(), inches=2.2, 
         axis.set_title(plain(title), fontsize=9)
     if classes:
         legend(figure, classes, False, CLASS_COLORS)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def class_shares(volume, n_classes, max_side):
@@ -3750,7 +3797,7 @@ def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
     axis.set_xlabel("z")
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=6, fontsize=8,
                   frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def save_histogram(path, panels, score):
@@ -3775,7 +3822,7 @@ def save_histogram(path, panels, score):
         axis.set(title=plain(title), xlabel=score, ylabel="share of instances")
         axis.title.set_fontsize(9)
         axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), fontsize=8, frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def save_curves(path, log):
@@ -3803,13 +3850,16 @@ def save_curves(path, log):
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 # ==================================================================================================
 # Runs: command line, data, run folder, checkpoints, progress
 # ==================================================================================================
 
+# How long a process waits for the others, such as for the slowest share of a large prediction. One
+# that has died is noticed at once: its connections close.
+MOST_WAITING = datetime.timedelta(hours=12)
 RUN_FILES = ("config.json", "log.csv", "best.pt", "last.pt", "metrics.json", "figure.png",
              "curves.png", "maps.png", "surfaces.png", "surfaces_*.png", "prediction.*",
              "prediction_*", "probability.tif", "probability_*.tif", "stages/*.tif",
@@ -3990,11 +4040,16 @@ def resume_args(parser, args, typed):
         raise InputError(f"--resume: {path} is no config of an earlier run; check --out-dir")
     if whole:
         raise InputError(f"--resume: {args.out_dir} is part of the run {whole}; resume that one")
+    if saved.get("checkpoint"):
+        raise InputError(f"--resume: {args.out_dir} holds a prediction, no training; start it "
+                         "again with --overwrite")
     for name, value in typed.items():
         if name not in OF_THIS_CALL and saved.get(name) != value:
             raise InputError(f"--resume: {flag_name(name)} was {saved.get(name)} and is now "
                              f"{value}; leave it out, or start a new run in another --out-dir")
     own = {name: value for name, value in vars(args).items() if name in OF_THIS_CALL}
+    if not (path.parent / "last.pt").exists():          # stopped before it was written: start anew
+        own |= {"resume": False, "overwrite": True}
     return argparse.Namespace(**{**vars(args), **saved, **own})
 
 
@@ -4411,11 +4466,22 @@ def plateaus(history, patience, cooldown=0, threshold=0.0):
     return count
 
 
+def how_to_resume(script, folder):
+    """The command that goes on with an interrupted run, for a shell."""
+    launcher, world = "python", os.environ.get("LOCAL_WORLD_SIZE")
+    if world:
+        launcher = f"torchrun --nproc-per-node={world}"
+    return f"continue with: {launcher} {script} --resume --out-dir {shlex.quote(str(folder))}"
+
+
 def command(main):
     """Run main(args) as a command: bad input is one line and exit status 2, never a traceback."""
     @functools.wraps(main)
     def wrapper(args):
         prog = Path(sys.argv[0]).name
+        for stream in (sys.stdout, sys.stderr):         # names that the terminal cannot show
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(args)
         except InputError as error:
@@ -4425,7 +4491,11 @@ def command(main):
             print(f"{prog}: error: {error}", file=sys.stderr)
             raise SystemExit(2)
         except (RuntimeError, ValueError, MemoryError) as error:
-            if isinstance(error, MemoryError):          # NumPy's
+            if torch.distributed.is_initialized() and (
+                    isinstance(error, torch.distributed.DistError)
+                    or re.search("gloo|by peer", str(error))):
+                advice = "another process has ended; --resume goes on from the last checkpoint"
+            elif isinstance(error, MemoryError):        # NumPy's
                 advice = f"out of memory ({error or 'none is left'})"
             elif re.search("out of memory|allocate memory", str(error)):
                 advice = "out of memory; give a smaller --batch-size, --patch-size or --width"
@@ -4437,8 +4507,7 @@ def command(main):
             raise SystemExit(2)
         except KeyboardInterrupt:
             folder = Path(args.out_dir)
-            how = (f"continue with: python {prog} --resume --out-dir {args.out_dir}"
-                   if (folder / "last.pt").exists() else
+            how = (how_to_resume(prog, folder) if (folder / "last.pt").exists() else
                    "start again, with --overwrite" if folder.exists() else "start again")
             print(f"{prog}: interrupted; {how}", file=sys.stderr)
             raise SystemExit(130)
@@ -4450,10 +4519,8 @@ def command(main):
 
 def write_text(path, text):
     """Write a small file so that it is always whole. Raises InputError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _disk_errors(path):
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path, content):
@@ -4493,17 +4560,12 @@ def metrics_content(script, classes, volumes, mean, **more):
 
 
 def save_checkpoint(path, content):
-    """Write a checkpoint so that the file is always whole: temporary name, flush, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
+    """Write a checkpoint so that the file is always whole; see replacing. Raises InputError."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:        # RuntimeError: torch.save on a full disk
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({_one_line(error)}); is the disk full?")
+        except RuntimeError as error:               # PyTorch's writer, on a full disk
+            raise OSError(_one_line(error)) from error
 
 
 def load_checkpoint(path, script):
@@ -4552,7 +4614,8 @@ class Run:
         if self.world > 1:
             if not whole:
                 torch.distributed.init_process_group(
-                    "nccl" if self.device.type == "cuda" else "gloo")
+                    "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                    timeout=MOST_WAITING)
             self.rank = torch.distributed.get_rank()
         self.training = not args.checkpoint
         if args.checkpoint and not checkpoint:
@@ -4570,7 +4633,7 @@ class Run:
         self.step, self.seconds, self.sums, self.pending = 0, 0.0, {}, None
         self.best, self.history = None, []      # the metric of end_epoch: highest, of each epoch
         self.losses = []                        # the mean losses of each epoch, {name: value}
-        self.predicted_voxels, self.predict_seconds, self.interrupted = 0, 0.0, False
+        self.predicted_voxels, self.predict_seconds, self.interrupted = 0, 0.0, None
         self.stage, self.threshold = None, getattr(args, "threshold", 0.5)
         self.colors = CLASS_COLORS              # of the foreground classes, in figure.png
         self.organelles = getattr(args, "organelles", None)     # class ids of miou_org
@@ -4584,15 +4647,14 @@ class Run:
         """Refuse a folder that holds something, unless told what to do with it."""
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"--out-dir {self.folder} is a file")
-        used = self.folder.exists() and any(self.folder.iterdir())
+        used = self.folder.exists() and any(not file.name.startswith(".")
+                                            for file in self.folder.iterdir())
         if used and not (self.args.overwrite or self.args.resume):
             raise InputError(f"--out-dir {self.folder} is not empty; give --overwrite, --resume or "
                              f"another folder")
         if self.checkpoint and (self.folder / "last.pt").exists():
             raise InputError(f"--out-dir {self.folder} holds a training run; predict into another "
                              f"folder")
-        if self.args.resume and not (self.folder / "last.pt").exists():
-            raise InputError(f"--resume: {self.folder} holds no last.pt; start with --overwrite")
 
     def part(self, name, **changes):
         """A run in the subfolder `name`, a part of this one: with changed arguments, resumed with
@@ -4692,7 +4754,7 @@ class Run:
             return
         parts = [file.parent for file in self.folder.glob("*/config.json") if _is_part(file)]
         old = [file for folder in (self.folder, *parts) for pattern in RUN_FILES
-               for file in folder.glob(pattern)]
+               for file in (*folder.glob(pattern), *folder.glob(_temporary(pattern)))]
         read = [path for name in INPUTS for paths in named_paths(getattr(self.args, name)).values()
                 for path in paths]
         read += [path for pair in getattr(self.args, "partial", []) for path in pair[:2]]
@@ -4770,14 +4832,18 @@ class Run:
         return (last - step) / (last - first)
 
     def _interrupt(self, number, frame):
-        """First Ctrl-C: finish the step and save. Second one: stop at once."""
-        if self.interrupted:
+        """First Ctrl-C: finish the step and save. One a second later or more: stop at once.
+
+        Before that it may be the same one, which torchrun passes on to its processes.
+        """
+        now = time.monotonic()
+        if self.interrupted and now - self.interrupted > 1:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.interrupted = self.interrupted or now
 
     def _stop_if_interrupted(self):
         """Where any process was interrupted: save, say how to go on, leave with status 130."""
-        interrupted = self.interrupted
+        interrupted = bool(self.interrupted)
         if self.world > 1:
             count = torch.tensor(float(interrupted), device=self.device)
             torch.distributed.all_reduce(count)
@@ -4785,10 +4851,10 @@ class Run:
         if not interrupted:
             return
         self._check_finite()
+        self._check_weights()
         self.save("last.pt")
-        self.say(f"\ninterrupted at step {self.step}; saved {self.folder / 'last.pt'}; continue "
-                 f"with: python {self.script.name} --resume --out-dir "
-                 f"{(self.whole or self).folder}")
+        self.say(f"\ninterrupted at step {self.step}; saved {self.folder / 'last.pt'}; "
+                 f"{how_to_resume(self.script.name, (self.whole or self).folder)}")
         raise SystemExit(130)
 
     def log(self, lr, **losses):
@@ -4810,9 +4876,21 @@ class Run:
         for name, value in zip(names, values.tolist()):
             if not math.isfinite(value):
                 epoch = self._title(self.epoch_of(step))
-                raise InputError(f"{name} is {value} at {epoch}, step {step}; try a lower --lr or "
-                                 f"--no-amp; the last good checkpoint in {self.folder} is kept")
+                raise InputError(f"{name} is {value} at {epoch}, step {step}; {self._advice()}")
             self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def _check_weights(self):
+        """Raise InputError where a weight is not finite: such a network must not be saved."""
+        values = [value for module in self.modules.values() if isinstance(module, nn.Module)
+                  for value in module.state_dict().values()]
+        if not torch.stack([value.isfinite().all() for value in values]).all():
+            step = self.step - 1
+            raise InputError(f"the weights are not finite after {self._title(self.epoch_of(step))},"
+                             f" step {step}; {self._advice()}")
+
+    def _advice(self):
+        """What to do about losses and weights that are not finite."""
+        return f"try a lower --lr or --no-amp; the last good checkpoint in {self.folder} is kept"
 
     def _mean_of_processes(self, sums):
         """{name: number} averaged over all processes, so that all decide alike."""
@@ -4865,6 +4943,7 @@ class Run:
         """Write the epoch's row of log.csv, last.pt, and best.pt if this metric of the validation
         has not been as high before."""
         self._check_finite()
+        self._check_weights()
         epoch = self.epoch_of(self.step) - 1
         count = self.step - (self.ends[epoch - 1] if epoch else 0)
         row = {"stage": self.stage} if self.stage else {}
@@ -4874,12 +4953,7 @@ class Run:
                 **self.losses[-1], **validation}
         self.sums = {}
         if self.rank == 0:
-            new = epoch == 0
-            with open(self.folder / "log.csv", "w" if new else "a", newline="") as file:
-                writer = csv.DictWriter(file, row, lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            self._write_row(epoch, row)
         value = validation.get(metric)
         better = value is not None and (self.best is None or value > self.best)
         if better:
@@ -4897,6 +4971,17 @@ class Run:
         self.say(f"\r{line}\x1b[K" if terminal else line)
         self._stop_if_interrupted()
 
+    def _write_row(self, epoch, row):
+        """Add a row to log.csv, a new file in the first epoch."""
+        log, text = self.folder / "log.csv", io.StringIO()
+        if epoch and log.exists():
+            text.write(log.read_text(encoding="utf-8"))
+        writer = csv.DictWriter(text, row, lineterminator="\n")
+        if not text.tell():
+            writer.writeheader()
+        writer.writerow(row)
+        write_text(log, text.getvalue())
+
     def save(self, name, **more):
         """last.pt: everything; best.pt: the networks, without optimisers. more: also to save."""
         if self.rank:
@@ -4906,7 +4991,7 @@ class Run:
         save_checkpoint(self.folder / name, {
             "script": self.script.name, "model": self.args.model, "args": vars(self.args),
             "classes": self.data.classes, "normalization": self.data.normalization,
-            "seen": self.data.seen, "stage": self.stage, "step": self.step,
+            "seen": self.data.seen, "world": self.world, "stage": self.stage, "step": self.step,
             "seconds": self.seconds, "best": self.best, "history": self.history,
             "losses": self.losses, "sums": self.sums, "modules": keep, **more})
 
@@ -4923,6 +5008,10 @@ class Run:
             write_text(log, "".join(lines[: epoch + 1]))
         if self.total:
             self.say(f"resuming {self.folder} at step {self.step} of {self.total}")
+        began = checkpoint.get("world", self.world)
+        if began != self.world:
+            self.say(f"note: begun by {began} processes and resumed by {self.world}, which draw "
+                     "other crops")
 
     # -- results
 
@@ -4978,11 +5067,14 @@ class Run:
         """VolumeWriters of (path, shape, dtype), filled by all processes, whole when all are done.
         """
         options = {"voxel_size": item.volume.voxel_size, "max_value": len(self.data.classes) - 1}
+        writers = []
         with contextlib.ExitStack() as files:
             if self.rank == 0:
                 for path, *_ in outputs:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                writers = [files.enter_context(create_volume(*o, **options)) for o in outputs]
+                for o in outputs:
+                    writers.append(files.enter_context(create_volume(
+                        *o, **options, promised=sum(writer.nbytes for writer in writers))))
             self.barrier()
             if self.rank:
                 writers = [files.enter_context(create_volume(*o, **options, attach=True))

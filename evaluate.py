@@ -47,6 +47,7 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 import tempfile
 import time
@@ -702,7 +703,7 @@ def save_confusion(path, counts, classes):
     axis.set_yticks(range(n), [f"{name}\n{compact(int(voxels))}" for name, voxels in
                                zip(names, total[:, 0])])
     axis.set(xlabel="prediction", ylabel="truth (voxels)")
-    figure.savefig(path)
+    emseg.save_figure(figure, path)
 
 
 def percent(share):
@@ -1176,6 +1177,8 @@ def results_folder(args, **more):
             for name in names - {"config.json"}:
                 os.replace(unfinished / name, folder / name)
             emseg.write_json(folder / "config.json", {**config, "files": sorted(names)})
+        for other in folder.glob(f"{UNFINISHED}*"):             # of an evaluation that was killed
+            shutil.rmtree(other, ignore_errors=True)
         print(f"wrote {folder}/: {', '.join(sorted(names))}")
     finally:
         if is_new:

@@ -770,7 +770,7 @@ def save_weights(path, data, weights, class_weights):
             shown = axis.imshow(np.maximum(array, 0), cmap="magma", norm="asinh"
                                 if array is total else "linear")
             figure.colorbar(shown, ax=axis, shrink=0.8)
-    figure.savefig(path)
+    emseg.save_figure(figure, path)
 
 
 def save_instances(path, item, ensemble, instances, members, classes, colors):
@@ -807,7 +807,7 @@ def save_instances(path, item, ensemble, instances, members, classes, colors):
         axis.set_title(title, fontsize=9)
         axis.imshow(picture, interpolation="antialiased")
     emseg.legend(figure, classes, False, colors)
-    figure.savefig(path)
+    emseg.save_figure(figure, path)
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -439,13 +439,20 @@ def test_big_sparse_file_reads_in_little_memory(tmp_path, extension):
     assert volume.shape == shape and volume.voxel_size == pytest.approx(VOXEL, rel=1e-6)
 
 
-def test_page_cache_is_bounded(tmp_path, monkeypatch):
+def test_all_volumes_share_a_bounded_page_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(emseg, "CACHE_BYTES", 3 * 64 * 64)
-    tifffile.imwrite(tmp_path / "a.tif", random_volume((9, 64, 64)), compression="zlib")
-    volume = emseg.open_volume(tmp_path / "a.tif")
-    volume[:]
-    volume[6]
-    assert list(volume.source.cache) == [7, 8, 6]
+    volumes = []
+    for name in "ab":
+        tifffile.imwrite(tmp_path / f"{name}.tif", random_volume((9, 64, 64)), compression="zlib")
+        volumes.append(emseg.open_volume(tmp_path / f"{name}.tif"))
+    a, b = [volume.source for volume in volumes]
+    volumes[0][:]
+    volumes[1][2]
+    volumes[0][7]
+    assert list(a.cache) == [(a, 8), (b, 2), (a, 7)] and a.cached == 3 * 64 * 64
+    monkeypatch.setattr(emseg, "CACHE_BYTES", 1)
+    volumes[1][5]
+    assert list(a.cache) == [(b, 5)] and a.cached == 64 * 64
 
 
 # --- views ---
