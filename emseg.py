@@ -3865,7 +3865,7 @@ RUN_FILES = ("config.json", "log.csv", "best.pt", "last.pt", "metrics.json", "fi
              "prediction_*", "probability.tif", "probability_*.tif", "stages/*.tif",
              "stages/*/*.tif", "weights*.tif", "weights.png", "histogram.png",
              "instances.png", "instances_*.png", "slice_dice.png")
-# A resumed run takes these from the command line, all else from its config.json.
+# A resumed run may be given other ones of these, all else is as in its config.json.
 OF_THIS_CALL = {"out_dir", "overwrite", "resume", "checkpoint", "device", "amp", "compile",
                 "workers"}
 # A prediction from a checkpoint takes these from the command line too, and may change the last.
@@ -4047,7 +4047,8 @@ def resume_args(parser, args, typed):
         if name not in OF_THIS_CALL and saved.get(name) != value:
             raise InputError(f"--resume: {flag_name(name)} was {saved.get(name)} and is now "
                              f"{value}; leave it out, or start a new run in another --out-dir")
-    own = {name: value for name, value in vars(args).items() if name in OF_THIS_CALL}
+    own = {name: value for name, value in vars(args).items()
+           if name in typed or name in OF_THIS_CALL - {"device", "amp", "compile", "workers"}}
     if not (path.parent / "last.pt").exists():          # stopped before it was written: start anew
         own |= {"resume": False, "overwrite": True}
     return argparse.Namespace(**{**vars(args), **saved, **own})
@@ -4565,7 +4566,7 @@ def save_checkpoint(path, content):
         try:
             torch.save(content, file)
         except RuntimeError as error:               # PyTorch's writer, on a full disk
-            raise OSError(_one_line(error)) from error
+            raise OSError(_one_line(error.__context__ or error)) from error
 
 
 def load_checkpoint(path, script):
@@ -4991,7 +4992,8 @@ class Run:
         save_checkpoint(self.folder / name, {
             "script": self.script.name, "model": self.args.model, "args": vars(self.args),
             "classes": self.data.classes, "normalization": self.data.normalization,
-            "seen": self.data.seen, "world": self.world, "stage": self.stage, "step": self.step,
+            "seen": self.data.seen, "stage": self.stage, "step": self.step,
+            "processes": self.world, "precision": str(self.dtype)[6:],
             "seconds": self.seconds, "best": self.best, "history": self.history,
             "losses": self.losses, "sums": self.sums, "modules": keep, **more})
 
@@ -5008,10 +5010,10 @@ class Run:
             write_text(log, "".join(lines[: epoch + 1]))
         if self.total:
             self.say(f"resuming {self.folder} at step {self.step} of {self.total}")
-        began = checkpoint.get("world", self.world)
-        if began != self.world:
-            self.say(f"note: begun by {began} processes and resumed by {self.world}, which draw "
-                     "other crops")
+        for what, now in (("processes", self.world), ("precision", str(self.dtype)[6:])):
+            if checkpoint.get(what, now) != now:
+                self.say(f"note: {what} {checkpoint[what]} before, now {now}; the result will not "
+                         "be that of a run without interruption")
 
     # -- results
 
@@ -5071,7 +5073,8 @@ class Run:
         with contextlib.ExitStack() as files:
             if self.rank == 0:
                 for path, *_ in outputs:
-                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with _disk_errors(path.parent):
+                        path.parent.mkdir(parents=True, exist_ok=True)
                 for o in outputs:
                     writers.append(files.enter_context(create_volume(
                         *o, **options, promised=sum(writer.nbytes for writer in writers))))

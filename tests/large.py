@@ -2,7 +2,7 @@
 [--formats tif imagej deflate mrc npy folder] [--folder D]
 
 For each format and size, trains on a volume of that many GiB and its labels, predicts it whole and
-scores the prediction, each in a process that gets --limit GiB of memory (address space). Prints
+scores the prediction, each in a process that may allocate --limit GiB. Prints
 seconds, voxels per second and the most memory that was resident. The volumes are sparse files that
 hold grey levels in a few slices: they take no room on the disk, their predictions do.
 """
@@ -85,11 +85,11 @@ def examples(depth, side, count=5):
 
 
 def limited(limit, *command):
-    """Run a script with `limit` GiB of address space; (its output, seconds)."""
+    """Run a script with `limit` GiB to allocate; (its output, seconds)."""
     most = int(limit * 2**30)
     started = time.perf_counter()
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (most, most)))
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (most, most)))
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}: {done.stderr.strip()[-1000:]}")
     return done.stdout, time.perf_counter() - started
@@ -120,11 +120,11 @@ def measure(kind, gib, limit, folder):
 def main():
     parser = argparse.ArgumentParser(description=re.sub(r"\s+", " ", __doc__.split("\n\n")[0]))
     parser.add_argument("--gib", nargs="+", type=float, default=[1, 4, 16])
-    parser.add_argument("--limit", type=float, default=4, help="GiB of address space")
+    parser.add_argument("--limit", type=float, default=4, help="GiB")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--folder", help="with room for the largest prediction")
     args = parser.parse_args()
-    print(f"at most {args.limit:g} GiB of address space, {os.cpu_count()} cores, PyTorch "
+    print(f"at most {args.limit:g} GiB allocated, {os.cpu_count()} cores, PyTorch "
           f"{emseg.torch.__version__}\n\n| format | GiB | training and prediction, s | of it "
           "prediction, s | Mvoxel/s | peak GiB | evaluate.py, s | peak GiB |\n"
           f"|{' --- |' * 8}")
