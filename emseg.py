@@ -4853,7 +4853,10 @@ class Run:
             return
         self._check_finite()
         self._check_weights()
-        self.save("last.pt")
+        sums = [self.sums] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(sums, self.sums)
+        self.save("last.pt", sums=sums)
         self.say(f"\ninterrupted at step {self.step}; saved {self.folder / 'last.pt'}; "
                  f"{how_to_resume(self.script.name, (self.whole or self).folder)}")
         raise SystemExit(130)
@@ -4995,14 +4998,15 @@ class Run:
             "seen": self.data.seen, "stage": self.stage, "step": self.step,
             "processes": self.world, "precision": str(self.dtype)[6:],
             "seconds": self.seconds, "best": self.best, "history": self.history,
-            "losses": self.losses, "sums": self.sums, "modules": keep, **more})
+            "losses": self.losses, "sums": [], "modules": keep, **more})
 
     def _restore(self, checkpoint):
         """Take over the state of an interrupted run."""
         for key, module in self.modules.items():
             load_weights(module, checkpoint, key, self.folder / "last.pt")
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
-        self.best, self.sums = checkpoint["best"], checkpoint["sums"]
+        self.best, sums = checkpoint["best"], checkpoint["sums"]
+        self.sums = sums[self.rank % len(sums)] if sums else {}
         self.history, self.losses = checkpoint["history"], checkpoint.get("losses", [])
         log, epoch = self.folder / "log.csv", self.epoch_of(self.step)
         if self.rank == 0 and log.exists():
