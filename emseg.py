@@ -4035,11 +4035,14 @@ def resume_args(parser, args, typed):
     path = Path(args.out_dir) / "config.json"
     try:
         config = json.loads(path.read_text())
-        saved, whole = config["args"], config.get("part_of")
+        saved, whole, scripts = config["args"], config.get("part_of"), [*config["sha256"]]
     except (OSError, ValueError, KeyError):
         raise InputError(f"--resume: {path} is no config of an earlier run; check --out-dir")
     if whole:
         raise InputError(f"--resume: {args.out_dir} is part of the run {whole}; resume that one")
+    if parser.prog not in scripts:
+        raise InputError(f"--resume: {args.out_dir} holds a run of {scripts[-1]}, not of "
+                         f"{parser.prog}")
     if saved.get("checkpoint"):
         raise InputError(f"--resume: {args.out_dir} holds a prediction, no training; start it "
                          "again with --overwrite")
@@ -4049,8 +4052,10 @@ def resume_args(parser, args, typed):
                              f"{value}; leave it out, or start a new run in another --out-dir")
     own = {name: value for name, value in vars(args).items()
            if name in typed or name in OF_THIS_CALL - {"device", "amp", "compile", "workers"}}
-    if not (path.parent / "last.pt").exists():          # stopped before it was written: start anew
-        own |= {"resume": False, "overwrite": True}
+    if not (path.parent / "last.pt").exists():
+        if any([*path.parent.glob(f"**/{name}")] for name in ("log.csv", "best.pt", "metrics.json")):
+            raise InputError(f"--resume: {args.out_dir} holds no last.pt; start with --overwrite")
+        own |= {"resume": False, "overwrite": True}     # it was stopped before the first one
     return argparse.Namespace(**{**vars(args), **saved, **own})
 
 

@@ -137,7 +137,7 @@ TINY = ("--volume image.tif --test-volume test.tif --width 2 --epochs 2 --steps-
         "--device cpu ")
 CASES = {
     train_cps: "--label mito.tif --label-slices 0,2,3 --val-slices 2,3 --model unet --batch-size 4 "
-               "--patch-size 16 16 --downsample 1 --cps-warmup 0.5 1",
+               "--patch-size 16 16 --downsample 1 --cps-warmup 0.5 1 --seed 5 --lr 1e-2",
     train_partial: "--label label.tif --partial part.tif partlabel.tif 3=1,4=1 --compare "
                    "--val-slices 2,3 --batch-size 2 --patch-size 16 16",
     train_seget: "--label a=mito.tif b=vesicle.tif --val-slices 2,3 --batch-size 2 --stride 4 4 "
@@ -252,11 +252,13 @@ def test_metrics_are_those_of_one_process(team, data, tmp_path):
     run(team.script, "--checkpoint", team.whole / "best.pt", "--test-volume", data / "unseen.tif",
         "--test-label", data / "mito.tif@2:4", "--device", "cpu", "--out-dir", tmp_path / "out")
     best = max(float(row["val_dice"]) for row in log_without_seconds(team.whole))
-    assert metrics(tmp_path / "out")["mean"]["dice"] == pytest.approx(best, abs=1e-9)
+    assert metrics(tmp_path / "out")["mean"]["dice"] == pytest.approx(best, abs=1e-9) != 0
     run(team.script, "--checkpoint", team.whole / "best.pt", "--test-volume", data / "test.tif",
         "--device", "cpu", "--out-dir", tmp_path / "again")
     assert (tmp_path / "again" / "prediction.tif").read_bytes() == (
         team.whole / "prediction.tif").read_bytes()
+    share = emseg.open_volume(team.whole / "prediction.tif")[:].mean(axis=(1, 2))
+    assert share.min() > 0 and share.max() < 1
 
 
 def test_one_process_goes_on_where_two_stopped(team, tmp_path, capsys):
@@ -268,6 +270,28 @@ def test_one_process_goes_on_where_two_stopped(team, tmp_path, capsys):
         run(team.script, "--resume", "--out-dir", tmp_path / "run")
     assert "note: processes 2 before, now 1" in capsys.readouterr().out
     assert [row["step"] for row in log_without_seconds(tmp_path / "run")] == ["3", "6"]
+
+
+@pytest.mark.parametrize("pause", [0, 1.1])
+def test_a_second_interruption_counts_a_second_later(data, tmp_path, monkeypatch, capsys, pause):
+    """At once it is the one that torchrun passes on, later somebody does not want to wait."""
+    log = emseg.Run.log
+
+    def interrupted_log(self, lr, **losses):
+        log(self, lr, **losses)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(pause)
+
+    monkeypatch.setattr(emseg.Run, "log", interrupted_log)
+    monkeypatch.chdir(data)
+    with pytest.raises(SystemExit) as stopped:
+        run(train_cps, *TINY.split(), *CASES[train_cps].split(), "--out-dir", tmp_path / "run")
+    assert stopped.value.code == 130
+    out, err = capsys.readouterr()
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"]
+    assert ("saved" in out, "train_cps.py: interrupted" in err, saved) == (
+        (True, False, 1) if not pause else (False, True, 0))
 
 
 # -- torchrun itself -------------------------------------------------------------------------------
