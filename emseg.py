@@ -4053,7 +4053,8 @@ def resume_args(parser, args, typed):
     own = {name: value for name, value in vars(args).items()
            if name in typed or name in OF_THIS_CALL - {"device", "amp", "compile", "workers"}}
     if not (path.parent / "last.pt").exists():
-        if any([*path.parent.glob(f"**/{name}")] for name in ("log.csv", "best.pt", "metrics.json")):
+        if any([*path.parent.glob(f"**/{name}")]
+               for name in ("log.csv", "best.pt", "metrics.json")):
             raise InputError(f"--resume: {args.out_dir} holds no last.pt; start with --overwrite")
         own |= {"resume": False, "overwrite": True}     # it was stopped before the first one
     return argparse.Namespace(**{**vars(args), **saved, **own})
@@ -4435,21 +4436,22 @@ def keep_freed_memory():
 def average_gradients(network):
     """Average the gradients of all processes. A step may run the network more than once, which
     DistributedDataParallel does not allow together with BatchNorm."""
-    if not torch.distributed.is_initialized():
+    _average([p.grad for p in network.parameters() if p.grad is not None])
+
+
+def average_statistics(network):
+    """Average the running statistics of BatchNorm over all processes."""
+    _average([buffer for name, buffer in network.named_buffers() if "running_" in name])
+
+
+def _average(tensors):
+    if not (tensors and torch.distributed.is_initialized()):
         return
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-        gradient.copy_(part.view_as(gradient))
-
-
-def share_buffers(network):
-    """Give all processes the BatchNorm statistics of the first."""
-    if torch.distributed.is_initialized():
-        for buffer in network.buffers():
-            torch.distributed.broadcast(buffer, 0)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(part.view_as(tensor))
 
 
 # -- run -------------------------------------------------------------------------------------------
@@ -4820,13 +4822,13 @@ class Run:
             state = np.random.SeedSequence((self.args.seed, self.step, self.rank))
             torch.manual_seed(int(state.generate_state(1)[0]))
             yield self.step
+            for module in self.modules.values():
+                if isinstance(module, nn.Module):
+                    average_statistics(module)
             self.step += 1
             self.seconds += time.monotonic() - started
             if self.step < self.ends[epoch]:             # else end_epoch saves
                 self._stop_if_interrupted()
-        for module in self.modules.values():
-            if isinstance(module, nn.Module):
-                share_buffers(module)
 
     def epoch_of(self, step):
         """The epoch in which a step is, counted over all stages."""

@@ -290,7 +290,7 @@ def test_a_second_interruption_counts_a_second_later(data, tmp_path, monkeypatch
     assert stopped.value.code == 130
     out, err = capsys.readouterr()
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"]
-    assert ("saved" in out, "train_cps.py: interrupted" in err, saved) == (
+    assert ("saved" in out, ": interrupted; " in err, saved) == (
         (True, False, 1) if not pause else (False, True, 0))
 
 

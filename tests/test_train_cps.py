@@ -585,7 +585,7 @@ def test_two_processes_train_and_predict_together(cells, tmp_path):
     assert metrics(out)["volumes"][0]["ignored"] == 112 * 128      # slice 7 was trained on
 
 
-def test_ranks_average_their_gradients(tmp_path):
+def test_ranks_average_their_gradients_and_statistics(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(
         "import torch, emseg\n"
@@ -597,8 +597,8 @@ def test_ranks_average_their_gradients(tmp_path):
         "emseg.average_gradients(network)\n"
         "assert all((p.grad == 2).all() for p in network.parameters())\n"
         "network[1].running_mean.fill_(rank + 5)\n"
-        "emseg.share_buffers(network)\n"
-        "assert network[1].running_mean == 5\n"
+        "emseg.average_statistics(network)\n"
+        "assert network[1].running_mean == 5.5\n"
         "torch.distributed.barrier()\n"
         "torch.distributed.destroy_process_group()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
