@@ -740,20 +740,25 @@ class _Resized(LazyArray):
             self.slices = np.flatnonzero(np.isin(self.nearest[0], array.slices))
 
     def read(self, z, y, x):
-        box = (z, y, x)
-        if min(axis.stop - axis.start for axis in box) < 1:
-            return np.empty([axis.stop - axis.start for axis in box], self.dtype)
-        if not self.linear:
-            places = [nearest[axis] for nearest, axis in zip(self.nearest, box)]
-            old = self.array.read(*(slice(place[0], place[-1] + 1) for place in places))
-            return old[np.ix_(*(place - place[0] for place in places))]
+        out = np.empty([axis.stop - axis.start for axis in (z, y, x)], self.dtype)
+        for i in range(len(out) if out.size else 0):        # slices in between are not read
+            box = (slice(z.start + i, z.start + i + 1), y, x)
+            out[i] = (self._interpolated(box) if self.linear else self._nearest(box))[0]
+        return out
+
+    def _nearest(self, box):
+        places = [nearest[axis] for nearest, axis in zip(self.nearest, box)]
+        old = self.array.read(*(slice(place[0], place[-1] + 1) for place in places))
+        return old[np.ix_(*(place - place[0] for place in places))]
+
+    def _interpolated(self, box):
         places = [[part[axis] for part in place] for place, axis in zip(self.places, box)]
         new = self.array.read(*(slice(low[0], high[-1] + 1) for low, high, _ in places))
         new = new.astype(np.float32)
         for axis, (low, high, share) in enumerate(places):
             below, above = (new.take(place - low[0], axis) for place in (low, high))
             new = below + (above - below) * share.reshape([-1, 1, 1][: 3 - axis])
-        return (np.rint(new) if self.dtype.kind in "iu" else new).astype(self.dtype)
+        return np.rint(new) if self.dtype.kind in "iu" else new
 
 
 def parse_slices(text, depth):
@@ -1196,6 +1201,9 @@ def create_volume(path, shape, dtype, voxel_size=None, max_value=255, attach=Fal
     if not is_mrc and extension not in TIFF_EXTENSIONS:
         raise InputError(f"{path}: cannot write files of type '{extension}'; wanted .tif or .mrc")
     temporary = _temporary(path)
+    if attach and not os.path.exists(temporary):
+        raise InputError(f"{path}: begun by another process, but not seen by this one; is it in a "
+                         "folder that all machines share?")
     if not attach:
         folder = os.path.dirname(temporary) or "."
         if not os.path.isdir(folder):
@@ -4476,9 +4484,12 @@ def plateaus(history, patience, cooldown=0, threshold=0.0):
 
 def how_to_resume(script, folder):
     """The command that goes on with an interrupted run, for a shell."""
-    launcher, world = "python", os.environ.get("LOCAL_WORLD_SIZE")
-    if world:
-        launcher = f"torchrun --nproc-per-node={world}"
+    launcher = "python"
+    world, here = [int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")]
+    if here:
+        launcher = f"torchrun --nproc-per-node={here}"
+    if here < world:
+        launcher += f" --nnodes={world // here} …"
     return f"continue with: {launcher} {script} --resume --out-dir {shlex.quote(str(folder))}"
 
 

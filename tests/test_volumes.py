@@ -20,6 +20,7 @@ import tifffile
 import torch
 
 import emseg
+from conftest import InMemory
 
 DATA = Path(os.environ.get("EMSEG_DATA") or "nowhere")
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="EMSEG_DATA is not set")
@@ -566,6 +567,17 @@ def test_resized_labels_keep_their_annotated_slices(tmp_path):
     assert emseg.downsample(large, 2, "majority").slices.tolist() == [2, 3, 8, 9]
 
 
+@pytest.mark.parametrize("linear, read", [(True, [38, 39, 64, 65]), (False, [39, 65])])
+def test_resizing_reads_no_slices_in_between(linear, read):
+    """Of 104 slices that become 4, the middle two: else memory would depend on the volume."""
+    volume = InMemory(random_volume((104, 6, 7)))
+    found = emseg.resize(volume, (4, 6, 7), linear)[1:3]
+    assert volume.read_slices == read
+    both = volume.array[38:40], volume.array[64:66]
+    want = [np.rint(pair.mean(0)) if linear else pair[1] for pair in both]
+    np.testing.assert_array_equal(found, want)
+
+
 def test_standardize(tmp_path):
     array = np.random.default_rng(0).normal(90, 7, (40, 64, 64)).round().astype(np.uint8)
     view = emseg.standardize(open_array(tmp_path, array))
@@ -800,14 +812,16 @@ def test_mrc_class_ids_and_probability_stack(tmp_path):
 
 
 def test_writing_refused(tmp_path, monkeypatch):
-    def create(name, shape=(2, 3, 4)):
-        return emseg.create_volume(tmp_path / name, shape, np.uint8)
+    def create(name, shape=(2, 3, 4), **options):
+        return emseg.create_volume(tmp_path / name, shape, np.uint8, **options)
     with pytest.raises(emseg.InputError, match="GiB free"):
         create("a.tif", (10**6, 10**6, 10**6))
     with pytest.raises(emseg.InputError, match="does not exist"):
         create("no/a.tif")
     with pytest.raises(emseg.InputError, match="wanted .tif or .mrc"):
         create("a.jpg")
+    with pytest.raises(emseg.InputError, match="a folder that all machines share"):
+        create("a.tif", attach=True)
     assert os.listdir(tmp_path) == []
 
 
