@@ -3135,16 +3135,18 @@ def predict_volume(stream, writers, shape, downsample=1, probability=None, progr
     done = 0
     for slab, prob in stream:
         slab = slice(slab.start, min(slab.stop, shape[0]))
-        prob = prob[: slab.stop - slab.start]
-        if downsample > 1:
-            prob = F.interpolate(prob, scale_factor=downsample, mode="bilinear")
-            prob = prob[..., : shape[1], : shape[2]]
-        elif prob.shape[2:] != shape[1:]:
-            prob = F.interpolate(prob, size=shape[1:], mode="bilinear")
-        for writer, decide in writers.items():
-            writer[slab] = decide(prob).to(torch.uint8).cpu().numpy()
-        if probability is not None:
-            probability[slab] = (prob[:, 0] if prob.shape[1] == 1 else prob).cpu().numpy()
+        for part in slabs((slab.stop - slab.start, *shape[1:]), 2**22):     # at full resolution
+            place = slice(slab.start + part.start, slab.start + part.stop)
+            large = prob[part]
+            if downsample > 1:
+                large = F.interpolate(large, scale_factor=downsample, mode="bilinear")
+                large = large[..., : shape[1], : shape[2]]
+            elif large.shape[2:] != shape[1:]:
+                large = F.interpolate(large, size=shape[1:], mode="bilinear")
+            for writer, decide in writers.items():
+                writer[place] = decide(large).to(torch.uint8).cpu().numpy()
+            if probability is not None:
+                probability[place] = (large[:, 0] if large.shape[1] == 1 else large).cpu().numpy()
         done += slab.stop - slab.start
         if progress:
             progress(done, shape[0])
