@@ -90,6 +90,7 @@ UNIT_NM = {"pm": 1e-3, "å": 0.1, "a": 0.1, "angstrom": 0.1, "nm": 1.0, "nanomet
            "um": 1e3, "µm": 1e3, "μm": 1e3, "micron": 1e3, "microns": 1e3, "micrometer": 1e3,
            "mm": 1e6, "millimeter": 1e6, "cm": 1e7, "centimeter": 1e7, "inch": 2.54e7,
            "in": 2.54e7, "m": 1e9}
+MOST_PAGES = 10**6          # of a TIFF file that does not hold them
 # Bytes that one stored byte can become, by TIFF compression: none, LZW, Deflate twice, PackBits.
 MAX_EXPANSION = {1: 1, 5: 2000, 8: 2000, 32946: 2000, 32773: 64}
 
@@ -214,7 +215,7 @@ def _parse_crop(path, text, shape):
         raise InputError(f"{path}: a crop has at most three axes z,y,x, got '{text}'")
     crop = []
     for axis, size, part in zip("zyx", shape, parts + [":"] * (3 - len(parts))):
-        match = re.fullmatch(r"(\d*)(:?)(\d*)", part, re.ASCII)
+        match = re.fullmatch(r"(\d{0,18})(:?)(\d{0,18})", part, re.ASCII)
         if not match or not part:
             raise InputError(f"{path}: crop '{part}' along {axis} is not understood; "
                              "wanted a:b, a:, :b, : or one integer, none negative")
@@ -339,7 +340,13 @@ def _open_tiff(file):
     with tifffile.TiffFile(file) as tif:
         tif.filehandle.seek(tif.pages.next_page_offset)
         n = tif.tiff.offsetsize
-        if tif.filehandle.read(n) != bytes(n) or not tif.series:
+        whole = tif.filehandle.read(n) == bytes(n)
+        declared = math.prod(int(size[:18]) for size in re.findall(
+            r'\bSize[ZCT]="(\d+)"', tif.ome_metadata or "")[:3])
+        if declared > MOST_PAGES + len(tif.pages):      # tifffile makes a list of so many
+            raise InputError(f"{file}: damaged or hostile, its OME header declares {declared:,} "
+                             f"pages but the file holds {len(tif.pages)}")
+        if not whole or not tif.series:
             raise InputError(f"{file}: truncated or damaged, its list of pages breaks off after "
                              f"{len(tif.pages)}")
         if len(tif.series) != 1:
@@ -421,17 +428,19 @@ def _tiff_voxel_size(tif, shape):
 def _open_mrc(file):
     """(source, voxel_size) of an MRC file; IMOD's unsigned bytes; any order of the stored axes."""
     with open(file, "rb") as stream:
-        magic = stream.read(3)
-    if magic[:2] == b"\x1f\x8b" or magic == b"BZh":
+        start = stream.read(1024)
+    if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh":
         raise InputError(f"{file}: compressed with gzip or bzip2; decompress it first")
-    with warnings.catch_warnings():
+    plain = start[:92] + bytes(4) + start[96:]  # without the size of the extended header, which
+    with warnings.catch_warnings():             # mrcfile would allocate
         warnings.simplefilter("ignore")  # wrong stamps and missing MAP ids are common and harmless
-        with mrcfile.open(file, permissive=True, header_only=True) as mrc:
-            header = mrc.header
-    if header is None:
-        raise InputError(f"{file}: not an MRC file")
+        header = mrcfile.mrcinterpreter.MrcInterpreter(io.BytesIO(plain), permissive=True,
+                                                       header_only=True).header
     integer = header.dtype["mode"]  # int32 in the byte order of the file
     mode = int(header.mode)
+    if mode == 0 and _mrc_sides_fit(file, start, integer.newbyteorder()) and not _mrc_sides_fit(
+            file, start, integer):      # the stamp lies, which mrcfile knows from other modes only
+        header, integer = header.view(header.dtype.newbyteorder()), integer.newbyteorder()
     types = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
     if mode not in types:
         raise InputError(f"{file}: MRC mode {mode} cannot be read; wanted 0, 1, 2, 6 or 12 "
@@ -445,16 +454,32 @@ def _open_mrc(file):
     if sorted(stored_axes) == [1, 2, 3]:
         order = tuple(stored_axes.index(axis) for axis in (3, 2, 1))
     shape = (int(header.nz), int(header.ny), int(header.nx))
-    if int(header.nsymbt) < 0:
-        raise InputError(f"{file}: damaged header, extended header of {int(header.nsymbt)} bytes")
-    source = _MappedSource(file, dtype, shape, 1024 + int(header.nsymbt), order)
+    extended = int(np.frombuffer(start, integer, count=1, offset=92)[0])
+    if extended < 0:
+        raise InputError(f"{file}: damaged header, extended header of {extended} bytes")
+    source = _MappedSource(file, dtype, shape, 1024 + extended, order)
     cell = [(float(header.cella[axis]), int(header["m" + axis])) for axis in "zyx"]
     return source, _plausible([length / n / 10 if n > 0 else 0 for length, n in cell])  # Å to nm
 
 
+def _mrc_sides_fit(file, start, integer):
+    """Whether the sides of an MRC header, read as this type, fit into the file."""
+    sides = [int(side) for side in np.frombuffer(start, integer, count=3)]
+    return min(sides) > 0 and 1024 + math.prod(sides) <= os.path.getsize(file)
+
+
 def _open_npy(file):
     """(source, None) of an NPY file of 2 or 3 axes."""
-    stored = np.load(file, mmap_mode="r", allow_pickle=False)
+    with open(file, "rb") as stream:
+        start = stream.read(12)
+    if start[:6] != b"\x93NUMPY":
+        raise InputError(f"{file}: not readable, it is no NPY file")
+    header = int.from_bytes(start[8:10 if start[6:7] == b"\1" else 12], "little")
+    if header > os.path.getsize(file):          # NumPy would allocate it
+        raise InputError(f"{file}: not readable, its header of {header} bytes is cut off")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes that overflow, before they are refused
+        stored = np.load(file, mmap_mode="r", allow_pickle=False)
     if not isinstance(stored, np.memmap) or stored.ndim not in (2, 3):
         raise InputError(f"{file}: array of shape {np.shape(stored)}; wanted (Z, Y, X) or (Y, X)")
     shape = (1,) * (3 - stored.ndim) + stored.shape
@@ -469,6 +494,9 @@ def _open_slices(folder):
              and name.lower().endswith((*TIFF_EXTENSIONS, ".png"))]
     if not names:
         raise InputError(f"{folder}: no .tif, .tiff or .png slices in this folder")
+    for name in names:
+        if not os.path.isfile(os.path.join(folder, name)):      # to open a pipe would wait for ever
+            raise InputError(f"{folder}: {name} is no file; wanted slices only")
     names.sort(key=lambda name: [int(part) if part.isdecimal() else part.lower()
                                  for part in re.split(r"(\d+)", name)])
     return _slice_stack(folder, [os.path.join(folder, name) for name in names])
@@ -486,7 +514,12 @@ def _slice_stack(name, files):
             shape, bits = _png_header(file)
             depth, dtype = max(depth, bits), np.dtype(np.uint16 if bits == 16 else np.uint8)
         else:
-            source, size = _open_tiff(file)
+            try:
+                source, size = _open_tiff(file)
+            except InputError:
+                raise
+            except Exception as error:
+                raise InputError(f"{file}: not readable ({_one_line(error)})") from error
             shape, dtype = source.shape[1:], source.dtype
             voxel_size = size if first is None else voxel_size
             if source.shape[0] != 1:
@@ -591,7 +624,8 @@ class _Stretched(LazyArray):
     def _checked(self, box, z):
         if self.volume.dtype.kind == "f":
             for i, page in enumerate(box):
-                if not np.isfinite(page).all():
+                good = np.abs(page) < 1e300 if page.itemsize == 8 else np.isfinite(page)
+                if not good.all():              # spans of more would overflow
                     raise InputError(f"{self.path}: slice {z + i} holds NaN or infinite values; "
                                      "replace them before use")
         return box.astype(self.compute)
@@ -663,10 +697,14 @@ def downsample(array, factor, reduce):
 
     reduce="mean" for images (integers are rounded), "majority" for class ids: the most frequent
     value of each block, the lower one at a tie, IGNORE like any other. Blocks that stick out are
-    filled by repeating the edge. Labels keep their `slices`.
+    filled by repeating the edge. Labels keep their `slices`. Raises InputError where a slice is
+    smaller than a block.
     """
     if reduce not in ("mean", "majority"):
         raise ValueError(f"reduce is 'mean' or 'majority', got {reduce!r}")
+    if factor > max(1, *array.shape[1:]):
+        raise InputError(f"--downsample {factor}: {array.path} has slices of {array.shape[1]} x "
+                         f"{array.shape[2]} pixels; give a smaller factor")
     return array if factor == 1 else _Downsampled(array, factor, reduce)
 
 
@@ -770,10 +808,10 @@ def parse_slices(text, depth):
     Raises InputError for text that is malformed, empty, repeats a slice or leaves the volume.
     """
     text = text.strip()
-    every = re.fullmatch(r"every\s*=\s*([1-9]\d*)", text)
+    every = re.fullmatch(r"every\s*=\s*([1-9]\d{0,17})", text)
     if every:
         return np.arange(0, depth, int(every[1]))
-    even = re.fullmatch(r"n\s*=\s*(\d+)", text)
+    even = re.fullmatch(r"n\s*=\s*(\d{1,18})", text)
     if even:
         n = int(even[1])
         if not 1 <= n <= depth:
@@ -781,7 +819,8 @@ def parse_slices(text, depth):
         return np.array([round((i + 0.5) * depth / n - 0.5) for i in range(n)])
     chosen = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*|\s*(\d*)\s*:\s*(\d*)\s*(?::\s*(\d*)\s*)?", part)
+        match = re.fullmatch(
+            r"\s*(\d{1,18})\s*|\s*(\d{0,18})\s*:\s*(\d{0,18})\s*(?::\s*(\d{0,18})\s*)?", part)
         if not match:
             raise InputError(f"slices '{text}': '{part.strip()}' is not understood; wanted "
                              "start:stop:step, numbers with commas between, n=7 or every=5")
@@ -807,13 +846,16 @@ def parse_label_map(text):
     """
     mapping = {}
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(-?\d+|\*)\s*(?::\s*(-?\d+)\s*)?=\s*(\d+)\s*", part)
-        values, target = [], int(match[3]) if match else 0
-        if match:
-            first, stop = match[1], match[2]
-            values = [first] if first == "*" else range(
-                int(first), int(first) + 1 if stop is None else int(stop))
-        if not 0 < len(values) <= 2**16 or (values == ["*"] and match[2]) or target > IGNORE:
+        match = re.fullmatch(
+            r"\s*(-?\d{1,19}|\*)\s*(?::\s*(-?\d{1,19})\s*)?=\s*(\d{1,3})\s*", part)
+        values, count, target = [], 0, int(match[3]) if match else 0
+        if match and match[1] == "*":
+            values, count = ["*"], 1
+        elif match:
+            first = int(match[1])
+            stop = first + 1 if match[2] is None else int(match[2])
+            values, count = range(first, stop), stop - first
+        if not 0 < count <= 2**16 or (values == ["*"] and match[2]) or target > IGNORE:
             raise InputError(f"label map '{text}': '{part.strip()}' is not understood; wanted "
                              "value=class or first:stop=class with classes 0 to 254, or 255 to "
                              "ignore: '191=1,*=0'")
@@ -864,7 +906,7 @@ def parse_merge(text, n_classes):
     """
     merge = list(range(n_classes))
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*=\s*(\d+)\s*", part, re.ASCII)
+        match = re.fullmatch(r"\s*(\d{1,18})\s*=\s*(\d{1,18})\s*", part, re.ASCII)
         if not match:
             raise InputError(f"merge '{text}': '{part.strip()}' is not understood; wanted "
                              "class=class it was drawn as: '3=1,4=1'")
@@ -995,7 +1037,10 @@ def _pair_labels(path, volume):
 
 def _choose_slices(path, rows, text):
     """rows with only the slices in text left; asking for a slice that has no label is an error."""
-    chosen = parse_slices(text, len(rows))
+    try:
+        chosen = parse_slices(text, len(rows))
+    except InputError as error:
+        raise InputError(f"--label-slices, of {path}: {error}")
     missing = chosen[rows[chosen] < 0]
     if len(missing):
         raise InputError(f"{path}: --label-slices {text} asks for slice {missing[0]}, which has no "
@@ -1057,6 +1102,9 @@ def _ranked(volume, z):
         raise InputError(f"{volume.path}: slice {z} holds values that are not whole numbers; "
                          "wanted class ids, not an image or a probability, of which a threshold "
                          "makes ids")
+    if page.dtype.kind != "i" and page.itemsize > 2 and page.max() >= 2**63 or (
+            page.dtype.kind == "f" and page.min() < -(2**63)):
+        raise InputError(f"{volume.path}: slice {z} holds values beyond 2^63; wanted class ids")
     if page.itemsize == 1:
         return np.arange(256, dtype=np.uint8).view(page.dtype).astype(np.int64), _unsigned(page)
     page = page.astype(np.int64)
@@ -1687,8 +1735,8 @@ def batches(patches, batch_size, start, stop, workers=0, rank=0, world=1, pin_me
 
     The batch of a step is the same wherever the run (re)starts; ranks draw different crops.
     """
-    windows = [range((step * world + rank) * batch_size, (step * world + rank + 1) * batch_size)
-               for step in range(start, stop)]
+    windows = (range((step * world + rank) * batch_size, (step * world + rank + 1) * batch_size)
+               for step in range(start, stop))
     # A generator of its own: the loader must not draw from the one that seeds the augmentation.
     return iter(torch.utils.data.DataLoader(
         patches, batch_sampler=windows, num_workers=workers, pin_memory=pin_memory,
