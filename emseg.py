@@ -3931,6 +3931,10 @@ INPUTS = {"volume", "label", "unlabeled_volume", "val_volume", "val_label", "tes
           "test_label"}
 OF_THIS_DATA = INPUTS | {"partial", "weights", "ensemble", "label_slices", "val_slices",
                          "test_ignore_label", "voxel_size", "demo", "tta", "save_probability"}
+# Higher numbers are mistakes, which would take all memory, all processes or all weights at once.
+LIMITS = {"lr": 1000, "epochs": 10**6, "scm_epochs": 10**6, "steps_per_epoch": 10**9,
+          "batch_size": 10**6, "workers": 256}
+MOST_PIXELS = 2**32         # of the crops in a step, far more than any GPU holds
 OF_PREDICTION = {"label_map", "ignore_label", "seed", "threshold", "overlap", "top_k", "organelles"}
 
 
@@ -3952,13 +3956,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def parse_args(self, args=None, namespace=None):
+        """Refuses names that neither a terminal nor a figure can show."""
+        for text in sys.argv[1:] if args is None else args:
+            if not text.isascii() and text != text.encode(errors="ignore").decode():
+                self.error(f"{ascii(text)} is not UTF-8; rename it")
+        return super().parse_args(args, namespace)
 
-def positive(kind):
-    """An argparse type: a finite number of `kind` above zero."""
+
+def positive(kind, least=0, most=math.inf):
+    """An argparse type: a finite number of `kind` above zero, from least to most."""
     def convert(text):
         value = kind(text)
         if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
         return value
     convert.__name__ = f"positive {kind.__name__}"
     return convert
@@ -3969,6 +3982,7 @@ def add_common_args(parser, models, sources):
 
     sources: for each flag with a default of the paper's, where it stands there.
     """
+    parser.models = models
     flag = argparse.BooleanOptionalAction
     data = parser.add_argument_group("data").add_argument
     data("--volume", nargs="+", metavar="P", default=[], help="training volumes: TIFF, MRC, NPY or "
@@ -3985,7 +3999,7 @@ def add_common_args(parser, models, sources):
     data("--test-volume", nargs="+", metavar="P", default=[], help="volumes to predict; without "
          "them --volume is predicted")
     data("--test-label", nargs="+", metavar="P", default=[], help="their labels, for the scores")
-    data("--voxel-size", nargs=3, type=positive(float), metavar=("Z", "Y", "X"),
+    data("--voxel-size", nargs=3, type=positive(float, *PLAUSIBLE_NM), metavar=("Z", "Y", "X"),
          help="voxel size in nm, in place of the files'")
     data("--downsample", type=positive(int), default=1, metavar="N",
          help="show the network slices N times smaller in y and x")
@@ -4121,6 +4135,18 @@ def resume_args(parser, args, typed):
 def check_args(parser, args, by_name):
     """Errors that need no file: what must be given together. by_name: label arguments -> {name or
     None: paths}."""
+    for name, most in LIMITS.items():
+        value = getattr(args, name, None) or 0
+        if value > most:
+            shown = f"{value:g}" if isinstance(value, float) else value
+            parser.error(f"{flag_name(name)} {shown} is above {most}")
+    batch_size, sides = args.batch_size or 1, args.patch_size or [512, 512]
+    if batch_size * math.prod(sides) > MOST_PIXELS and batch_size > 1:
+        parser.error(f"--batch-size {batch_size} of --patch-size {format_shape(sides)}: more than "
+                     f"{MOST_PIXELS:,} pixels in a step; give smaller ones")
+    if (args.width or 0) > 512 and not fits_memory(parser.models[args.model], args.width):
+        parser.error(f"--width {args.width}: out of memory, which the weights of {args.model} alone "
+                     f"would fill; give a smaller one")
     if args.workers < 0:
         parser.error(f"--workers {args.workers} is negative")
     if not 0 <= args.seed < 2**63:
@@ -4140,9 +4166,25 @@ def check_args(parser, args, by_name):
                              f"{len(paths)} paths{of}; give one label{of} for each volume")
     if args.classes and len(args.classes) < 2:
         parser.error("--classes needs two names at least, the background's first")
+    if len(args.classes or []) > IGNORE:
+        parser.error(f"--classes: {len(args.classes)} names, there can be {IGNORE}")
     for one, other in (("resume", "overwrite"), ("resume", "checkpoint"), ("demo", "checkpoint")):
         if getattr(args, one) and getattr(args, other):
             parser.error(f"--{one} and --{other} contradict each other")
+
+
+def fits_memory(model, width):
+    """Whether the weights of a network this wide, and their gradients, fit into this machine."""
+    try:
+        with torch.device("meta"):              # shapes only: nothing is allocated
+            weights = count_parameters(model(1, 1, width))
+        return 8 * weights < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except InputError:                          # of its own about the width, later
+        return True
+    except (AttributeError, OSError):           # Windows does not tell
+        return True
+    except (RuntimeError, TypeError, ValueError, OverflowError):    # numbers beyond 64 bits
+        return False
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -4463,7 +4505,7 @@ def choose_device(name):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()      # "meta" makes tensors, but holds nothing
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}")

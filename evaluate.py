@@ -1220,8 +1220,8 @@ def parse_args(argv=None):
     data("--ignore-label", type=int, metavar="V", help="label value that marks unannotated voxels")
     data("--classes", nargs="+", metavar="NAME", help="class names, background first; default: "
          "those of the run whose folder the prediction is in")
-    data("--voxel-size", nargs=3, type=emseg.positive(float), metavar=("Z", "Y", "X"),
-         help="voxel size in nm, in place of the files'")
+    data("--voxel-size", nargs=3, type=emseg.positive(float, *emseg.PLAUSIBLE_NM),
+         metavar=("Z", "Y", "X"), help="voxel size in nm, in place of the files'")
     scores = parser.add_argument_group("scores").add_argument
     scores("--organelles", nargs="+", metavar="CLASS", help="classes (names or ids) of MIoU(org)")
     scores("--distances", action=flag, default=True, help="HD95 and ASSD in nm")
@@ -1260,6 +1260,8 @@ def parse_args(argv=None):
                      f"{', '.join([*HEADINGS][:9])}")
     if args.classes and len(args.classes) < 2:
         parser.error("--classes needs two names at least, the background's first")
+    if len(args.classes or []) > emseg.IGNORE:
+        parser.error(f"--classes: {len(args.classes)} names, there can be {emseg.IGNORE}")
     if args.segments_2d and args.segments is None:
         parser.error("--segments-2d needs --segments CLASS")
     args.out_dir = args.out_dir or default_folder(args)

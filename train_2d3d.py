@@ -910,7 +910,8 @@ def check_method(parser, args):
                  "stop_miou"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"{emseg.flag_name(name)} {getattr(args, name)} is not 0 or more")
-    for name, most in (("lr", 1e3), ("brightness", 1), ("contrast", 1), ("stop_miou", 1)):
+    for name, most in (("brightness", 1), ("contrast", 1), ("stop_miou", 1), ("instances", 1000),
+                       ("c_2d", 1e6), ("l2_2d", 1e6), ("l2_3d", 1e6), ("l2_p", 1e6)):
         if getattr(args, name) > most:
             parser.error(f"{emseg.flag_name(name)} {getattr(args, name):g} is above {most:g}")
     if not all(0 <= term <= 1e6 for term in args.weight_terms) or not any(args.weight_terms):

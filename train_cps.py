@@ -320,11 +320,15 @@ def parse_args(argv=None):
     for name in ("weight_decay", "clip"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"{emseg.flag_name(name)} {getattr(args, name)} is not 0 or above")
+    for name, most in (("cps_weight", 1e6), ("weight_decay", 1e3)):
+        if getattr(args, name) > most:
+            parser.error(f"{emseg.flag_name(name)} {getattr(args, name):g} is above {most:g}")
     if not 0 <= args.foreground <= 1:
         parser.error(f"--foreground {args.foreground} is not between 0 and 1")
     start, end = args.cps_warmup
-    if not 0 <= start < end:
-        parser.error(f"--cps-warmup {start:g} {end:g}: START must be at least 0 and below END")
+    if not 0 <= start < end < math.inf:
+        parser.error(f"--cps-warmup {start:g} {end:g}: START must be at least 0 and below END, a "
+                     f"number")
     if args.method == "cps" and start >= args.epochs:
         parser.error(f"--cps-warmup starts at epoch {start:g}, but there are {args.epochs} epochs; "
                      f"start earlier, or give --method supervised")

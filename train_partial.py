@@ -166,7 +166,7 @@ def parse_args(argv=None):
     method("--compare", action="store_true",
            help="first train the baseline, on --volume alone, and print the Dice of both "
            "(section 3, table 1)")
-    method("--resize", nargs=3, type=emseg.positive(int), metavar=("Z", "Y", "X"),
+    method("--resize", nargs=3, type=emseg.positive(int, 1, 2**14), metavar=("Z", "Y", "X"),
            help="show the network volumes of this shape, resized linearly, labels by the nearest "
            "voxel (section 2.1: 512 512 512); predictions keep the shape of the volume; in place "
            "of --downsample")

@@ -241,6 +241,9 @@ def parse_args(argv=None):
     if args.save_probability and args.mpp and not args.scm:
         parser.error("--save-probability: stage 2 gives no probabilities; leave out --no-scm, or "
                      "give --no-mpp too")
+    for name, most in (("context", 255), ("erosions", 255), ("min_size", 10**9)):
+        if getattr(args, name) > most:
+            parser.error(f"{emseg.flag_name(name)} {getattr(args, name)} is above {most}")
     if args.context % 2 == 0:
         parser.error(f"--context {args.context} has no middle slice; give an odd number")
     return args
