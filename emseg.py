@@ -3923,9 +3923,11 @@ RUN_FILES = ("config.json", "log.csv", "best.pt", "last.pt", "metrics.json", "fi
              "prediction_*", "probability.tif", "probability_*.tif", "stages/*.tif",
              "stages/*/*.tif", "weights*.tif", "weights.png", "histogram.png",
              "instances.png", "instances_*.png", "slice_dice.png")
-# A resumed run may be given other ones of these, all else is as in its config.json.
+# A resumed run takes these from the command line, all else from its config.json; so does it with
+# those of the machine that it is not given.
 OF_THIS_CALL = {"out_dir", "overwrite", "resume", "checkpoint", "device", "amp", "compile",
                 "workers"}
+OF_THIS_MACHINE = {"device", "amp", "compile", "workers"}
 # A prediction from a checkpoint takes these from the command line too, and may change the last.
 INPUTS = {"volume", "label", "unlabeled_volume", "val_volume", "val_label", "test_volume",
           "test_label"}
@@ -4052,6 +4054,7 @@ def parse(parser, argv, demo, named_labels=False):
             saved = load_checkpoint(args.checkpoint, parser.prog)["args"]
             keep = {n: v for n, v in saved.items()
                     if n in names and n not in OF_THIS_CALL | OF_THIS_DATA}
+            check_saved(parser, keep, args.checkpoint)
             changed = [n for n in typed if n in keep and n not in OF_PREDICTION
                        and typed[n] != keep[n]]
             if changed:
@@ -4107,14 +4110,14 @@ def resume_args(parser, args, typed):
     path = Path(args.out_dir) / "config.json"
     try:
         config = json.loads(path.read_text())
-        saved, whole, scripts = config["args"], config.get("part_of"), [*config["sha256"]]
-    except (OSError, ValueError, KeyError):
+        saved, whole = {**config["args"]}, config.get("part_of")
+        *_, script = config["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"--resume: {path} is no config of an earlier run; check --out-dir")
     if whole:
         raise InputError(f"--resume: {args.out_dir} is part of the run {whole}; resume that one")
-    if parser.prog not in scripts:
-        raise InputError(f"--resume: {args.out_dir} holds a run of {scripts[-1]}, not of "
-                         f"{parser.prog}")
+    if script != parser.prog:
+        raise InputError(f"--resume: {args.out_dir} holds a run of {script}, not of {parser.prog}")
     if saved.get("checkpoint"):
         raise InputError(f"--resume: {args.out_dir} holds a prediction, no training; start it "
                          "again with --overwrite")
@@ -4122,14 +4125,42 @@ def resume_args(parser, args, typed):
         if name not in OF_THIS_CALL and saved.get(name) != value:
             raise InputError(f"--resume: {flag_name(name)} was {saved.get(name)} and is now "
                              f"{value}; leave it out, or start a new run in another --out-dir")
-    own = {name: value for name, value in vars(args).items()
-           if name in typed or name in OF_THIS_CALL - {"device", "amp", "compile", "workers"}}
+    kept = OF_THIS_MACHINE - set(typed)
+    own = {name: value for name, value in vars(args).items() if name in OF_THIS_CALL - kept}
+    check_saved(parser, {n: v for n, v in saved.items() if n not in own}, path)
     if not (path.parent / "last.pt").exists():
         if any([*path.parent.glob(f"**/{name}")]
                for name in ("log.csv", "best.pt", "metrics.json")):
             raise InputError(f"--resume: {args.out_dir} holds no last.pt; start with --overwrite")
         own |= {"resume": False, "overwrite": True}     # it was stopped before the first one
     return argparse.Namespace(**{**vars(args), **saved, **own})
+
+
+def check_saved(parser, saved, path):
+    """Raise InputError where arguments from a file are not what the command line could give."""
+    for action in parser._actions:
+        value, default = saved.get(action.dest, action.default), action.default
+        if not (_could_give(action, value) or type(value) is type(default) and value == default):
+            raise InputError(f"{path}: damaged, or of another version, its "
+                             f"{flag_name(action.dest)} is {str(value)[:100]!r}")
+
+
+def _could_give(action, value):
+    """Whether an argparse action can result in this value."""
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    is_list = isinstance(value, (list, tuple))
+    if isinstance(action, argparse._AppendAction):              # --partial
+        return is_list and all(isinstance(each, list) and len(each) == action.nargs and all(
+            isinstance(text, str) for text in each) for each in value)
+    if action.nargs and not (is_list and action.nargs in ("+", len(value))):
+        return False
+    try:
+        values = value if action.nargs else [value]
+        return all((action.type or str)(str(each)) == each for each in values) and (
+            value in (action.choices or [value]))
+    except (ValueError, TypeError, RuntimeError, OverflowError, argparse.ArgumentTypeError):
+        return False
 
 
 def check_args(parser, args, by_name):
@@ -4681,8 +4712,14 @@ def save_checkpoint(path, content):
 
 def load_checkpoint(path, script):
     """A checkpoint of `script`; a stranger's file runs no code. Raises InputError."""
+    if os.path.isdir(path):
+        raise InputError(f"{path}: a folder; give the file best.pt in it")
+    if os.path.exists(path) and not os.path.isfile(path):       # to open a pipe would wait for ever
+        raise InputError(f"{path}: no file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # of odd pickles, before they are refused
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint")
     except Exception as error:     # torch.load raises what it likes on damaged or malicious files
@@ -4692,9 +4729,52 @@ def load_checkpoint(path, script):
         raise InputError(f"{path}: not a checkpoint of emseg")
     if content["script"] != Path(script).name:
         raise InputError(f"{path}: a checkpoint of {content['script']}, not of {Path(script).name}")
-    if not {"args", "modules", "classes", "normalization", "seen"} <= set(content):
-        raise InputError(f"{path}: a checkpoint of another version; train again")
+    for part in (content, *_parts(content)):
+        if not set(CHECKPOINT) <= set(part):
+            raise InputError(f"{path}: a checkpoint of another version; train again")
+        for key in CHECKPOINT:
+            if not _makes_sense(part, key):
+                raise InputError(f"{path}: damaged, or not a checkpoint of emseg: its '{key}' "
+                                 f"makes no sense")
     return content
+
+
+def _makes_sense(checkpoint, key):
+    """Whether an entry of a checkpoint is what CHECKPOINT wants; a whole of parts has no grey
+    levels of its own."""
+    if key == "normalization" and checkpoint[key] is None:
+        return bool(checkpoint.get("parts"))
+    try:
+        return CHECKPOINT[key](checkpoint[key])
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _parts(content):
+    """The checkpoints of parts in a checkpoint; whatever they are, dictionaries."""
+    parts = content.get("parts", {})
+    parts = list(parts.values()) if isinstance(parts, dict) else [parts]
+    return [part if isinstance(part, dict) else {} for part in parts]
+
+
+def _is_number(value, least=-math.inf):
+    return isinstance(value, (int, float)) and math.isfinite(value) and value >= least
+
+
+# What the entries of a checkpoint must be.
+CHECKPOINT = {
+    "args": lambda value: isinstance(value, dict),
+    "modules": lambda value: isinstance(value, dict) and all(
+        isinstance(state, dict) for state in value.values()),
+    "classes": lambda value: isinstance(value, list) and 2 <= len(value) <= IGNORE and all(
+        isinstance(name, str) for name in value),
+    "normalization": lambda value: _is_number(value["mean"]) and _is_number(value["std"], 1e-6),
+    "seen": lambda value: isinstance(value, list) and all(
+        isinstance(each["file"], str) and all(map(_is_number, each["z"]))
+        and all(_is_number(start) and _is_number(end) for start, end in each["yx"])
+        for each in value),
+    "best": lambda value: value is None or _is_number(value),
+    "seconds": lambda value: _is_number(value, 0)}
 
 
 class Run:
@@ -5342,8 +5422,8 @@ def load_weights(module, checkpoint, key, path):
     """Load a module's state from a checkpoint. Raises InputError where it does not fit."""
     try:
         module.load_state_dict(checkpoint["modules"][key])
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: does not fit this network ({str(error).splitlines()[0]})")
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: does not fit this network ({_one_line(error)})")
 
 
 def peak_memory_gib(device):
