@@ -416,8 +416,8 @@ def _tiff_voxel_size(tif, shape):
         y, x = (down / up for up, down in (tags["YResolution"].value, tags["XResolution"].value))
         metadata = tif.imagej_metadata or {}
         unit = str(metadata.get("unit", "")).replace("\\u00B5", "µ").lower()
-        if unit in UNIT_NM:  # ImageJ leaves the spacing out when it is 1
-            spacing = abs(metadata.get("spacing", 1.0)) if shape[0] > 1 else x
+        if unit in UNIT_NM:  # ImageJ leaves the spacing out when it is 1, and for a single slice
+            spacing = abs(metadata.get("spacing", 1.0 if shape[0] > 1 else x))
             return _plausible([side * UNIT_NM[unit] for side in (spacing, y, x)])
         scale = {2: UNIT_NM["inch"], 3: UNIT_NM["cm"]}[int(tags["ResolutionUnit"].value)]
         return _plausible((x * scale, y * scale, x * scale))
@@ -1311,6 +1311,8 @@ def _create_tiff(file, shape, dtype, voxel_size):
     z, y, x = voxel_size or (1.0, 1.0, 1.0)
     options = {"axes": "ZYX" if len(shape) == 3 else "ZCYX"}
     big = math.prod(shape) * dtype.itemsize > 2**32 - 2**26
+    if shape[-1] == 1 and not big:          # which tifffile takes for the samples of a pixel
+        shape, options = (*shape, 1), {"axes": options["axes"] + "S"}
     if voxel_size and big:
         options |= {f"PhysicalSize{axis}": side for axis, side in zip("ZYX", (z, y, x))}
         options |= {f"PhysicalSize{axis}Unit": "nm" for axis in "ZYX"}
