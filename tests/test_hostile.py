@@ -2,8 +2,8 @@
 traceback, nothing written, no code run. And what only looks odd, which must be read right."""
 
 import bz2
+import functools
 import gzip
-import io
 import json
 import os
 import pickle
@@ -33,7 +33,7 @@ import train_cps
 import train_partial
 import train_seget
 import train_sparse
-from conftest import run
+from conftest import mrc_by_hand, run
 
 TRAINING = (train_cps, train_partial, train_seget, train_2d3d, train_sparse)
 
@@ -763,21 +763,6 @@ def test_nothing_is_allocated_that_a_header_claims(work, make, attempts):
 # -- odd, but right
 
 
-def mrc_of(array, header=(), order="<", stamp=None):
-    """odd.mrc by hand: an array (sections, rows, columns), other header entries {offset: bytes} and
-    a machine stamp, that of the byte order where none is given."""
-    modes = {"int8": 0, "int16": 1, "float32": 2, "uint16": 6, "float16": 12}
-    head = bytearray(1024)
-    sides, mode = array.shape[::-1], modes[array.dtype.name]
-    struct.pack_into(f"{order}10i6f", head, 0, *sides, mode, 0, 0, 0, *sides,
-                     *(40.0 * side for side in sides), 90, 90, 90)
-    struct.pack_into(f"{order}3i", head, 64, 1, 2, 3)
-    head[208:216] = b"MAP " + {"<": b"DD\0\0", ">": b"\x11\x11\0\0"}[stamp or order]
-    for offset, data in dict(header).items():
-        head[offset:offset + len(data)] = data
-    write("odd.mrc", bytes(head) + array.astype(array.dtype.newbyteorder(order)).tobytes())
-
-
 def numbers(*values, order="<"):
     return struct.pack(f"{order}{len(values)}{'f' if isinstance(values[0], float) else 'i'}",
                        *values)
@@ -785,26 +770,27 @@ def numbers(*values, order="<"):
 
 GREY = {kind: (IMAGE.astype(int) - 100).astype(kind) if kind != "uint16" else IMAGE.astype(kind)
         for kind in ("int8", "int16", "float32", "uint16", "float16")}
+odd = functools.partial(mrc_by_hand, "odd.mrc")
 FOUR = (4.0, 4.0, 4.0)              # nm, from 40 angstrom
 ODD = [
-    ("axes permuted", lambda: mrc_of(GREY["int16"], {64: numbers(3, 1, 2)}),
+    ("axes permuted", lambda: odd(GREY["int16"], {64: numbers(3, 1, 2)}),
      GREY["int16"].transpose(2, 0, 1), FOUR),
-    ("axes that make no sense", lambda: mrc_of(GREY["int16"], {64: numbers(7, 7, 7)}),
+    ("axes that make no sense", lambda: odd(GREY["int16"], {64: numbers(7, 7, 7)}),
      GREY["int16"], FOUR),
-    ("byte-swapped", lambda: mrc_of(GREY["float32"], order=">"), GREY["float32"], FOUR),
-    *((f"stamp of {kind} lies, {order}", lambda kind=kind, order=order: mrc_of(
+    ("byte-swapped", lambda: odd(GREY["float32"], order=">"), GREY["float32"], FOUR),
+    *((f"stamp of {kind} lies, {order}", lambda kind=kind, order=order: odd(
         GREY[kind], order=order, stamp={"<": ">", ">": "<"}[order]), GREY[kind], FOUR)
       for kind in GREY for order in "<>"),
-    ("no stamp", lambda: mrc_of(GREY["int8"], {208: bytes(8)}), GREY["int8"], FOUR),
-    ("stamp of nonsense", lambda: mrc_of(GREY["int16"], {212: b"abcd"}), GREY["int16"], FOUR),
-    ("unsigned bytes of IMOD", lambda: mrc_of(GREY["int8"], {152: numbers(1146047817, 0)}),
+    ("no stamp", lambda: odd(GREY["int8"], {208: bytes(8)}), GREY["int8"], FOUR),
+    ("stamp of nonsense", lambda: odd(GREY["int16"], {212: b"abcd"}), GREY["int16"], FOUR),
+    ("unsigned bytes of IMOD", lambda: odd(GREY["int8"], {152: numbers(1146047817, 0)}),
      GREY["int8"].view(np.uint8), FOUR),
-    ("negative voxels", lambda: mrc_of(GREY["int8"], {40: numbers(-9.0)}), GREY["int8"], None),
-    ("negative intervals", lambda: mrc_of(GREY["int8"], {28: numbers(-48)}), GREY["int8"], None),
-    ("voxels of nothing", lambda: mrc_of(GREY["int8"], {40: bytes(12)}), GREY["int8"], None),
-    ("voxels of NaN", lambda: mrc_of(GREY["int8"], {40: numbers(float("nan"))}), GREY["int8"],
+    ("negative voxels", lambda: odd(GREY["int8"], {40: numbers(-9.0)}), GREY["int8"], None),
+    ("negative intervals", lambda: odd(GREY["int8"], {28: numbers(-48)}), GREY["int8"], None),
+    ("voxels of nothing", lambda: odd(GREY["int8"], {40: bytes(12)}), GREY["int8"], None),
+    ("voxels of NaN", lambda: odd(GREY["int8"], {40: numbers(float("nan"))}), GREY["int8"],
      None),
-    ("voxels of kilometres", lambda: mrc_of(GREY["int8"], {40: numbers(1e30)}), GREY["int8"],
+    ("voxels of kilometres", lambda: odd(GREY["int8"], {40: numbers(1e30)}), GREY["int8"],
      None),
 ]
 
