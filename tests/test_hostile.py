@@ -695,6 +695,19 @@ def test_a_process_refuses_alike(work, name):
     assert listing(work) == before and "wrote" not in done.stdout
 
 
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("script", WHOLE)
+def test_a_folder_that_nobody_may_write_to(work, capfd, script):
+    os.mkdir("locked")
+    os.chmod("locked", 0o500)
+    before = listing(work)
+    with pytest.raises(SystemExit) as stopped:
+        run(script, *command_line(script, ["--out-dir", "locked/out"]))
+    err = capfd.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and listing(work) == before
+    assert "--out-dir locked/out: Permission denied" in err
+
+
 def first_weights(content):
     """The name of the first weights of a checkpoint."""
     return next(iter(content["modules"]["network_a"]))

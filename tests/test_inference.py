@@ -159,6 +159,72 @@ def test_default_tile_is_read_when_it_is_needed(monkeypatch):
     assert network.sides == [(20, 30)] + [(16, 16)] * 12
 
 
+def any_network(rng):
+    """A Pointwise of any stride, offset and margin."""
+    stride = int(rng.choice([1, 2, 3, 4, 8, 16]))
+    return Pointwise(stride, int(rng.integers(stride)), int(rng.integers(0, 13)))
+
+
+@pytest.mark.parametrize("front", [(1, 1), (2, 1), (1, 3), (1, 1, 2), (1, 2, 3)])
+def test_any_tiling_gives_back_what_a_pointwise_network_sees(front):
+    rng = np.random.default_rng(len(front) + sum(front))
+    tiled = 0
+    for number in range(60):
+        network, (H, W) = any_network(rng), [int(side) for side in rng.integers(1, 90, 2)]
+        tile = tuple(int(side) for side in rng.integers(1, 50, 2))
+        overlap = float(rng.choice([0, 0.1, 0.25, 0.5, 0.9, 1.0]))
+        image = random_image(*front, H, W, seed=number)
+        prob = emseg.predict_slices(network, image, tile, overlap)
+        wanted = image.sigmoid() if front[1] == 1 else image.softmax(1)
+        assert prob.shape == image.shape
+        torch.testing.assert_close(prob, wanted, atol=2e-6, rtol=1e-5, msg=lambda text: (
+            f"{vars(network)} {H} x {W}, tiles {tile}, overlap {overlap}: {text}"))
+        assert {*map(len, network.sides)} == {2} and len({*network.sides}) == 1
+        tiled += len(network.sides) > 1
+    assert tiled > 30
+
+
+class Numbered(Pointwise):
+    """The n-th call gives probability 1 to class n, of so many classes."""
+
+    def __init__(self, classes, *numbers):
+        super().__init__(*numbers)
+        self.classes = classes
+
+    def forward(self, x):
+        inner = super().forward(x)
+        logits = torch.full((len(x), self.classes, *inner.shape[2:]), -1e4)
+        logits[:, len(self.sides) - 1] = 1e4
+        return logits
+
+
+def test_weights_of_all_tiles_sum_to_one_and_are_those_of_their_windows():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        numbers = vars(any_network(rng))
+        numbers = numbers["stride"], numbers["offset"], numbers["margin"]
+        H, W = [int(side) for side in rng.integers(20, 80, 2)]
+        tile = [int(side) for side in rng.integers(8, 40, 2)]
+        overlap = float(rng.choice([0, 0.25, 0.5]))
+        sides = [emseg.network_side(Pointwise(*numbers), min(side, most))
+                 for side, most in zip((H, W), tile)]
+        starts = [(y, x) for y in emseg.tile_starts(H, sides[0], overlap)
+                  for x in emseg.tile_starts(W, sides[1], overlap)]
+        if len(starts) == 1:
+            continue
+        network = Numbered(len(starts), *numbers)
+        share = emseg.predict_slices(network, random_image(1, 1, H, W), tile, overlap)[0].numpy()
+        assert len(network.sides) == len(starts)
+        np.testing.assert_allclose(share.sum(0), 1, atol=1e-5)
+        window = np.multiply.outer(*[np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
+                                     for side in sides])
+        wanted = np.zeros((len(starts), *[max(pair) for pair in zip(sides, (H, W))]))
+        for weight, (y, x) in zip(wanted, starts):
+            weight[y : y + sides[0], x : x + sides[1]] = window
+        wanted = (wanted / wanted.sum(0))[:, :H, :W]
+        np.testing.assert_allclose(share, wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("max_tile", [None, (12, 16)])
 @pytest.mark.parametrize("numbers", [(1, 0, 0), (8, 4, 10)])
@@ -585,6 +651,45 @@ def test_ranks_together_give_what_one_gives(Z, depth, overlap, world):
         zs += own
         parts += [prob] if own else []
     assert zs == wanted_zs and torch.equal(torch.cat(parts), wanted)
+
+
+def test_any_ranks_yield_every_slice_once_and_what_one_process_yields():
+    rng = np.random.default_rng(0)
+    for number in range(150):
+        Z, H, W = [int(side) for side in rng.integers(1, (40, 7, 7))]
+        volume, world = random_ids((Z, H, W), 256, seed=number), int(rng.integers(1, 9))
+        image = InMemory(volume)
+        grey = torch.from_numpy(volume / 255).float()[:, None]
+        depth, overlap = int(rng.integers(1, 20)), float(rng.uniform(0, 0.95))
+        context, pixels = int(rng.integers(1, 8)), int(rng.integers(1, 600))
+        other = (int(rng.integers(1, 40)), H, W)
+        middle = context // 2
+
+        def see_middle(slices):
+            return predict_grey(slices[middle : len(slices) - (context - 1 - middle)])
+
+        streams = {
+            "windows": (Z, lambda rank, world: emseg.predict_by_windows(
+                predict_window, image, depth, overlap, rank, world)),
+            "pointwise windows": (Z, lambda rank, world: emseg.predict_by_windows(
+                predict_grey, image, depth, overlap, rank, world)),
+            "slabs": (Z, lambda rank, world: emseg.predict_by_slabs(
+                see_middle, image, volume.shape, context, pixels, rank, world)),
+            "slabs of another depth": (other[0], lambda rank, world: emseg.predict_by_slabs(
+                see_middle, image, other, context, pixels, rank, world))}
+        for name, (slices, stream) in streams.items():
+            zs, whole = joined(stream(0, 1))
+            assert zs == list(range(slices)), name
+            parts = {}
+            for rank in range(world):
+                for slab, prob in stream(rank, world):
+                    for z, one in zip(range(slab.start, slab.stop), prob.clone(), strict=True):
+                        assert z not in parts, (name, z)
+                        parts[z] = one
+            assert sorted(parts) == zs, name
+            assert torch.equal(torch.stack([parts[z] for z in zs]), whole), name
+            if name in ("pointwise windows", "slabs"):
+                torch.testing.assert_close(whole, grey, atol=1e-5, rtol=0)
 
 
 def test_ranks_share_the_windows_in_equal_parts():
