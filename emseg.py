@@ -4745,7 +4745,7 @@ def _makes_sense(checkpoint, key):
     """Whether an entry of a checkpoint is what CHECKPOINT wants; a whole of parts has no grey
     levels of its own."""
     if key == "normalization" and checkpoint[key] is None:
-        return bool(checkpoint.get("parts"))
+        return checkpoint["modules"] == {}
     try:
         return CHECKPOINT[key](checkpoint[key])
     except (KeyError, TypeError, ValueError):
