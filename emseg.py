@@ -4742,10 +4742,10 @@ def load_checkpoint(path, script):
 
 
 def _makes_sense(checkpoint, key):
-    """Whether an entry of a checkpoint is what CHECKPOINT wants; a whole of parts has no grey
-    levels of its own."""
+    """Whether an entry of a checkpoint is what CHECKPOINT wants. A run of parts has no network of
+    its own, and may have no grey levels."""
     if key == "normalization" and checkpoint[key] is None:
-        return checkpoint["modules"] == {}
+        return not checkpoint["modules"]
     try:
         return CHECKPOINT[key](checkpoint[key])
     except (KeyError, TypeError, ValueError):

@@ -232,19 +232,22 @@ def readme_commands(script):
 MRC_MODES = {"int8": 0, "int16": 1, "float32": 2, "uint16": 6, "float16": 12}
 
 
-def mrc_by_hand(path, array, header=(), order="<", stamp=None, voxel=(40.0, 40.0, 40.0)):
+def mrc_by_hand(path, array, header=(), order="<", stamp=None, voxel=(40.0, 40.0, 40.0),
+                extended=0):
     """Write an MRC file: an array (sections, rows, columns), other header entries {offset: bytes},
     the byte order and that of the machine stamp, the same where none is given. voxel: x, y, z in
-    angstrom."""
+    angstrom; extended: bytes between header and voxels."""
     head = bytearray(1024)
     sides = array.shape[::-1]
     struct.pack_into(f"{order}10i6f", head, 0, *sides, MRC_MODES[array.dtype.name], 0, 0, 0, *sides,
                      *(n * side for n, side in zip(sides, voxel)), 90, 90, 90)
     struct.pack_into(f"{order}3i", head, 64, 1, 2, 3)
+    struct.pack_into(f"{order}i", head, 92, extended)
     head[208:216] = b"MAP " + {"<": b"DD\0\0", ">": b"\x11\x11\0\0"}[stamp or order]
     for offset, data in dict(header).items():
         head[offset:offset + len(data)] = data
-    Path(path).write_bytes(bytes(head) + array.astype(array.dtype.newbyteorder(order)).tobytes())
+    voxels = array.astype(array.dtype.newbyteorder(order)).tobytes()
+    Path(path).write_bytes(bytes(head) + b"\x55" * extended + voxels)
 
 
 class InMemory(emseg.LazyArray):

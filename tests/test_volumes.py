@@ -157,13 +157,14 @@ def test_tiff_of_every_type_and_byte_order(tmp_path, options):
         np.testing.assert_array_equal(volume[1:3, 2:9, 30], array[1:3, 2:9, 30])
 
 
-def imagej_by_hand(path, array, lines, order=">"):
+def imagej_by_hand(path, array, lines, order=">", tags=None):
     """What ImageJ itself writes: one page, big-endian, with all voxels behind it; pixels of 4.7 x
-    4.6 and a description of these lines."""
+    4.6 and a description of these lines. tags: further ones, {number: 16 bits}."""
     text = "\n".join(["ImageJ=1.53t", *lines, "unit=nm", "min=0.0", "max=255.0", "\0"]).encode()
-    end = 8 + 2 + 12 * 14 + 4                           # of the header and the page
     short = {258: 8 * array.itemsize, 259: 1, 262: 1, 277: 1, 339: 3 if array.dtype.kind == "f"
-             else 1}
+             else 1, **(tags or {})}
+    count = 9 + len(short)
+    end = 8 + 2 + 12 * count + 4                        # of the header and the page
     long = {254: 0, 256: array.shape[2], 257: array.shape[1], 273: end + 16 + len(text),
             278: array.shape[1], 279: array.nbytes}
     tags = {270: (2, len(text), end + 16), 282: (5, 1, end), 283: (5, 1, end + 8),
@@ -171,7 +172,7 @@ def imagej_by_hand(path, array, lines, order=">"):
     page = b"".join(
         struct.pack(f"{order}HHIHH", tag, 3, 1, short[tag], 0) if tag in short else
         struct.pack(f"{order}HHII", tag, *tags[tag]) for tag in sorted({*short, *tags}))
-    head = struct.pack(f"{order}2sHIH", b"MM" if order == ">" else b"II", 42, 8, 14)
+    head = struct.pack(f"{order}2sHIH", b"MM" if order == ">" else b"II", 42, 8, count)
     resolution = struct.pack(f"{order}4I", 10**6, 4_700_000, 10**6, 4_600_000)
     path.write_bytes(head + page + bytes(4) + resolution + text
                      + array.astype(array.dtype.newbyteorder(order)).tobytes())
@@ -195,6 +196,22 @@ def test_imagej_hyperstacks_as_imagej_writes_them(tmp_path, lines, voxel, order,
     assert volume.dtype == dtype and volume.voxel_size == pytest.approx(voxel, rel=1e-6)
     np.testing.assert_array_equal(volume[:], array)
     np.testing.assert_array_equal(volume[4, 3:5, 7], array[4, 3:5, 7])
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_voxels_that_are_stored_in_one_block_but_not_as_they_are(tmp_path, order):
+    """Bits in reverse order (FillOrder 2), and differences of neighbours (Predictor 2), which
+    tifffile decodes of compressed voxels only."""
+    array, path = random_volume((1, 20, 30)), tmp_path / "a.tif"
+    bits = np.array([int(f"{value:08b}"[::-1], 2) for value in range(256)], np.uint8)
+    imagej_by_hand(path, bits[array], ["images=1"], order, {266: 2})
+    np.testing.assert_array_equal(tifffile.imread(path), array[0])
+    np.testing.assert_array_equal(emseg.open_volume(path)[:], array)
+    imagej_by_hand(path, np.diff(array, axis=2, prepend=np.uint8(0)), ["images=1"], order, {317: 2})
+    try:
+        np.testing.assert_array_equal(emseg.open_volume(path)[:], array)
+    except emseg.InputError as error:
+        assert "slice 0 is damaged" in str(error)
 
 
 @pytest.mark.parametrize("order", ["XYZCT", "XYCZT", "XYTZC", "XYZTC", "XYCTZ", "XYTCZ"])
@@ -314,7 +331,7 @@ def test_mrc_of_every_order_of_axes_and_bytes_and_type(tmp_path, axes):
     for dtype, order, stamp in itertools.product(MRC_MODES, "<>", "<>"):
         stored = random_volume((3, 4, 5), dtype)
         mrc_by_hand(tmp_path / "a.mrc", stored, {64: struct.pack(f"{order}3i", *axes)}, order,
-                    stamp, voxel=(47, 46, 500))
+                    stamp, voxel=(47, 46, 500), extended=80)
         volume = emseg.open_volume(tmp_path / "a.mrc")
         want = np.empty([(5, 4, 3)[axis] for axis in place], dtype)
         for section, row, column in np.ndindex(stored.shape):
@@ -503,8 +520,8 @@ def write_any(path, array, rng):
     if path.suffix == ".npy":
         np.save(path, array.astype(kind.newbyteorder(order)).copy(rng.choice(["C", "F"])))
     elif path.suffix == ".mrc":
-        header = {92: struct.pack(f"{order}i", 0)}
-        mrc_by_hand(path, array, header, order, rng.choice(["<", ">"]))
+        mrc_by_hand(path, array, order=order, stamp=rng.choice(["<", ">"]),
+                    extended=int(rng.choice([0, 1024])))
     elif path.suffix == ".tif":
         options = [{}, {"tile": (16, 32)}, {"rowsperstrip": 3}, {"compression": "zlib"},
                    {"compression": "lzma", "tile": (32, 16)}, {"bigtiff": True}]
