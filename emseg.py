@@ -5216,15 +5216,15 @@ class Run:
     def use_best(self, **networks):
         """Load the weights to predict with: best.pt, or the checkpoint of the command line."""
         self.networks = networks
+        path, checkpoint = self.args.checkpoint, self.checkpoint
         if self.training:
             path = self.folder / "best.pt"
             self.barrier()
             checkpoint = load_checkpoint(path, self.script)
-        else:
-            path, checkpoint = self.args.checkpoint, self.checkpoint
-            self._new_folder()
         for name, network in networks.items():
             load_weights(network, checkpoint, name, path)
+        if not self.training:
+            self._new_folder()
 
     @torch.inference_mode()
     def predict_slices(self, network, image, prepare=None, tile=None, overlap=OVERLAP):

@@ -549,10 +549,21 @@ ROWS = [
     ("nothing to resume", None, arguments("--resume"), "--resume: out/config.json is no config"),
     ("damaged run to resume", lambda: (os.mkdir("out"), write("out/config.json", '{"args": [3]}')),
      arguments("--resume"), "--resume: out/config.json is no config"),
-    ("run of other kinds to resume", lambda: (os.mkdir("out"), write(
-        "out/config.json", json.dumps({"args": {"spacing": "x", "downsample": "x"}}))),
-     [(script, [NOTHING, "--resume", "--out-dir", "out"]) for script in TRAINING],
-     "out/config.json: damaged, or of another version, its --(downsample|spacing) is 'x'"),
+    *[(f"damaged run of {script.__name__} to resume", lambda script=script: (
+        os.mkdir("out"), write("out/config.json", json.dumps(
+            {"args": {"spacing": "x", "downsample": "x"},
+             "sha256": {"emseg.py": "", f"{script.__name__}.py": ""}}))),
+       [(script, [NOTHING, "--resume", "--out-dir", "out"])],
+       "out/config.json: damaged, or of another version, its --(downsample|spacing) is 'x'")
+      for script in TRAINING],
+    ("another script's run to resume", lambda: (os.mkdir("out"), write(
+        "out/config.json", '{"args": {}, "sha256": {"emseg.py": "", "evaluate.py": ""}}')),
+     arguments("--resume"), "--resume: out holds a run of evaluate.py, not of train_"),
+    ("finished run without last.pt to resume", lambda: (os.mkdir("out"), write(
+        "out/config.json", '{"args": {}, "sha256": {"train_cps.py": ""}}'),
+        write("out/metrics.json", "{}")),
+     [(train_cps, [NOTHING, "--resume", "--out-dir", "out"])],
+     "--resume: out holds no last.pt; start with --overwrite"),
 
     # -- checkpoints
     ("checkpoint missing", None, checkpoint("no.pt"), r"no\.pt: no such checkpoint"),
@@ -728,7 +739,6 @@ def too_large(content):
     (lambda content: content["args"].update(width=8), "size mismatch"),
     (lambda content: content["args"].update(model="unet5"), "does not fit this network"),
 ])
-@pytest.mark.xfail(reason="Run.use_best makes the folder before it loads the weights", strict=True)
 def test_weights_of_another_network_leave_nothing(work, capfd, change, message):
     trained(change)
     before = listing(work)
