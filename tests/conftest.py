@@ -42,6 +42,11 @@ def real_data():
     return DATA.resolve()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", metavar="N", help="how many faults of each kind "
+                     "test_interruptions.py tries with each script, or all")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "background(*command): a command line of Python that takes "
                             "long; it begins with the session, and the test asks for `finished`")
