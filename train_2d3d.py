@@ -373,20 +373,34 @@ def training_weights(run):
     Computed once for a run, by all processes together: the files weights.tif (weights_NAME.tif of
     several volumes) are W, weights.png shows it.
     """
-    args, data = run.args, run.data
+    data, (w, balance, _) = run.data, run.args.weight_terms
     counts = np.zeros(len(data.classes), dtype=np.int64)
     for label in data.labels:
         for z in label.slices:
             counts += np.bincount(label[z].ravel(), minlength=256)[: len(counts)]
-    w, balance, edge = args.weight_terms
     class_weights = balance * counts[counts > 0].min() / np.maximum(counts, 1)          # W_cb
     names = emseg.unique_names([item.volume.path for item in data.train])
     paths = [run.folder / (f"weights_{name}.tif" if len(names) > 1 else "weights.tif")
              for name in names]
-    if all(path.exists() for path in paths):        # of a resumed run
-        return [emseg.open_volume(str(path)) for path in paths]
+    edge_paths = [run.folder / f"{path.stem}.edges.tif" for path in paths]
+    picture = run.folder / "weights.png"
+    if not all(path.exists() for path in paths):        # else they are those of a resumed run
+        write_weights(run, paths, edge_paths, class_weights)
+    if run.rank == 0:
+        for path in edge_paths:
+            path.unlink(missing_ok=True)
+        if not picture.exists():
+            save_weights(picture, data, emseg.open_volume(str(paths[0])), class_weights + w)
+    run.barrier()
+    return [emseg.open_volume(str(path)) for path in paths]
+
+
+def write_weights(run, paths, edge_paths, class_weights):
+    """Compute W of the training volumes into `paths`, and W_ep before it is scaled, to which all
+    volumes contribute, into edge_paths."""
+    data, (w, _, edge) = run.data, run.args.weight_terms
     run.say(f"weights of {sum(len(label.slices) for label in data.labels)} slices")
-    highest, edge_paths = 0.0, [run.folder / f"{path.stem}.edges.tif" for path in paths]
+    highest = 0.0
     slabs = [emseg.slabs(label.shape, 2**19) for label in data.labels]
     done, total = 0, sum(map(len, slabs))
     for item, label, path, mine in zip(data.train, data.labels, edge_paths, slabs):
@@ -407,13 +421,6 @@ def training_weights(run):
             for slab in mine[run.rank :: run.world]:
                 scaled = edges[slab] * (edge / highest if highest else 0.0)
                 writer[slab] = voxel_weights(label[slab], scaled, class_weights, w)
-    if run.rank == 0:
-        for path in edge_paths:
-            path.unlink()
-        save_weights(run.folder / "weights.png", data, emseg.open_volume(str(paths[0])),
-                     class_weights + w)
-    run.barrier()
-    return [emseg.open_volume(str(path)) for path in paths]
 
 
 def open_weights(path, item, args):
