@@ -106,7 +106,11 @@ def surface_distances(prediction, label, n_classes, voxel_size, folder, progress
                 classes = ids[cut.start - wide.start:][: len(surface)][surface]
                 for k in np.unique(classes):
                     file = f"{folder}/{side}-{k}-{number}.npy"
-                    np.save(file, voxels[classes == k])
+                    try:
+                        np.save(file, voxels[classes == k])
+                    except OSError as error:        # a full disk; NumPy names no file
+                        raise emseg.InputError(f"{folder}: cannot be written ({error}); is there "
+                                               "room on the disk?") from error
                     files.setdefault((side, k), {})[number] = file
             if progress:
                 progress(number + 1, len(cuts))
