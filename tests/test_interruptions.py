@@ -391,8 +391,9 @@ class Runs:
         used = run.exists() and any(run.iterdir()) and name != "evaluate"
         return self.argv(name) + ["--overwrite"] * used
 
-    def finish(self, name, folder, argv=None, kills=(), **plan):
-        """Go on, with a kill after each of these seconds, until the run ends as if undisturbed."""
+    def finish(self, name, folder, argv=None, kills=()):
+        """Go on, with a kill after each of these seconds, until the run ends as if undisturbed.
+        Returns the last attempt."""
         whole = self.undisturbed(name)
         for seconds in [*kills, None]:
             plan = {} if seconds is None else {"signal": signal.SIGKILL, "after": seconds}
@@ -403,6 +404,7 @@ class Runs:
             if done.status == 0:
                 break
         assert_same(folder / "run", whole.folder)
+        return done
 
 
 @pytest.fixture(scope="module")
@@ -646,7 +648,9 @@ def test_interrupted(runs, sample, tmp_path, name, number):
         cleaning = "at" in plan and whole.points[plan["at"]].split()[0] in ("unlink", "rmdir")
         assert done.status == -15 or cleaning or not hidden(folder), hidden(folder)
         argv = what_it_says(runs, name, done) if done.status == 130 else None
-        runs.finish(name, folder, argv)
+        more = runs.finish(name, folder, argv)
+        steps = done.points.count("step ") + more.points.count("step ")
+        assert done.status == -15 or steps == CASES[name].steps, f"{steps} steps: not saved"
 
     points = sample("interrupted", whole.points, 0.5)
     first = number == signal.SIGTERM
