@@ -302,7 +302,8 @@ CASES = {
     "train_partial": Case(
         "train_partial", TINY + TEST + "--compare --volume {data}/image.tif@0:2 --label "
         "{data}/label.tif@0:2 --partial {data}/image.tif@2:4 {data}/label.tif@2:4 3=1,4=1 "
-        "--classes a b c d e --val-volume {data}/image.tif@6:7 --val-label {data}/label.tif@6:7", 8),
+        "--classes a b c d e --val-volume {data}/image.tif@6:7 --val-label {data}/label.tif@6:7",
+        8),
     "train_seget": Case(
         "train_seget", TINY + "--no-amp --volume {data}/image.tif@0:4 --label "
         "mito={data}/mito.tif@0:4 vesicle={data}/vesicle.tif@0:4 --val-slices 3 --test-volume "
@@ -424,22 +425,30 @@ def runs(data, tmp_path_factory):
 
 @pytest.fixture
 def sample(request):
-    """sample(kind, points): those numbers of points, spread over the kinds of event, to try."""
-    wanted = request.config.getoption("--kills")
+    """sample(kind, points): the numbers of points to try, spread over the kinds of event: those
+    that tell most first, and other ones for each script."""
+    wanted, name = request.config.getoption("--kills"), request.node.callspec.params["name"]
 
     def choose(kind, points, share=1.0):
-        count = (len(points) if wanted == "all" else int(int(wanted) * share) if wanted
-                 else DEFAULT[kind])
-        rng, groups = random.Random(request.node.name), {}
+        count = max(1, len(points) if wanted == "all" else int(int(wanted) * share) if wanted
+                    else DEFAULT[kind])
+        groups = {}
         for number, point in enumerate(points):
-            groups.setdefault(re.sub(r"seed\d|mito/|vesicle/|\.evaluate-\w+", "", point),
-                              []).append(number)
-        groups = list(groups.values())
-        rng.shuffle(groups)
-        for group in groups:
-            rng.shuffle(group)
-        order = [group[i] for i in range(len(points)) for group in groups if i < len(group)]
-        return order[:max(1, count)]
+            event, _, file = point.removesuffix(".tmp").partition(" ")
+            file = Path(file).name.lstrip(".")
+            if file.endswith((".png", ".tif", ".mrc")):
+                file = Path(file).suffix
+            groups.setdefault((event, file), []).append(number)
+        events = sorted(groups, key=lambda event: random.Random(str(event)).random())
+        best = [event for event in events if event[0] in ("half", "replace", "step")]
+        first = [*CASES].index(name) * count % max(1, len(best))
+        keys = [event for event in events if event[0] == "unlink"] + best[first:] + best[:first]
+        keys += [event for event in events if event not in keys]
+        for event in keys:
+            choose.rng.shuffle(groups[event])
+        order = [groups[event][k] for k in range(len(points)) for event in keys
+                 if k < len(groups[event])]
+        return order[:count]
     choose.rng = random.Random(request.node.name)
     return choose
 
