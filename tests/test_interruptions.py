@@ -8,6 +8,8 @@ more:
     python -m pytest tests/test_interruptions.py --kills all        # all there are: hours
     python -m pytest tests/test_interruptions.py --kills 100 -k "train_cps and killed"
 
+With -s it says how many attempts of which kind there were.
+
 A helper process, the nursery, imports everything once and forks a child for every attempt. In the
 child all that changes the disk, each training step and each validation is a point, at which it can
 die, be interrupted, or find the disk full from there on; see Trap.
@@ -24,7 +26,6 @@ import json
 import os
 import random
 import re
-import resource
 import selectors
 import shlex
 import shutil
@@ -46,9 +47,11 @@ import torch
 import conftest
 import emseg
 
+resource = pytest.importorskip("resource")
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux")
 HERE = Path(__file__).resolve()
 # What is tried with each script by default.
-DEFAULT = {"killed": 4, "moments": 1, "full": 1, "limit": 1, "interrupted": 1, "not_finite": 1}
+DEFAULT = {"killed": 3, "moments": 1, "full": 1, "limit": 1, "interrupted": 1, "not_finite": 1}
 
 # -- the nursery: a process of its own -------------------------------------------------------------
 
@@ -310,9 +313,10 @@ CASES = {
         "{data}/image.mrc --test-label mito={data}/mito.tif@4:6 vesicle={data}/vesicle.tif@4:6",
         8, parts=2),
     "train_2d3d": Case(
-        "train_2d3d", TINY.replace("16 16", "3 28 28") + TEST + "--volume {data}/image.tif@0:4 "
-        "--label {data}/label.tif@0:4 --val-volume {data}/image.tif@6:9 --val-label "
-        "{data}/label.tif@6:9 --spacing 1 8 8 --instances 2 --elastic 2", 8, parts=2),
+        "train_2d3d", TINY.replace("16 16", "3 28 28") + TEST.replace("4:6", "4:6,:32,:32") +
+        "--volume {data}/image.tif@0:4 --label {data}/label.tif@0:4 --val-volume "
+        "{data}/image.tif@6:9,:32,:32 --val-label {data}/label.tif@6:9,:32,:32 --spacing 1 8 8 "
+        "--instances 2 --elastic 2", 8, parts=2),
     "train_sparse": Case(
         "train_sparse", TINY + TEST.replace("label.tif", "mito.tif") + "--no-tta --volume "
         "{data}/image.tif@0:4 --label {data}/mito.tif@0:4 --label-slices 0,2,3 --val-volume "
@@ -382,8 +386,8 @@ class Runs:
         return case.arguments.format(**paths).split() + ["--out-dir", "run"]
 
     def label(self, name, plan):
-        """What a plan does, in words."""
-        return f"{plan} {self.whole[name].points[plan['at']]}" if "at" in plan else str(plan)
+        """Where a plan does something: a point, or "after" so many seconds, or the like."""
+        return self.undisturbed(name).points[plan["at"]] if "at" in plan else [*plan][-1]
 
     def try_once(self, name, folder, argv, **plan):
         return self.nursery.attempt(CASES[name].script, argv, folder, **plan)
@@ -419,8 +423,8 @@ def runs(data, tmp_path_factory):
     yield runs
     nursery.process.stdin.close()
     nursery.process.wait(60)
-    for what, count in sorted(runs.counts.items()):
-        print(count, *what)
+    print("", *[" ".join(map(str, (count, *what))) for what, count in sorted(runs.counts.items())],
+          sep="\n")
 
 
 @pytest.fixture
@@ -442,7 +446,9 @@ def sample(request):
         events = sorted(groups, key=lambda event: random.Random(str(event)).random())
         best = [event for event in events if event[0] in ("half", "replace", "step")]
         first = [*CASES].index(name) * count % max(1, len(best))
-        keys = [event for event in events if event[0] == "unlink"] + best[first:] + best[:first]
+        keys = [event for event in events if event[0] == "unlink"]
+        count += len(keys)
+        keys += best[first:] + best[:first]
         keys += [event for event in events if event not in keys]
         for event in keys:
             choose.rng.shuffle(groups[event])
@@ -541,18 +547,17 @@ def try_all(runs, name, plans, tmp_path, attempt):
     """attempt(folder, **plan) for each plan, each in a new folder; tell all failures together."""
     failures = []
     for number, plan in enumerate(plans):
-        folder = tmp_path / str(number)
+        folder, label = tmp_path / str(number), runs.label(name, plan)
         folder.mkdir()
         runs.prepare(name, folder)
+        runs.counts[attempt.__name__, re.sub(r"\W.*", "", label), name] += 1
         try:
             attempt(folder, **plan)
         except Exception as error:      # also what a damaged file raises
             where = traceback.extract_tb(error.__traceback__)[-1]
             reason = "\n    ".join(str(error).splitlines()[:2])
-            failures.append(f"{runs.label(name, plan)}: {where.name}: {reason}")
+            failures.append(f"{label} {plan}: {where.name}: {reason}")
         shutil.rmtree(folder)
-    runs.counts.update((name, attempt.__name__, failed) for failed in
-                       ["failed"] * len(failures) + ["good"] * (len(plans) - len(failures)))
     assert not failures, "\n".join(["", *failures])
 
 
