@@ -4178,8 +4178,8 @@ def check_args(parser, args, by_name):
         parser.error(f"--batch-size {batch_size} of --patch-size {format_shape(sides)}: more than "
                      f"{MOST_PIXELS:,} pixels in a step; give smaller ones")
     if (args.width or 0) > 512 and not fits_memory(parser.models[args.model], args.width):
-        parser.error(f"--width {args.width}: out of memory, which the weights of {args.model} alone "
-                     f"would fill; give a smaller one")
+        parser.error(f"--width {args.width}: out of memory, which the weights of {args.model} "
+                     f"alone would fill; give a smaller one")
     if args.workers < 0:
         parser.error(f"--workers {args.workers} is negative")
     if not 0 <= args.seed < 2**63:

@@ -224,12 +224,13 @@ def test_ome_orders_and_units(tmp_path, order, unit, scale):
                            ({"Z": 3, "C": 2}, "2 channels"), ({"Z": 2, "T": 3}, "one stack")):
         text = "".join(f' Size{axis}="{sizes.get(axis, 1)}"' for axis in "CZT") + "".join(
             f' PhysicalSize{axis}="{side * scale:.12g}"' + (
-                f' PhysicalSize{axis}Unit="{unit}"' if unit else "") for axis, side in sides.items())
+                f' PhysicalSize{axis}Unit="{unit}"' if unit else "")
+            for axis, side in sides.items())
         tifffile.imwrite(tmp_path / "a.tif", array, photometric="minisblack", metadata=None,
                          description=f"""<?xml version="1.0" encoding="UTF-8"?>
             <OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">
-            <Pixels ID="Pixels:0" DimensionOrder="{order}" Type="uint16" SizeX="30" SizeY="20"{text}>
-            <TiffData/></Pixels></Image></OME>""".encode())
+            <Pixels ID="Pixels:0" DimensionOrder="{order}" Type="uint16" SizeX="30" SizeY="20"
+            {text}><TiffData/></Pixels></Image></OME>""".encode())
         if refused:
             assert_refused(tmp_path / "a.tif", refused)
             continue
