@@ -4708,8 +4708,11 @@ def save_checkpoint(path, content):
     with replacing(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:               # PyTorch's writer, on a full disk
-            raise OSError(_one_line(error.__context__ or error)) from error
+        except RuntimeError as error:               # how PyTorch's writer ends on anything
+            reason = error.__context__ or error
+            if isinstance(reason, OSError):         # a full disk
+                raise OSError(_one_line(reason)) from error
+            raise reason
 
 
 def load_checkpoint(path, script):
