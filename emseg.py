@@ -1261,9 +1261,11 @@ def create_volume(path, shape, dtype, voxel_size=None, max_value=255, attach=Fal
         if need > free:
             raise InputError(f"{path}: needs {need / 2**30:.2f} GiB but the disk has "
                              f"{free / 2**30:.2f} GiB free; make room or choose another folder")
-        with _removed_on_failure(temporary), _disk_errors(path):
-            (_create_mrc if is_mrc else _create_tiff)(temporary, shape, dtype, voxel_size)
-    return VolumeWriter(path, dtype, shape, _data_offset(temporary, is_mrc), owner=not attach)
+    with contextlib.nullcontext() if attach else _removed_on_failure(temporary):
+        if not attach:
+            with _disk_errors(path):
+                (_create_mrc if is_mrc else _create_tiff)(temporary, shape, dtype, voxel_size)
+        return VolumeWriter(path, dtype, shape, _data_offset(temporary, is_mrc), owner=not attach)
 
 
 def _temporary(path):
