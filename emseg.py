@@ -4710,11 +4710,8 @@ def save_checkpoint(path, content):
     with replacing(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:               # how PyTorch's writer ends on anything
-            reason = error.__context__ or error
-            if isinstance(reason, OSError):         # a full disk
-                raise OSError(_one_line(reason)) from error
-            raise reason
+        except RuntimeError as error:   # as which PyTorch's writer passes on a full disk or Ctrl-C
+            raise error.__context__ or OSError(_one_line(error))
 
 
 def load_checkpoint(path, script):

@@ -139,16 +139,6 @@ def interrupt_after(monkeypatch, steps):
     monkeypatch.setattr(emseg.Run, "log", interrupting_log)
 
 
-def kill_after_an_epoch(script, out, *arguments):
-    """Start a script (a module) in a process of its own and kill it once log.csv is there."""
-    command = [sys.executable, script.__file__, *arguments, "--out-dir", out]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
-    while not (out / "log.csv").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-
-
 CHECKED_RANKS = """
 import torch, emseg, {script}
 use_best = emseg.Run.use_best

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def create(path, kind, depth, side, drawn):
         np.lib.format.open_memmap(path, "w+", np.uint8, shape).flush()
         offset = path.stat().st_size - depth * side * side
     else:
-        with tifffile.TiffWriter(path, bigtiff=kind == "tif", imagej=kind == "imagej") as tif:
+        with warnings.catch_warnings(), tifffile.TiffWriter(
+                path, bigtiff=kind == "tif", imagej=kind == "imagej") as tif:
+            warnings.simplefilter("ignore")         # that ImageJ's large files have one page
             offset, _ = tif.write(shape=shape, dtype=np.uint8, returnoffset=True,
                                   metadata={"axes": "ZYX"}, **options)
     with open(path, "r+b") as file:

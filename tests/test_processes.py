@@ -251,25 +251,30 @@ def test_a_fault_of_one_process_ends_the_run_which_goes_on(team, tmp_path, fault
     assert_same_end(tmp_path / "run", team.whole)
 
 
-def test_metrics_are_those_of_one_process(team, data, tmp_path):
-    """Scores of a prediction that both made, and of the validation that both shared."""
-    if team.script is not train_cps:
-        pytest.skip("all scripts validate and predict alike")
+def test_one_process_predicts_alike(team, data, tmp_path):
+    """All that two processes have predicted, slab by slab in turn."""
+    run(team.script, "--checkpoint", team.whole / "best.pt", "--test-volume", data / "test.tif",
+        "--device", "cpu", "--out-dir", tmp_path / "out")
+    predictions = [path.relative_to(tmp_path / "out")
+                   for path in tmp_path.glob("out/**/prediction.tif")]
+    assert predictions
+    for name in predictions:
+        assert (tmp_path / "out" / name).read_bytes() == (team.whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("team", [train_cps], indirect=True)
+def test_validation_is_over_all_data(team, data, tmp_path):
+    """Two slices validate, one in each process: the score is that of both."""
     run(team.script, "--checkpoint", team.whole / "best.pt", "--test-volume", data / "unseen.tif",
         "--test-label", data / "mito.tif@2:4", "--device", "cpu", "--out-dir", tmp_path / "out")
     best = max(float(row["val_dice"]) for row in log_without_seconds(team.whole))
     assert metrics(tmp_path / "out")["mean"]["dice"] == pytest.approx(best, abs=1e-9) != 0
-    run(team.script, "--checkpoint", team.whole / "best.pt", "--test-volume", data / "test.tif",
-        "--device", "cpu", "--out-dir", tmp_path / "again")
-    assert (tmp_path / "again" / "prediction.tif").read_bytes() == (
-        team.whole / "prediction.tif").read_bytes()
     share = emseg.open_volume(team.whole / "prediction.tif")[:].mean(axis=(1, 2))
-    assert share.min() > 0 and share.max() < 1
+    assert share.min() > 0 and share.max() < 1      # or the predictions would say nothing
 
 
+@pytest.mark.parametrize("team", [train_cps], indirect=True)
 def test_one_process_goes_on_where_two_stopped(team, tmp_path, capsys):
-    if team.script is not train_cps:
-        pytest.skip("all scripts resume alike")
     team.attempt(tmp_path / "run", *team.arguments, **FAULTS["interrupted"])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(team.whole.parent)

@@ -15,8 +15,8 @@ from matplotlib.image import imread
 
 import emseg
 import train_2d3d
-from conftest import (ROOT, interrupt_after, kill_after_an_epoch, log_without_seconds, metrics,
-                      narrow, parse_readme_commands, refused, run, two_processes, weights)
+from conftest import (ROOT, interrupt_after, log_without_seconds, metrics, narrow,
+                      parse_readme_commands, refused, run, two_processes, weights)
 
 
 TINY = ["--width", "2", "--patch-size", "3", "60", "60", "--spacing", "2", "32", "32", "--epochs",
@@ -285,15 +285,6 @@ def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monk
         np.testing.assert_array_equal(*[tifffile.imread(folder / file)
                                         for folder in (trained, tmp_path / "run")])
     assert metrics(tmp_path / "run")["instances"] == metrics(trained)["instances"]
-
-
-def test_killed_and_resumed_is_bit_identical(cells, tmp_path):
-    arguments = [*volumes(cells), *TINY, "--epochs", "4"]
-    whole = train(cells, tmp_path / "whole", "--epochs", "4")
-    kill_after_an_epoch(train_2d3d, tmp_path / "killed", *arguments)
-    run(train_2d3d, "--resume", "--out-dir", tmp_path / "killed")
-    assert log_without_seconds(tmp_path / "killed") == log_without_seconds(whole)
-    assert torch.equal(*[weights(folder / "last.pt") for folder in (whole, tmp_path / "killed")])
 
 
 def test_weights_interrupted_while_computed_are_computed_again(cells, tmp_path, monkeypatch):

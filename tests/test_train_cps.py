@@ -555,16 +555,6 @@ def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monk
     assert metrics(tmp_path / "stopped")["mean"] == metrics(trained)["mean"]
 
 
-def test_killed_and_resumed_is_bit_identical(trained, cells, tmp_path):
-    out = tmp_path / "killed"
-    conftest.kill_after_an_epoch(
-        train_cps, out, "--volume", cells / "image.tif@0:8", "--label", cells / "mito.tif@0:8",
-        "--label-slices", "0,3,7", "--test-volume", cells / "image.tif@8:12", "--test-label",
-        cells / "mito.tif@8:12", *TINY)
-    run("--resume", "--out-dir", out)
-    assert torch.equal(weights(trained / "last.pt"), weights(out / "last.pt"))
-
-
 def test_two_processes_train_and_predict_together(cells, tmp_path):
     out = tmp_path / "two"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",

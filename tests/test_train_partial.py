@@ -458,29 +458,9 @@ def test_interrupted_and_resumed_is_bit_identical(compared, cells, tmp_path, mon
     assert metrics(tmp_path / "run")["stages"] == metrics(compared)["stages"]
 
 
-def test_killed_and_resumed_is_bit_identical(trained, cells, tmp_path):
-    out = tmp_path / "killed"
-    conftest.kill_after_an_epoch(
-        train_partial, out, *training_data(cells), "--test-volume", cells / "image.tif@8:12",
-        "--test-label", cells / "label.tif@8:12", *TINY)
-    run("--resume", "--out-dir", out)
-    assert torch.equal(weights(trained / "last.pt"), weights(out / "last.pt"))
-
-
 def test_workers_change_nothing(trained, cells, tmp_path):
     train(cells, tmp_path / "workers", "--workers", 2)
     assert torch.equal(weights(trained / "last.pt"), weights(tmp_path / "workers" / "last.pt"))
-
-
-def test_two_processes_train_and_predict_together(cells, tmp_path):
-    out = tmp_path / "two"
-    printed = conftest.two_processes(
-        train_partial, tmp_path, *training_data(cells), "--compare", "--test-volume",
-        cells / "image.tif@8:12", "--test-label", cells / "label.tif@8:12", "--out-dir", out, *TINY)
-    assert printed.count("Difference in percentage") == 1
-    run("--checkpoint", out / "best.pt", "--test-volume", cells / "image.tif@8:12", "--test-label",
-        cells / "label.tif@8:12", "--device", "cpu", "--out-dir", tmp_path / "one")
-    assert metrics(out)["mean"] == metrics(tmp_path / "one")["mean"]
 
 
 @pytest.mark.parametrize("model", sorted(train_partial.MODELS))

@@ -5,8 +5,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 
 import mrcfile
 import numpy as np
@@ -789,24 +787,6 @@ def test_interrupted_and_resumed_is_bit_identical(trained, cells, masks, tmp_pat
                                   tifffile.imread(trained / "prediction.tif"))
 
 
-def test_killed_and_resumed_is_bit_identical(trained, cells, masks, tmp_path):
-    command = ["--volume", cells / "image.tif@0:8", "--label", *labels(masks, "mito", "vesicle"),
-               "--test-volume", cells / "image.tif@8:12", "--test-label",
-               *labels(masks, "mito", "vesicle", crop="8:12"), "--out-dir", tmp_path / "out", *TINY]
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_seget.py"), *map(str, command)],
-                               stdout=subprocess.DEVNULL)
-    while not (tmp_path / "out" / "vesicle").exists() and process.poll() is None:
-        pass
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "out" / "metrics.json").exists()
-    run("--resume", "--out-dir", tmp_path / "out")
-    for name in ("mito", "vesicle"):
-        assert torch.equal(weights(tmp_path / "out" / name / "best.pt"),
-                           weights(trained / name / "best.pt"))
-    assert metrics(tmp_path / "out")["structures"] == metrics(trained)["structures"]
-
-
 def test_a_checkpoint_without_networks_is_refused(trained, cells, tmp_path, capsys):
     message = refused(capsys, "--checkpoint", trained / "last.pt", "--test-volume",
                       cells / "image.tif", "--out-dir", tmp_path / "out")
@@ -859,20 +839,6 @@ def test_overwrite_never_deletes_a_label(cells, masks, tmp_path, capsys, place):
                       "--out-dir", tmp_path / "out", "--overwrite", *TINY)
     assert f"would delete {read}" in message and read.exists()
     assert (tmp_path / "out" / "mito" / "best.pt").exists()
-
-
-def test_two_processes_train_and_predict_together(cells, masks, tmp_path):
-    output = conftest.two_processes(
-        train_seget, tmp_path, "--volume", cells / "image.tif@0:8", "--label",
-        *labels(masks, "mito", "vesicle"), "--test-volume", cells / "image.tif@8:12",
-        "--test-label", *labels(masks, "mito", "vesicle", crop="8:12"), "--out-dir",
-        tmp_path / "out", *TINY)
-    assert output.count("2 processes") == 1
-    content = metrics(tmp_path / "out")
-    for name in ("mito", "vesicle"):
-        pred = tifffile.imread(tmp_path / "out" / name / "prediction.tif")
-        truth = tifffile.imread(masks / f"{name}.tif")[8:12]
-        assert content["structures"][name]["accuracy"] == pytest.approx((pred == truth).mean())
 
 
 @pytest.mark.parametrize("sides", [(32, 48), (50, 33), (17, 90)])

@@ -2,9 +2,6 @@
 
 import functools
 import shutil
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -399,21 +396,6 @@ def test_resumed_between_trainings_is_identical(trained, cells, tmp_path, monkey
     assert_same_run(trained, tmp_path / "run")
 
 
-def test_killed_in_stage_3_and_resumed_is_identical(trained, cells, tmp_path):
-    out = tmp_path / "killed"
-    command = [sys.executable, ROOT / "train_sparse.py", *training_data(cells), "--test-volume",
-               f"{cells}/image.tif@8:12", "--test-label", f"{cells}/mito.tif@8:12", "--out-dir",
-               out, *TINY]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
-    while not (out / "stages/train/image_soft.tif").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (out / "metrics.json").exists()
-    run("--resume", "--out-dir", out)
-    assert_same_run(trained, out)
-
-
 def test_a_checkpoint_predicts_through_all_stages(trained, cells, tmp_path):
     run("--checkpoint", trained / "best.pt", "--test-volume", cells / "image.tif@8:12",
         "--test-label", cells / "mito.tif@8:12", "--out-dir", tmp_path / "again", "--device", "cpu",
@@ -534,17 +516,6 @@ def test_a_3d_network_learns_from_sparse_slices_of_its_windows(cells, tmp_path):
         "--steps-per-epoch", 15, "--batch-size", 2, "--patch-size", 8, 64, 64, "--lr", "1e-3",
         "--device", "cpu", "--no-tta", "--foreground", 1)
     assert metrics(tmp_path / "run")["mean"]["iou"] > 0.3
-
-
-def test_two_processes_do_all_stages_together(cells, tmp_path):
-    out = tmp_path / "two"
-    conftest.two_processes(
-        train_sparse, tmp_path, *training_data(cells), "--val-slices", "3", "--test-volume",
-        cells / "image.tif@8:12", "--test-label", cells / "mito.tif@8:12", "--save-probability",
-        "--out-dir", out, *TINY)
-    run("--checkpoint", out / "best.pt", "--test-volume", cells / "image.tif@8:12", "--test-label",
-        cells / "mito.tif@8:12", "--no-tta", "--device", "cpu", "--out-dir", tmp_path / "one")
-    assert metrics(out)["stages"] == metrics(tmp_path / "one")["stages"]
 
 
 # -- bad input -------------------------------------------------------------------------------------

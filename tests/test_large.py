@@ -1,0 +1,67 @@
+"""Volumes several times larger than the memory that a process may have; tests/large.py measures
+larger ones."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+
+import emseg
+from conftest import ROOT
+from large import FORMATS, create, examples
+
+DEPTH, SIDE = 128, 4096                 # 2 GiB
+
+# Trains on a volume and its labels in each format, predicts the first and scores it, in a process
+# that may allocate 3/4 GiB beside what Python and PyTorch take.
+LIMITED = f"""
+import re, resource, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import evaluate, large, torch._dynamo, train_cps
+images, labels = large.examples({DEPTH}, {SIDE})
+volumes = [[large.create(f"{{name}}_{{kind}}", kind, {DEPTH}, {SIDE}, drawn)
+            for kind in large.FORMATS] for name, drawn in (("image", images), ("label", labels))]
+volumes, labels = [list(map(str, paths)) for paths in volumes]
+used = int(re.search(r"VmData:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + 3 * 2**28,) * 2)
+train_cps.main(train_cps.parse_args([
+    "--volume", *volumes, "--label", *labels, "--label-slices", "12,63,64", "--test-volume",
+    volumes[0], *"--method supervised --model unet --width 4 --downsample 8 --patch-size 128 128 "
+    "--batch-size 4 --epochs 1 --steps-per-epoch 10 --device cpu --out-dir run".split()]))
+evaluate.main(evaluate.parse_args(["--prediction", "run/prediction.tif", "--label", labels[0],
+                                   "--no-distances", "--out-dir", "scores"]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory limits of Linux")
+@pytest.mark.background("-c", LIMITED)
+def test_training_prediction_and_scores_need_little_memory(finished):
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    prediction = emseg.open_volume(finished.folder / "run" / "prediction.tif")
+    assert prediction.shape == (DEPTH, SIDE, SIDE)
+    content = json.loads((finished.folder / "scores" / "metrics.json").read_text())
+    assert content["volumes"][0]["voxels"] == DEPTH * SIDE**2
+    assert content["volumes"][0]["ignored"] == 0
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_large_files_hold_is_read(tmp_path, kind):
+    """The sparse files of tests/large.py, small: slices that are drawn, and zeros elsewhere."""
+    drawn, _ = examples(9, 128)
+    volume = emseg.open_volume(create(tmp_path / "a", kind, 9, 128, drawn))
+    assert volume.shape == (9, 128, 128)
+    for z in range(9):
+        np.testing.assert_array_equal(volume[z].view(np.uint8),
+                                      drawn.get(z, np.zeros((128, 128), np.uint8)))
+
+
+def test_the_huge_page_of_imagej(tmp_path):
+    """More than 4 GiB in a TIFF of 32-bit offsets: one page and a line that counts the slices."""
+    path = create(tmp_path / "a", "imagej", 260, SIDE, {259: np.full((SIDE, SIDE), 7, np.uint8)})
+    with tifffile.TiffFile(path) as tif:
+        assert len(tif.pages) == 1 and not tif.is_bigtiff
+    volume = emseg.open_volume(path)
+    assert volume.shape == (260, SIDE, SIDE)
+    assert (volume[259] == 7).all() and not volume[258].any()
