@@ -4630,8 +4630,9 @@ def command(main):
                 stream.reconfigure(errors="backslashreplace")
         try:
             return main(args)
-        except InputError as error:
-            print(f"{prog}: error: {error}", file=sys.stderr)
+        except InputError as error:         # one of --workers sends its traceback along
+            line = str(error).splitlines()[-1].removeprefix("emseg.InputError: ")
+            print(f"{prog}: error: {line}", file=sys.stderr)
             raise SystemExit(2)
         except OSError as error:
             print(f"{prog}: error: {error}", file=sys.stderr)
@@ -4641,6 +4642,9 @@ def command(main):
                     isinstance(error, torch.distributed.DistError)
                     or re.search("gloo|by peer", str(error))):
                 advice = "another process has ended; --resume goes on from the last checkpoint"
+            elif "DataLoader worker" in str(error):
+                advice = ("one of the --workers was killed, for want of memory perhaps; give fewer; "
+                          "--resume goes on from the last checkpoint")
             elif isinstance(error, MemoryError):        # NumPy's
                 advice = f"out of memory ({error or 'none is left'})"
             elif re.search("out of memory|allocate memory", str(error)):

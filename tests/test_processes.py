@@ -305,6 +305,41 @@ def test_a_second_interruption_counts_a_second_later(data, tmp_path, monkeypatch
         (True, False, 1) if not pause else (False, True, 0))
 
 
+KILLS_A_WORKER = """
+import multiprocessing, emseg, train_cps
+log = emseg.Run.log
+
+def killing_log(self, lr, **losses):
+    log(self, lr, **losses)
+    if self.step == 2:
+        multiprocessing.active_children()[0].kill()
+
+emseg.Run.log = killing_log
+train_cps.main(train_cps.parse_args())
+"""
+
+
+@pytest.mark.parametrize("program, message", [
+    ("import train_cps; train_cps.main(train_cps.parse_args())",
+     "nan.tif: slice 70 holds NaN or infinite values; replace them before use"),
+    (KILLS_A_WORKER, "one of the --workers was killed, for want of memory perhaps; give fewer")],
+    ids=["not a number", "killed"])
+def test_a_fault_of_a_worker_is_one_line(tmp_path, program, message):
+    image = np.random.default_rng(0).normal(size=(80, 32, 32)).astype(np.float32)
+    label = (image > 0.5).astype(np.uint8)
+    if "kill" not in program:
+        image[70], label[:70] = np.nan, 0           # not among the slices that are looked at first
+    for name, array in (("nan.tif", image), ("label.tif", label)):
+        tifffile.imwrite(tmp_path / name, array, photometric="minisblack")
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--label", "label.tif",
+         *TINY.replace("image", "nan").replace("test.tif", "nan.tif").split(), *"--method supervised --model unet --downsample 1 --patch-size 16 16 "
+         "--batch-size 4 --steps-per-epoch 200 --workers 2 --out-dir run".split()], cwd=tmp_path,
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr
+
+
 # -- torchrun itself -------------------------------------------------------------------------------
 
 DOOMED = """
