@@ -4621,13 +4621,15 @@ def how_to_resume(script, folder):
 
 
 def command(main):
-    """Run main(args) as a command: bad input is one line and exit status 2, never a traceback."""
+    """Run main(args) as a command: bad input is one line and exit status 2, never a traceback; an
+    interruption, Ctrl-C or SIGTERM, one line and status 130."""
     @functools.wraps(main)
     def wrapper(args):
         prog = Path(sys.argv[0]).name
         for stream in (sys.stdout, sys.stderr):         # names that the terminal cannot show
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
+        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return main(args)
         except InputError as error:         # one of --workers sends its traceback along
@@ -4662,6 +4664,7 @@ def command(main):
             print(f"{prog}: interrupted; {how}", file=sys.stderr)
             raise SystemExit(130)
         finally:
+            signal.signal(signal.SIGTERM, handler)
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
     return wrapper
