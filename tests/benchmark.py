@@ -1,19 +1,14 @@
 """Speed of every network on this machine: python tests/benchmark.py [--networks NAME ...]
-[--width 16] [--full]
+[--width 16]
 
 Prints, for each network, training patches per second, inference voxels per second, peak memory so
 far and the share of the machine's own matrix-product rate that training reaches; then where the
-time of a training step goes, and what bf16 and channels-last gain. --full also predicts two stacks
-on disk, each in a process of its own: the second has four times the voxels and needs no more
-memory.
+time of a training step goes, and what bf16 and channels-last gain. Whole volumes: tests/large.py.
 """
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -158,40 +153,6 @@ def parts(args, device, dtype):
         for kind in (torch.float32, torch.bfloat16) for last in (False, True)))
 
 
-def stack(args, shape):
-    """Predict a stack on disk in a process of its own: speed and peak memory."""
-    code = (
-        "import sys, time, numpy as np, torch, emseg\n"
-        "folder = sys.argv[1]\n"
-        "volume = emseg.open_volume(folder + '/stack.tif')\n"
-        "emseg.keep_freed_memory()\n"
-        "base = emseg.peak_memory_gib(torch.device('cpu'))\n"
-        f"network = emseg.NETWORKS['{args.model}'](1, 1, {args.width}).eval()\n"
-        "network.to(memory_format=torch.channels_last)\n"
-        "dtype = emseg.choose_precision(torch.device('cpu'), None)\n"
-        "def predict(image):\n"
-        "    with torch.inference_mode(), torch.autocast('cpu', dtype,\n"
-        "                                                enabled=dtype != torch.float32):\n"
-        "        return emseg.predict_slices(network, image[:, None].float() / 255)\n"
-        "started = time.perf_counter()\n"
-        "with emseg.create_volume(folder + '/out.tif', volume.shape, np.uint8) as writer:\n"
-        "    stream = emseg.predict_by_slabs(predict, volume, volume.shape)\n"
-        "    emseg.predict_volume(stream, {writer: emseg.class_ids}, volume.shape)\n"
-        "seconds = time.perf_counter() - started\n"
-        "print(f'{seconds:.1f} s, {np.prod(volume.shape) / seconds / 1e6:.2f} Mvoxel/s, peak '\n"
-        "      f'{emseg.peak_memory_gib(torch.device(\"cpu\"))} GiB, of which {base} before')\n")
-    with tempfile.TemporaryDirectory() as folder:
-        rng = np.random.default_rng(0)
-        with emseg.create_volume(f"{folder}/stack.tif", shape, np.uint8) as writer:
-            for z in range(shape[0]):
-                writer[z : z + 1] = rng.integers(0, 255, (1, *shape[1:]), np.uint8)
-        done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True,
-                              text=True, cwd=Path(__file__).resolve().parent.parent,
-                              env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
-        print(f"{emseg.format_shape(shape)} voxels, {args.model}: "
-              f"{done.stdout.strip() or done.stderr.strip()[-300:]}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="unet", choices=sorted(emseg.NETWORKS))
@@ -201,7 +162,6 @@ def main():
     parser.add_argument("--patch", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device")
-    parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
     device = emseg.choose_device(args.device)
     dtype = emseg.choose_precision(device, None)
@@ -209,9 +169,6 @@ def main():
         emseg.keep_freed_memory()
     networks(args, device, dtype)
     parts(args, device, dtype)
-    if args.full:
-        stack(args, (165, 768, 1024))
-        stack(args, (165, 1536, 2048))
 
 
 if __name__ == "__main__":
