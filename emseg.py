@@ -63,9 +63,10 @@ from scipy import ndimage
 from torch import nn
 
 try:
+    import fcntl
     import resource
 except ImportError:         # Windows
-    resource = None
+    fcntl = resource = None
 
 IGNORE = 255
 
@@ -4292,7 +4293,8 @@ def open_data(args, checkpoint=None, score_validation=False):
                        for name, v, truth in zip(unique_names(paths), opened, truths)]
     if checkpoint:
         return Data(names, checkpoint["normalization"], checkpoint["seen"],
-                    [without_seen_slices(item, checkpoint["seen"]) for item in items["test"]])
+                    [without_seen_slices(item, checkpoint["seen"]) for item in items["test"]],
+                    notes=gap_notes(item.volume for item in items["test"]))
 
     check_merges(merges, names)
     held_out = [validation_slices(args.val_slices if i < len(args.volume) else None, label)
@@ -4303,6 +4305,7 @@ def open_data(args, checkpoint=None, score_validation=False):
         raise InputError(f"--val-slices {args.val_slices}: no slice is left to train on")
     drawn = np.concatenate([label.counts[zs] for label, zs in zip(labels, slices)])
     notes = check_annotation(drawn, names, args.label_slices)
+    notes += gap_notes([*volumes, *(item.volume for item in items["val"] + items["test"])])
     notes += [merge_note(volume.path, merge, names) for volume, merge in zip(volumes, merges)
               if len(set(merge)) < len(names)]
     val = [Item(f"val/{item.name}", item.volume, item.image, shrink(item.label, args))
@@ -4336,6 +4339,19 @@ def open_data(args, checkpoint=None, score_validation=False):
         [np.setdiff1d(np.arange(len(image)), shrink(label, args).slices)
          for image, label in zip(images, labels)]
         + [np.arange(len(item.image)) for item in train[len(volumes):]], train, val, notes)
+
+
+def gap_notes(volumes):
+    """A line to print for each folder of slices whose numbers leave one out."""
+    notes = []
+    for volume in volumes:
+        numbers = (volume.numbers or ())[volume.crop[0]]
+        steps = np.diff(numbers)
+        if len(steps) and steps.max() != steps.min():
+            place = int(steps.argmax())
+            notes.append(f"note: {volume.path}: no slice between {numbers[place]} and "
+                         f"{numbers[place + 1]}, which are taken for neighbours")
+    return notes
 
 
 def merge_note(path, merge, names):
@@ -4611,13 +4627,40 @@ def plateaus(history, patience, cooldown=0, threshold=0.0):
 
 def how_to_resume(script, folder):
     """The command that goes on with an interrupted run, for a shell."""
-    launcher = "python"
+    launcher = "python" if shutil.which("python") == sys.executable else sys.executable
     world, here = [int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")]
     if here:
-        launcher = f"torchrun --nproc-per-node={here}"
+        found = shutil.which("torchrun")
+        launcher = f"{'torchrun' if found else f'{launcher} -m torch.distributed.run'}"
+        launcher += f" --nproc-per-node={here}"
     if here < world:
         launcher += f" --nnodes={world // here} …"
-    return f"continue with: {launcher} {script} --resume --out-dir {shlex.quote(str(folder))}"
+    typed = sys.argv[0] if Path(sys.argv[0]).name == script else script
+    return f"continue with: {launcher} {shlex.join([typed, '--resume', '--out-dir', str(folder)])}"
+
+
+LOCKED = []         # descriptors of folders into which no other process may write, see lock_folder
+
+
+def lock_folder(folder):
+    """Keep other processes from writing into a folder until this command ends or dies.
+
+    Raises InputError where one does already, and does not end within ten seconds, as the --workers
+    of one that was killed do.
+    """
+    if fcntl is None:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    LOCKED.append(descriptor)
+    for tries_left in reversed(range(20)):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not tries_left:
+                raise InputError(f"--out-dir {folder}: another process is writing into it")
+        except OSError:                     # a file system without locks
+            return
+        time.sleep(0.5)
 
 
 def command(main):
@@ -4665,6 +4708,8 @@ def command(main):
             raise SystemExit(130)
         finally:
             signal.signal(signal.SIGTERM, handler)
+            while LOCKED:
+                os.close(LOCKED.pop())
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
     return wrapper
@@ -4846,11 +4891,15 @@ class Run:
                                                                 if self.world > 1 else ""))
 
     def _check_folder(self):
-        """Refuse a folder that holds something, unless told what to do with it."""
-        if self.folder.exists() and not self.folder.is_dir():
+        """Refuse a folder that holds something, unless told what to do with it, and one into which
+        another process writes."""
+        if not self.folder.exists():
+            return
+        if not self.folder.is_dir():
             raise InputError(f"--out-dir {self.folder} is a file")
-        used = self.folder.exists() and any(not file.name.startswith(".")
-                                            for file in self.folder.iterdir())
+        if not self.whole:
+            lock_folder(self.folder)
+        used = any(not file.name.startswith(".") for file in self.folder.iterdir())
         if used and not (self.args.overwrite or self.args.resume):
             raise InputError(f"--out-dir {self.folder} is not empty; give --overwrite, --resume or "
                              f"another folder")
@@ -4945,6 +4994,8 @@ class Run:
             self.stages[name] = start, self.total
         if self.args.resume:
             self._restore(load_checkpoint(self.folder / "last.pt", self.script))
+            if not self.whole:
+                self._note_changes()
         else:
             self._new_folder()
             self.save("last.pt")
@@ -4957,17 +5008,15 @@ class Run:
         parts = [file.parent for file in self.folder.glob("*/config.json") if _is_part(file)]
         old = [file for folder in (self.folder, *parts) for pattern in RUN_FILES
                for file in (*folder.glob(pattern), *folder.glob(_temporary(pattern)))]
-        read = [path for name in INPUTS for paths in named_paths(getattr(self.args, name)).values()
-                for path in paths]
-        read += [path for pair in getattr(self.args, "partial", []) for path in pair[:2]]
-        read += getattr(self.args, "weights", [])
-        inputs = {os.path.realpath(_split_crop(path)[0]) for path in read}
+        inputs = {os.path.realpath(file) for file in self._inputs()}
         for file in old:
             if os.path.realpath(file) in inputs:
                 raise InputError(f"--overwrite would delete {file}, which this run reads; choose "
                                  f"another --out-dir")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not LOCKED:
+                lock_folder(self.folder)
             for file in old:
                 file.unlink()
             for folder in parts:
@@ -4976,6 +5025,33 @@ class Run:
             write_json(self.folder / "config.json", self._config())
         except OSError as error:
             raise InputError(f"--out-dir {self.folder}: {error.strerror}")
+
+    def _inputs(self):
+        """The files and folders that the command line names, without their crops."""
+        read = [path for name in sorted(INPUTS)
+                for paths in named_paths(getattr(self.args, name)).values() for path in paths]
+        read += [path for pair in getattr(self.args, "partial", []) for path in pair[:2]]
+        read += getattr(self.args, "weights", [])
+        return list(dict.fromkeys(_split_crop(path)[0] for path in read))
+
+    def _conditions(self):
+        """What must stay as it is for a resumed run to end like one without interruption."""
+        return {"processes": self.world, "precision": str(self.dtype)[6:],
+                "threads": torch.get_num_threads(),
+                "inputs": {file: _last_change(file) for file in self._inputs()}}
+
+    def _note_changes(self):
+        """Say which conditions are other ones than when the run began."""
+        began = json.loads((self.folder / "config.json").read_text())
+        for what, now in self._conditions().items():
+            if what == "inputs":
+                files = began.get(what, now)
+                changed = [f"{file} has changed" for file in now if files.get(file) != now[file]]
+            else:
+                before = began.get(what, now)
+                changed = [f"{what} {before} before, now {now}"] if before != now else []
+            for each in changed:
+                self.say(f"note: {each}; the result will not be that of a run without interruption")
 
     def _config(self):
         """What it takes to do the run again."""
@@ -4986,8 +5062,7 @@ class Run:
             "classes": self.data.classes,
             "normalization": self.data.normalization,
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor()
-            or platform.machine(), "precision": str(self.dtype)[6:], "processes": self.world,
-            "threads": torch.get_num_threads()}
+            or platform.machine(), **self._conditions()}
 
     # -- training
 
@@ -5197,7 +5272,6 @@ class Run:
             "script": self.script.name, "model": self.args.model, "args": vars(self.args),
             "classes": self.data.classes, "normalization": self.data.normalization,
             "seen": self.data.seen, "stage": self.stage, "step": self.step,
-            "processes": self.world, "precision": str(self.dtype)[6:],
             "seconds": self.seconds, "best": self.best, "history": self.history,
             "losses": self.losses, "sums": [], "modules": keep, **more})
 
@@ -5215,10 +5289,6 @@ class Run:
             write_text(log, "".join(lines[: epoch + 1]))
         if self.total:
             self.say(f"resuming {self.folder} at step {self.step} of {self.total}")
-        for what, now in (("processes", self.world), ("precision", str(self.dtype)[6:])):
-            if checkpoint.get(what, now) != now:
-                self.say(f"note: {what} {checkpoint[what]} before, now {now}; the result will not "
-                         "be that of a run without interruption")
 
     # -- results
 
@@ -5403,6 +5473,12 @@ class Run:
             self.say(f"{shown}  {stage}{': ' * bool(stage)}{name}: " + "  ".join(
                 f"{key} {'undefined' if value is None else format(value, '.4f')}"
                 for key, value in values))
+
+
+def _last_change(file):
+    """[bytes, time] of the last change to a file, or to those of a folder."""
+    found = [entry.stat() for entry in os.scandir(file)] if os.path.isdir(file) else [os.stat(file)]
+    return [sum(each.st_size for each in found), max(each.st_mtime_ns for each in found)]
 
 
 def _is_part(config):

@@ -1161,6 +1161,7 @@ def results_folder(args, **more):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise emseg.InputError(f"--out-dir {folder}: {error.strerror}")
+    emseg.lock_folder(folder)
     try:
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as unfinished:
             unfinished = Path(unfinished)

@@ -1081,6 +1081,8 @@ def test_files_of_others_are_not_replaced(tmp_path, capsys, no_pictures):
 
 
 def test_the_slower_of_two_evaluations_is_refused(tmp_path, monkeypatch, capsys, no_pictures):
+    """Where the file system has no locks; else the second one is, before it begins."""
+    monkeypatch.setattr(emseg, "lock_folder", lambda folder: None)
     ids = line("0011")
     for name in ("pred.npy", "truth.npy"):
         np.save(tmp_path / name, ids)
@@ -1093,6 +1095,24 @@ def test_the_slower_of_two_evaluations_is_refused(tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(evaluate, "save_confusion", meanwhile)
     assert "is not empty" in refused(evaluate, capsys, *arguments)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "metrics.json"}
+
+
+def test_a_folder_into_which_another_process_writes_is_left_alone(tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "a.npy", line("0011"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{evaluate.UNFINISHED}other").mkdir()
+    arguments = ["--prediction", tmp_path / "a.npy", "--label", tmp_path / "a.npy",
+                 "--voxel-size", 1, 1, 1, "--no-distances", "--out-dir", tmp_path / "out"]
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with monkeypatch.context() as other:            # descriptors do not share a lock
+        other.setattr(emseg, "LOCKED", [])
+        emseg.lock_folder(tmp_path / "out")
+        held = emseg.LOCKED.pop()
+    assert "another process is writing into it" in refused(evaluate, capsys, *arguments)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{evaluate.UNFINISHED}other"]
+    os.close(held)
+    run(evaluate, *arguments)                       # and what was left unfinished goes
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "log.csv", "golgi/best.pt"])

@@ -644,7 +644,7 @@ def what_it_says(runs, name, done):
     assert len(lines) == 1, done.out + done.err
     if "--resume" in lines[0]:
         script, *argv = shlex.split(lines[0].partition("python ")[2])
-        assert script == f"{CASES[name].script}.py"
+        assert Path(script).resolve() == conftest.ROOT / f"{CASES[name].script}.py"
         return argv
     assert "start again" in lines[0]
     return runs.argv(name) + ["--overwrite"] * ("--overwrite" in lines[0])

@@ -8,6 +8,7 @@ of torchrun, so that each has to notice by itself that another one is gone.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,8 @@ import train_cps
 import train_partial
 import train_seget
 import train_sparse
-from conftest import ROOT, log_without_seconds, metrics, run, weights
+from conftest import (ROOT, interrupt_after, log_without_seconds, metrics, refused, run,
+                      weights)
 
 # Forks two ranks for each line of JSON, an attempt: {"argv", "rank", "step" or "slab", "fault"};
 # the rank meets with the fault at its training step, or when it has written a slab of a prediction.
@@ -243,7 +245,7 @@ def test_a_fault_of_one_process_ends_the_run_which_goes_on(team, tmp_path, fault
         assert broken[0].status == 2 and len(lines[0]) == 1
     else:
         assert [rank.status for rank in broken] == [130, 130] and not any(lines)
-        assert "torchrun --nproc-per-node=2" in broken[0].out
+        assert " --nproc-per-node=2 " in broken[0].out
     (last,) = [path for path in [tmp_path / "run" / "last.pt"] if path.exists()]
     assert torch.load(last, weights_only=True)["script"] == f"{team.script.__name__}.py"
     resumed = team.attempt(tmp_path / "run", "--resume")
@@ -303,6 +305,54 @@ def test_a_second_interruption_counts_a_second_later(data, tmp_path, monkeypatch
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"]
     assert ("saved" in out, ": interrupted; " in err, saved) == (
         (True, False, 1) if not pause else (False, True, 0))
+
+
+@pytest.mark.parametrize("team", [train_cps], indirect=True)
+@pytest.mark.parametrize("what, note", [
+    ("threads", "note: threads {} before, now {}; the result will not be that of a run without"),
+    ("image.tif", "note: image.tif has changed; the result"), (None, None)])
+def test_what_changes_before_a_run_goes_on_is_noted(team, tmp_path, monkeypatch, capsys, what,
+                                                    note):
+    for name in ("image.tif", "mito.tif", "test.tif"):
+        shutil.copy(team.whole.parent / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_after(patch, 4)
+        run(train_cps, *team.arguments, "--out-dir", "run")
+    threads = torch.get_num_threads()
+    if what == "image.tif":
+        tifffile.imwrite(what, 255 - tifffile.imread(what), photometric="minisblack")
+    elif what:
+        torch.set_num_threads(threads + 1)
+    try:
+        run(train_cps, "--resume", "--out-dir", "run")
+    finally:
+        torch.set_num_threads(threads)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "without inter" in line]
+    assert len(notes) == (note is not None)
+    assert not note or notes[0].startswith(note.format(threads, threads + 1))
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+@pytest.mark.parametrize("team", [train_cps], indirect=True)
+def test_a_folder_has_one_writer(team, tmp_path, monkeypatch, capsys, flag):
+    """As where a cluster starts a job again while the first one still runs."""
+    program = "import sys, emseg; emseg.lock_folder(sys.argv[1]); print(flush=True); input()"
+    folder = tmp_path / "run"
+    shutil.copytree(team.whole, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    given = team.arguments if flag == "--overwrite" else []
+    monkeypatch.chdir(team.whole.parent)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with subprocess.Popen([sys.executable, "-c", program, folder], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, cwd=ROOT) as other:
+        other.stdout.readline()
+        assert f"--out-dir {folder}: another process is writing into it" in refused(
+            train_cps, capsys, *given, flag, "--out-dir", folder)
+        assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        other.kill()
+    run(train_cps, *given, flag, "--out-dir", folder)
+    run(train_cps, *given, flag, "--out-dir", folder)       # the first one has let go
 
 
 KILLS_A_WORKER = """
@@ -385,6 +435,6 @@ def test_ctrl_c_reaches_all_processes_of_torchrun_and_saves(data, tmp_path):
     out, err = process.communicate(timeout=60)
     step = torch.load(folder / "last.pt", weights_only=True)["step"]
     assert process.returncode not in (0, None)
-    assert (f"interrupted at step {step}; saved {folder / 'last.pt'}; continue with: torchrun "
-            f"--nproc-per-node=2 train_cps.py --resume --out-dir {folder}") in out
+    assert f"interrupted at step {step}; saved {folder / 'last.pt'}; continue with: " in out
+    assert f" --nproc-per-node=2 {ROOT / 'train_cps.py'} --resume --out-dir {folder}\n" in out
     assert 3 <= step < 3000 and "train_cps.py: error" not in err

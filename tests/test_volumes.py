@@ -447,6 +447,19 @@ def test_folder_order_numbers_and_odd_files(tmp_path):
     assert_refused(tmp_path / "none", "no .tif")
 
 
+def test_a_slice_that_is_left_out_is_noted(tmp_path):
+    images = random_volume((7, 8, 9))
+    for names, notes in (([0, 1, 2, 4, 5, 6, 7], ["no slice between 2 and 4"]),
+                         ([10, 20, 30, 40, 50, 60, 70], []), (range(7), [])):
+        folder = write_folder(tmp_path / f"s{names[1]}{len(notes)}", images,
+                              [f"s{n:03}.png" for n in names])
+        found = emseg.gap_notes([emseg.open_volume(folder)])
+        assert len(found) == len(notes) and all(a in b for a, b in zip(notes, found))
+        assert not emseg.gap_notes([emseg.open_volume(f"{folder}@4:")])
+    np.save(tmp_path / "a.npy", images)
+    assert not emseg.gap_notes([emseg.open_volume(tmp_path / "a.npy")])
+
+
 def test_folder_of_tiffs_and_of_masks_with_mixed_depths(tmp_path):
     folder = tmp_path / "t"
     folder.mkdir()
