@@ -4643,23 +4643,25 @@ LOCKED = []         # descriptors of folders into which no other process may wri
 
 
 def lock_folder(folder):
-    """Keep other processes from writing into a folder until this command ends or dies.
+    """Keep other processes from writing into a folder until this command ends or dies; whether the
+    system can do that.
 
     Raises InputError where one does already, and does not end within ten seconds, as the --workers
     of one that was killed do.
     """
     if fcntl is None:
-        return
+        return False
     descriptor = os.open(folder, os.O_RDONLY)
     LOCKED.append(descriptor)
     for tries_left in reversed(range(20)):
         try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
             if not tries_left:
                 raise InputError(f"--out-dir {folder}: another process is writing into it")
         except OSError:                     # a file system without locks
-            return
+            return False
         time.sleep(0.5)
 
 
@@ -4688,8 +4690,8 @@ def command(main):
                     or re.search("gloo|by peer", str(error))):
                 advice = "another process has ended; --resume goes on from the last checkpoint"
             elif "DataLoader worker" in str(error):
-                advice = ("one of the --workers was killed, for want of memory perhaps; give fewer; "
-                          "--resume goes on from the last checkpoint")
+                advice = ("one of the --workers was killed, for want of memory perhaps; give "
+                          "fewer; --resume goes on from the last checkpoint")
             elif isinstance(error, MemoryError):        # NumPy's
                 advice = f"out of memory ({error or 'none is left'})"
             elif re.search("out of memory|allocate memory", str(error)):

@@ -1161,7 +1161,7 @@ def results_folder(args, **more):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise emseg.InputError(f"--out-dir {folder}: {error.strerror}")
-    emseg.lock_folder(folder)
+    is_locked = emseg.lock_folder(folder)
     try:
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as unfinished:
             unfinished = Path(unfinished)
@@ -1182,7 +1182,7 @@ def results_folder(args, **more):
             for name in names - {"config.json"}:
                 os.replace(unfinished / name, folder / name)
             emseg.write_json(folder / "config.json", {**config, "files": sorted(names)})
-        for other in folder.glob(f"{UNFINISHED}*"):             # of an evaluation that was killed
+        for other in folder.glob(f"{UNFINISHED}*") if is_locked else []:    # of a killed one
             shutil.rmtree(other, ignore_errors=True)
         print(f"wrote {folder}/: {', '.join(sorted(names))}")
     finally:

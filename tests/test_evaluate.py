@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import time
 import types
 from pathlib import Path
 

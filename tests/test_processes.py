@@ -381,11 +381,12 @@ def test_a_fault_of_a_worker_is_one_line(tmp_path, program, message):
         image[70], label[:70] = np.nan, 0           # not among the slices that are looked at first
     for name, array in (("nan.tif", image), ("label.tif", label)):
         tifffile.imwrite(tmp_path / name, array, photometric="minisblack")
-    done = subprocess.run(
-        [sys.executable, "-c", program, "--label", "label.tif",
-         *TINY.replace("image", "nan").replace("test.tif", "nan.tif").split(), *"--method supervised --model unet --downsample 1 --patch-size 16 16 "
-         "--batch-size 4 --steps-per-epoch 200 --workers 2 --out-dir run".split()], cwd=tmp_path,
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    arguments = TINY.replace("image", "nan").replace("test.tif", "nan.tif") + (
+        "--label label.tif --method supervised --model unet --downsample 1 --patch-size 16 16 "
+        "--batch-size 4 --steps-per-epoch 200 --workers 2 --out-dir run")
+    done = subprocess.run([sys.executable, "-c", program, *arguments.split()], cwd=tmp_path,
+                          capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr
 
