@@ -1906,12 +1906,23 @@ def cutmix_boxes(batch, size, device, area=(0.25, 0.5)):
 # ==================================================================================================
 
 
+class Convolution(nn.Conv2d):
+    """nn.Conv2d, but on a CPU in float32 where the image is one pixel wide: there the weight
+    gradient of a strided one in bf16 is that of uninitialised memory (PyTorch 2.14, oneDNN)."""
+
+    def forward(self, x):
+        if x.shape[-1] > 1 or x.device.type != "cpu":
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
 def conv_block(channels, norm="batch", padding=1, kernel=3, **options):
     """Convolution (+ normalisation) + ReLU for each step of channels (in, ..., out); norm: batch,
     group or None; options: of nn.Conv2d."""
     layers = []
     for c_in, c_out in zip(channels[:-1], channels[1:]):
-        layers.append(nn.Conv2d(c_in, c_out, kernel, padding=padding, **options))
+        layers.append(Convolution(c_in, c_out, kernel, padding=padding, **options))
         if norm:
             layers.append(nn.BatchNorm2d(c_out) if norm == "batch" else group_norm(c_out))
         layers.append(nn.ReLU(inplace=True))
@@ -4665,6 +4676,10 @@ def lock_folder(folder):
         time.sleep(0.5)
 
 
+LOST_WORKER = ("one of the --workers was killed, for want of memory perhaps; give fewer; --resume "
+               "goes on from the last checkpoint")
+
+
 def command(main):
     """Run main(args) as a command: bad input is one line and exit status 2, never a traceback; an
     interruption, Ctrl-C or SIGTERM, one line and status 130."""
@@ -4682,7 +4697,8 @@ def command(main):
             print(f"{prog}: error: {line}", file=sys.stderr)
             raise SystemExit(2)
         except OSError as error:
-            print(f"{prog}: error: {error}", file=sys.stderr)
+            line = LOST_WORKER if isinstance(error, ConnectionError) else error
+            print(f"{prog}: error: {line}", file=sys.stderr)
             raise SystemExit(2)
         except (RuntimeError, ValueError, MemoryError) as error:
             if torch.distributed.is_initialized() and (
@@ -4690,8 +4706,7 @@ def command(main):
                     or re.search("gloo|by peer", str(error))):
                 advice = "another process has ended; --resume goes on from the last checkpoint"
             elif "DataLoader worker" in str(error):
-                advice = ("one of the --workers was killed, for want of memory perhaps; give "
-                          "fewer; --resume goes on from the last checkpoint")
+                advice = LOST_WORKER
             elif isinstance(error, MemoryError):        # NumPy's
                 advice = f"out of memory ({error or 'none is left'})"
             elif re.search("out of memory|allocate memory", str(error)):

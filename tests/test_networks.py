@@ -1746,3 +1746,22 @@ def test_a_unet_without_normalisation_keeps_its_signal():
     emseg.he_initialization(plain)
     assert plain.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
     assert (plain.bias == 0).all()
+
+
+@pytest.mark.parametrize("side", [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("groups", [1, 32])
+def test_a_strided_convolution_of_few_pixels_in_bf16(groups, side):
+    """PyTorch's own weight gradient of one pixel in width is that of memory that held NaN here."""
+    torch.manual_seed(0)
+    layer = emseg.conv_block((128, 256), norm=None, stride=2, groups=groups)[0]
+    layer = layer.to(memory_format=torch.channels_last)
+    for _ in range(20):
+        used = [torch.full((n,), torch.nan) for n in (1000, 9216, 20000, 36864)]
+        del used
+        x = torch.randn(2, 128, *side).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(x)
+        (found,) = torch.autograd.grad(out.sum(), layer.weight)
+        (wanted,) = torch.autograd.grad(
+            F.conv2d(x, layer.weight, layer.bias, 2, 1, groups=groups).sum(), layer.weight)
+        torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
