@@ -52,6 +52,18 @@ def pytest_configure(config):
                             "long; it begins with the session, and the test asks for `finished`")
 
 
+BESIDE = "test_hostile.py", "test_interruptions.py"    # see test_beside.py
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that wait for what runs in the background come last, and files that test_beside.py runs
+    there do not run twice."""
+    if "test_beside.py" in {item.path.name for item in items}:
+        config.hook.pytest_deselected(items=[i for i in items if i.path.name in BESIDE])
+        items[:] = [item for item in items if item.path.name not in BESIDE]
+    items.sort(key=lambda item: "finished" in item.fixturenames)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def background(request, tmp_path_factory):
     """{test: future of its background command}. Of all chosen tests, one command after the other
