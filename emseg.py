@@ -1906,12 +1906,12 @@ def cutmix_boxes(batch, size, device, area=(0.25, 0.5)):
 # ==================================================================================================
 
 
-class Convolution(nn.Conv2d):
-    """nn.Conv2d, but on a CPU in float32 where the image is one pixel wide: there the weight
-    gradient of a strided one in bf16 is that of uninitialised memory (PyTorch 2.14, oneDNN)."""
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d, but not in bf16 where the image is one pixel wide: there the weight gradient of a
+    strided one is that of uninitialised memory on a CPU (PyTorch 2.14, oneDNN)."""
 
     def forward(self, x):
-        if x.shape[-1] > 1 or x.device.type != "cpu":
+        if x.shape[-1] > 1 or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.float())
@@ -1922,7 +1922,7 @@ def conv_block(channels, norm="batch", padding=1, kernel=3, **options):
     group or None; options: of nn.Conv2d."""
     layers = []
     for c_in, c_out in zip(channels[:-1], channels[1:]):
-        layers.append(Convolution(c_in, c_out, kernel, padding=padding, **options))
+        layers.append(Conv2d(c_in, c_out, kernel, padding=padding, **options))
         if norm:
             layers.append(nn.BatchNorm2d(c_out) if norm == "batch" else group_norm(c_out))
         layers.append(nn.ReLU(inplace=True))
