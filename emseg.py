@@ -4691,7 +4691,10 @@ def command(main):
                 stream.reconfigure(errors="backslashreplace")
         handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            return main(args)
+            result = main(args)
+            if torch.distributed.is_initialized():      # should one crash as it leaves, all is done
+                torch.distributed.barrier()
+            return result
         except InputError as error:         # one of --workers sends its traceback along
             line = str(error).splitlines()[-1].removeprefix("emseg.InputError: ")
             print(f"{prog}: error: {line}", file=sys.stderr)
