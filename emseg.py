@@ -1239,8 +1239,8 @@ def create_volume(path, shape, dtype, voxel_size=None, max_value=255, attach=Fal
     block only after the others have. promised: bytes on the same disk that other files still need,
     which like this one take their room as they are filled. MRC has no unsigned bytes: uint8 is
     stored as int8 where max_value <= 127, else as uint16. TIFF carries ImageJ metadata, or OME
-    above 4 GB. Raises
-    InputError where the folder is missing or the disk too small, before anything is written.
+    above 4 GB. Raises InputError where the folder is missing or the disk too small, before anything
+    is written.
     """
     path, shape, dtype = os.fspath(path), tuple(shape), np.dtype(dtype)
     extension = os.path.splitext(path)[1].lower()
@@ -4316,7 +4316,6 @@ def open_data(args, checkpoint=None, score_validation=False):
         raise InputError(f"--val-slices {args.val_slices}: no slice is left to train on")
     drawn = np.concatenate([label.counts[zs] for label, zs in zip(labels, slices)])
     notes = check_annotation(drawn, names, args.label_slices)
-    notes += gap_notes([*volumes, *(item.volume for item in items["val"] + items["test"])])
     notes += [merge_note(volume.path, merge, names) for volume, merge in zip(volumes, merges)
               if len(set(merge)) < len(names)]
     val = [Item(f"val/{item.name}", item.volume, item.image, shrink(item.label, args))
@@ -4331,6 +4330,7 @@ def open_data(args, checkpoint=None, score_validation=False):
     for name, path in zip(names_in[len(train):], args.unlabeled_volume):
         volume = open_input(path, args)
         train.append(Item(name, volume, view(volume, args), None))
+    notes += gap_notes(item.volume for item in train + items["val"] + items["test"])
     seen = seen_slices([*volumes, *(item.volume for item in items["val"])],
                        [*labels, *(item.label for item in items["val"])])
     if items["test"]:
@@ -4598,16 +4598,18 @@ def keep_freed_memory():
 def average_gradients(network):
     """Average the gradients of all processes. A step may run the network more than once, which
     DistributedDataParallel does not allow together with BatchNorm."""
-    _average([p.grad for p in network.parameters() if p.grad is not None])
+    if torch.distributed.is_initialized():
+        _average([p.grad for p in network.parameters() if p.grad is not None])
 
 
 def average_statistics(network):
     """Average the running statistics of BatchNorm over all processes."""
-    _average([buffer for name, buffer in network.named_buffers() if "running_" in name])
+    if torch.distributed.is_initialized():
+        _average([buffer for name, buffer in network.named_buffers() if "running_" in name])
 
 
 def _average(tensors):
-    if not (tensors and torch.distributed.is_initialized()):
+    if not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     torch.distributed.all_reduce(flat)
@@ -4641,9 +4643,8 @@ def how_to_resume(script, folder):
     launcher = "python" if shutil.which("python") == sys.executable else sys.executable
     world, here = [int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")]
     if here:
-        found = shutil.which("torchrun")
-        launcher = f"{'torchrun' if found else f'{launcher} -m torch.distributed.run'}"
-        launcher += f" --nproc-per-node={here}"
+        module = f"{launcher} -m torch.distributed.run"
+        launcher = f"{'torchrun' if shutil.which('torchrun') else module} --nproc-per-node={here}"
     if here < world:
         launcher += f" --nnodes={world // here} …"
     typed = sys.argv[0] if Path(sys.argv[0]).name == script else script
@@ -5063,15 +5064,14 @@ class Run:
     def _note_changes(self):
         """Say which conditions are other ones than when the run began."""
         began = json.loads((self.folder / "config.json").read_text())
-        for what, now in self._conditions().items():
-            if what == "inputs":
-                files = began.get(what, now)
-                changed = [f"{file} has changed" for file in now if files.get(file) != now[file]]
-            else:
-                before = began.get(what, now)
-                changed = [f"{what} {before} before, now {now}"] if before != now else []
-            for each in changed:
-                self.say(f"note: {each}; the result will not be that of a run without interruption")
+        now = self._conditions()
+        files = now.pop("inputs")
+        changed = [f"{file} has changed" for file in files
+                   if began.get("inputs", files).get(file) != files[file]]
+        changed += [f"{what} {began[what]} before, now {value}" for what, value in now.items()
+                    if began.get(what, value) != value]
+        for each in changed:
+            self.say(f"note: {each}; the result will not be that of a run without interruption")
 
     def _config(self):
         """What it takes to do the run again."""

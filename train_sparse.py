@@ -53,6 +53,8 @@ Expect:
 """
 
 import argparse
+import collections
+import functools
 import math
 
 import numpy as np
@@ -64,63 +66,87 @@ import emseg
 MODELS = {**emseg.NETWORKS, **emseg.NETWORKS_3D}
 REACHES = (1, 2)                    # eqs. 2 and 3 look this many slices up and down
 HALO = 2 * sum(REACHES)             # slices that a slice's result depends on, on either side
-IN_PLANE = ndimage.generate_binary_structure(3, 1) & np.array([False, True, False])[:, None, None]
 
 
 # -- stage 2: morphological post-processing --------------------------------------------------------
 
 
-def remove_small(masks, min_size):
-    """Masks (Z, Y, X) bool without the 4-connected objects of less than min_size pixels a slice."""
-    objects, count = ndimage.label(masks, IN_PLANE)
+def remove_small(mask, min_size):
+    """A mask (Y, X) bool without its 4-connected objects of less than min_size pixels."""
+    objects, count = ndimage.label(mask)
     large = np.bincount(objects.ravel(), minlength=count + 1) >= min_size
     large[0] = False
     return large[objects]
 
 
-def propagate(annotated, zs, shape, erosions):
-    """What labelled slices say about their neighbourhood (eq. 1): bool (Z, Y, X) of that shape.
+def propagate(label, k, zs, erosions):
+    """What labelled slices say about their neighbourhood (eq. 1): yields a mask (Y, X) bool of
+    class k for each z of zs.
 
-    annotated: {z: mask (Y, X) bool}, the labelled slices of the stack; zs: the z of the Z slices.
-    Both neighbouring labelled slices reach a slice, each eroded `erosions` times for every slice of
-    its distance. A pixel survives m erosions by the 3 x 3 cross where its city-block distance to
-    the background is more than m, so one distance transform does for all distances.
+    label: lazy annotation with its `slices`. Both neighbouring labelled slices reach a slice, each
+    eroded `erosions` times for every slice of its distance. A pixel survives m erosions by the
+    3 x 3 cross where its city-block distance to the background is more than m, so one distance
+    transform does for all distances.
     """
-    reached = np.zeros(shape, dtype=bool)
-    labelled = np.array(sorted(annotated))
-    below, above = np.searchsorted(labelled, zs, "right") - 1, np.searchsorted(labelled, zs)
-    for i, z in enumerate(labelled):
-        near = np.flatnonzero((below == i) | (above == i))
-        if not len(near):
-            continue
-        inside = ndimage.distance_transform_cdt(annotated[z], "taxicab")
-        steps = erosions * np.abs(zs[near] - z)
-        reached[near] |= annotated[z].all() | (inside > steps[:, None, None])
-    return reached
+    @functools.lru_cache(maxsize=2)
+    def depth(z):
+        mask = label[z] == k
+        return ndimage.distance_transform_cdt(mask, "taxicab") if not mask.all() else np.inf
+
+    for z in zs:
+        reached = np.zeros(label.shape[1:], dtype=bool)
+        below, above = label.slices[label.slices <= z][-1:], label.slices[label.slices >= z][:1]
+        for labelled in {*below, *above}:
+            reached |= depth(labelled) > erosions * abs(z - labelled)
+        yield reached
 
 
 def continuity(masks, reach, rule):
-    """Eq. 2 (rule "and": false positives) or eq. 3 ("or": false negatives) on masks (Z, Y, X) bool.
+    """Eq. 2 (rule "and": false positives) or eq. 3 ("or": false negatives): yields as many masks
+    (Y, X) bool as there are.
 
     Neighbours are `reach` slices below and above; beyond the ends of a stack its last slice counts.
     """
-    z = np.arange(len(masks))
-    below, above = masks[np.maximum(z - reach, 0)], masks[np.minimum(z + reach, len(masks) - 1)]
-    return masks & (below | above) if rule == "and" else masks | (below & above)
+    masks = iter(masks)
+    near = collections.deque([next(masks)] * (reach + 1), 2 * reach + 1)
+
+    def below_and_above():
+        below, mask, above = near[0], near[reach], near[-1]
+        return mask & (below | above) if rule == "and" else mask | (below & above)
+
+    for mask in masks:
+        near.append(mask)
+        if len(near) == 2 * reach + 1:
+            yield below_and_above()
+    for _ in range(min(reach, len(near) - reach)):
+        near.append(near[-1])
+        yield below_and_above()
 
 
-def refine(masks, reached, truth, valid, min_size):
-    """Stage 2 for one class of a stack (section 2.3): bool (Z, Y, X), like all it is given.
+def refine(coarse, label, k, zs, rules):
+    """Stage 2 for one class of a stack (section 2.3): yields its mask (Y, X) bool for each z of the
+    range zs, beyond which nothing is seen. coarse, label, rules: see postprocess."""
+    annotated = set() if label is None else {*label.slices}
 
-    masks: coarse; reached: see propagate; truth: annotation where `valid`, which stays as it is.
-    """
+    def annotate(masks):
+        """Put what is annotated in: it stays as it is."""
+        for z, mask in zip(zs, masks):
+            if z in annotated:
+                truth = label[z]
+                mask = np.where(truth == emseg.IGNORE, mask, truth == k)
+            yield mask
+
     def settle(masks):
-        return np.where(valid, truth, remove_small(masks, min_size))
+        return annotate(remove_small(mask, rules["min_size"]) for mask in masks)
 
-    masks = settle(masks | reached)                                                     # eq. 1
+    masks = (coarse[z] == k for z in zs)
+    if annotated:
+        reached = propagate(label, k, zs, rules["erosions"])
+        masks = map(np.logical_or, masks, reached)                                      # eq. 1
+    masks = settle(masks)
     for reach in REACHES:
-        masks = continuity(masks, reach, "and")                                         # eq. 2
-        masks = settle(continuity(np.where(valid, truth, masks), reach, "or"))          # eq. 3
+        masks = annotate(continuity(masks, reach, "and"))                               # eq. 2
+        masks = settle(continuity(masks, reach, "or"))                                  # eq. 3
     return masks
 
 
@@ -130,27 +156,20 @@ def postprocess(coarse, label, slab, classes, rules):
     coarse: lazy class ids (Z, Y, X); label: lazy annotation with IGNORE elsewhere and `slices`, or
     None for a stack without any, where eqs. 2 and 3 work alone; rules: {"erosions", "min_size"}, or
     None to put the annotation in and leave all else. Each class is refined by itself; where two
-    then claim a pixel, its coarse class wins if it is one of them, else the lower id.
+    then claim a pixel, its coarse class wins if it is one of them, else the lower id. Slice by
+    slice, so that a dozen masks are in memory and not the stack.
     """
-    zs = np.arange(max(0, slab.start - HALO), min(len(coarse), slab.stop + HALO))
-    own = slice(slab.start - zs[0], slab.stop - zs[0])
-    ids = coarse[zs[0] : zs[-1] + 1]
-    truth, annotated = np.full_like(ids, emseg.IGNORE), {}
-    if label is not None:
-        truth = label[zs[0] : zs[-1] + 1]
-        below = max(0, np.searchsorted(label.slices, zs[0], "right") - 1)
-        above = np.searchsorted(label.slices, zs[-1])
-        annotated = {z: label[z] for z in label.slices[below : above + 1]}
-    valid = truth != emseg.IGNORE
     if not rules:
-        return np.where(valid, truth, ids)[own]
-    result = np.zeros_like(ids)
+        ids, truth = coarse[slab], emseg.IGNORE if label is None else label[slab]
+        return np.where(truth == emseg.IGNORE, ids, truth)
+    zs = range(max(0, slab.start - HALO), min(len(coarse), slab.stop + HALO))
+    result = np.zeros((slab.stop - slab.start, *coarse.shape[1:]), np.uint8)
     for k in reversed(range(1, len(classes))):
-        reached = propagate({z: a == k for z, a in annotated.items()}, zs, ids.shape,
-                            rules["erosions"])
-        claimed = refine(ids == k, reached, truth == k, valid, rules["min_size"])
-        result = np.where(claimed & ((result == 0) | (result != ids)), np.uint8(k), result)
-    return result[own]
+        for z, claimed in zip(zs, refine(coarse, label, k, zs, rules)):
+            if slab.start <= z < slab.stop:
+                own = result[z - slab.start]
+                own[claimed & ((own == 0) | (own != coarse[z]))] = k
+    return result
 
 
 def write_refined(run, item, coarse, label, path):
@@ -163,7 +182,8 @@ def write_refined(run, item, coarse, label, path):
     if not path.exists():
         run.say(f"stage 2 of {item.volume.path}")
         with run.writers(item, (path, coarse.shape, np.uint8)) as (writer,):
-            for slab in emseg.slabs(coarse.shape, 2**24)[run.rank :: run.world]:
+            pixels = max(2**24, 2 * HALO * math.prod(coarse.shape[1:]))
+            for slab in emseg.slabs(coarse.shape, pixels)[run.rank :: run.world]:
                 writer[slab] = postprocess(coarse, label, slab, run.data.classes, rules)
     return path
 

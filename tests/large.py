@@ -1,13 +1,14 @@
 """Volumes larger than memory: python tests/large.py [--gib 1 4 16] [--limit 4]
-[--formats tif imagej deflate mrc npy folder] [--folder D]
+[--formats tif imagej deflate mrc npy folder] [--scripts train_cps train_seget ...] [--folder D]
 
-For each format and size, trains on a volume of that many GiB and its labels, predicts it whole and
-scores the prediction, each in a process that may allocate --limit GiB. Prints
-seconds, voxels per second and the most memory that was resident. The volumes are sparse files that
-hold grey levels in a few slices: they take no room on the disk, their predictions do.
+For each script, format and size, trains on a volume of that many GiB and its labels, predicts it
+whole and scores the prediction, each in a process that may allocate --limit GiB. Prints seconds,
+voxels per second and the most memory that was resident. The volumes are sparse files that hold grey
+levels in a few slices: they take no room on the disk, their predictions do.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,19 @@ import emseg
 
 FORMATS = ("tif", "imagej", "deflate", "mrc", "npy", "folder")
 SIDE = 4096
+COMMON = ("--volume {image} --label {label} --test-volume {image} --width 4 --epochs 1 "
+          "--steps-per-epoch 20 --device cpu --classes background a b ")
+SCRIPTS = {                             # {drawn}: the slices that show something
+    "train_cps": "--method supervised --model unet --downsample 8 --patch-size 256 256 "
+                 "--batch-size 4",
+    "train_partial": "--partial {image} {label} 2=1 --model unet --batch-size 4 "
+                     "--resize 32 256 256 --patch-size 128 128",
+    "train_seget": "--val-slices {drawn} --model unet --downsample 16 --patch-size 128 128 "
+                   "--batch-size 4",
+    "train_2d3d": "--downsample 16 --patch-size 5 68 68 --spacing 2 64 64 --elastic 2",
+    "train_sparse": "--label-slices {drawn} --scm-epochs 1 --context 3 --no-tta --downsample 16 "
+                    "--patch-size 128 128 --batch-size 4",
+}
 
 
 def create(path, kind, depth, side, drawn):
@@ -80,7 +94,7 @@ def examples(depth, side, count=5):
     """Slices of an image and of its labels {z: (side, side) uint8}, spread over `depth`."""
     rng = np.random.default_rng(0)
     zs = [round((i + 0.5) * depth / count - 0.5) for i in range(count)]
-    labels = {z: (np.kron(rng.integers(0, 2, (side // 64, side // 64), np.uint8),
+    labels = {z: (np.kron(rng.integers(0, 3, (side // 64, side // 64), np.uint8),
                           np.ones((64, 64), np.uint8))) for z in zs}
     images = {z: label * 60 + rng.integers(20, 60, label.shape, np.uint8)
               for z, label in labels.items()}
@@ -98,26 +112,26 @@ def limited(limit, *command):
     return done.stdout, time.perf_counter() - started
 
 
-def measure(kind, gib, limit, folder):
+def measure(script, kind, gib, limit, folder):
     """Train on a volume, predict and score it: a row of the table."""
     depth = max(5, round(gib * 2**30 / SIDE**2))
     with tempfile.TemporaryDirectory(dir=folder) as folder:
-        folder = Path(folder)
-        volume, label = [create(folder / name, kind, depth, SIDE, drawn)
-                         for name, drawn in zip(("image", "label"), examples(depth, SIDE))]
-        _, seconds = limited(
-            limit, ROOT / "train_cps.py", "--volume", volume, "--label", label, "--test-volume",
-            volume, "--method", "supervised", "--model", "unet", "--width", 4, "--downsample", 8,
-            "--patch-size", 256, 256, "--batch-size", 4, "--epochs", 1, "--steps-per-epoch", 20,
-            "--out-dir", folder / "run")
+        folder, drawn = Path(folder), examples(depth, SIDE)
+        volume, label = [create(folder / name, kind, depth, SIDE, slices)
+                         for name, slices in zip(("image", "label"), drawn)]
+        given = (COMMON + SCRIPTS[script]).format(image=volume, label=label, drawn=",".join(
+            map(str, [*drawn[1]][:2])))
+        _, seconds = limited(limit, ROOT / f"{script}.py", *given.split(), "--out-dir",
+                             folder / "run")
         (prediction,) = (folder / "run").glob("prediction.*")
         out, scoring = limited(limit, ROOT / "evaluate.py", "--prediction", prediction, "--label",
                                label, "--no-distances", "--out-dir", folder / "scores")
         content = json.loads((folder / "run" / "metrics.json").read_text())
         scored = json.loads((folder / "scores" / "metrics.json").read_text())
         rate = content["predict_voxels_per_second"] / 1e6
-        return [kind, gib, f"{seconds:.0f}", f"{content['predict_seconds']:.0f}", f"{rate:.0f}",
-                content["peak_memory_gib"], f"{scoring:.0f}", scored["peak_memory_gib"]]
+        return [script, kind, gib, f"{seconds:.0f}", f"{content['predict_seconds']:.0f}",
+                f"{rate:.0f}", content["peak_memory_gib"], f"{scoring:.0f}",
+                scored["peak_memory_gib"]]
 
 
 def main():
@@ -125,16 +139,15 @@ def main():
     parser.add_argument("--gib", nargs="+", type=float, default=[1, 4, 16])
     parser.add_argument("--limit", type=float, default=4, help="GiB")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=["train_cps"])
     parser.add_argument("--folder", help="with room for the largest prediction")
     args = parser.parse_args()
     print(f"at most {args.limit:g} GiB allocated, {os.cpu_count()} cores, PyTorch "
-          f"{emseg.torch.__version__}\n\n| format | GiB | training and prediction, s | of it "
+          f"{emseg.torch.__version__}\n\n| script | format | GiB | training and prediction, s | of it "
           "prediction, s | Mvoxel/s | peak GiB | evaluate.py, s | peak GiB |\n"
-          f"|{' --- |' * 8}")
-    for kind in args.formats:
-        for gib in args.gib:
-            print(f"| {' | '.join(map(str, measure(kind, gib, args.limit, args.folder)))} |",
-                  flush=True)
+          f"|{' --- |' * 9}")
+    for case in itertools.product(args.scripts, args.formats, args.gib):
+        print(f"| {' | '.join(map(str, measure(*case, args.limit, args.folder)))} |", flush=True)
 
 
 if __name__ == "__main__":

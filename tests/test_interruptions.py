@@ -580,13 +580,21 @@ def test_killed_at_any_point(runs, sample, tmp_path, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_killed_at_random_moments(runs, sample, tmp_path, name):
-    """SIGKILL after a random time, four times in a row at most."""
+    """SIGKILL after a random time, and up to three times more while it goes on."""
     whole = runs.undisturbed(name)
 
-    def killed_often(folder, kills):
-        runs.finish(name, folder, runs.argv(name), kills=kills)
+    def killed_often(folder, first, again):
+        done = runs.try_once(name, folder, runs.argv(name), signal=signal.SIGKILL, after=first)
+        if done.status == 0:                        # it was faster than the undisturbed run
+            shutil.rmtree(folder / "run")
+            runs.prepare(name, folder)
+            return killed_often(folder, first / 2, again)
+        assert done.status == -9, done.err
+        assert_whole(folder / "run", whole.folder)
+        assert runs.finish(name, folder, kills=again).ended
 
-    plans = [{"kills": [sample.rng.uniform(0, whole.seconds) for _ in range(4)]}
+    plans = [{"first": sample.rng.uniform(0, whole.seconds),
+              "again": [sample.rng.uniform(0, whole.seconds) for _ in range(3)]}
              for _ in sample("moments", whole.points, 0.2)]
     try_all(runs, name, plans, tmp_path, killed_often)
 

@@ -159,6 +159,8 @@ def test_without_rules_all_else_stays_as_it_was():
     ids, label = blobs((5, 9, 9)), annotation((5, 9, 9), [2])
     found = train_sparse.postprocess(InMemory(ids), label, slice(0, 5), CLASSES, None)
     np.testing.assert_array_equal(found[[0, 1, 3, 4]], ids[[0, 1, 3, 4]])
+    unlabelled = train_sparse.postprocess(InMemory(ids), None, slice(1, 4), CLASSES, None)
+    np.testing.assert_array_equal(unlabelled, ids[1:4])
 
 
 def column(*values):
@@ -166,32 +168,46 @@ def column(*values):
     return np.array(values, dtype=bool)[:, None, None]
 
 
+def continued(masks, reach, rule):
+    """Eq. 2 or 3 on a stack (Z, Y, X)."""
+    return np.stack(list(train_sparse.continuity(masks, reach, rule)))
+
+
+def propagated(masks, depth, erosions):
+    """Eq. 1 on as many slices as `depth` from labelled ones {z: mask}: (Z, Y, X)."""
+    label = np.full((depth, *next(iter(masks.values())).shape), IGNORE, np.uint8)
+    for z, mask in masks.items():
+        label[z] = mask
+    return np.stack(list(train_sparse.propagate(InMemory(label, [*masks]), 1, range(depth),
+                                                erosions)))
+
+
 def test_equation_2_removes_what_neither_neighbour_has():
     masks = column(0, 1, 0, 1, 1, 0, 0, 1)
     # slice 1 stands alone; 3 and 4 hold each other; 7 is the last slice, which is its own neighbour
-    assert train_sparse.continuity(masks, 1, "and")[:, 0, 0].tolist() == [0, 0, 0, 1, 1, 0, 0, 1]
+    assert continued(masks, 1, "and")[:, 0, 0].tolist() == [0, 0, 0, 1, 1, 0, 0, 1]
 
 
 def test_equation_3_fills_what_both_neighbours_have():
     masks = column(0, 1, 0, 1, 0, 0, 1, 0)
-    assert train_sparse.continuity(masks, 1, "or")[:, 0, 0].tolist() == [0, 1, 1, 1, 0, 0, 1, 0]
+    assert continued(masks, 1, "or")[:, 0, 0].tolist() == [0, 1, 1, 1, 0, 0, 1, 0]
 
 
 def test_two_slices_up_and_down():
     gap = column(1, 1, 0, 0, 1, 1)
-    assert train_sparse.continuity(gap, 1, "or")[:, 0, 0].tolist() == [1, 1, 0, 0, 1, 1]
-    assert train_sparse.continuity(gap, 2, "or").all()
+    assert continued(gap, 1, "or")[:, 0, 0].tolist() == [1, 1, 0, 0, 1, 1]
+    assert continued(gap, 2, "or").all()
     wide = column(1, 1, 0, 0, 1, 1, 1)          # slice 2 lies between 0 and 4, slice 3 between 1, 5
-    assert train_sparse.continuity(wide, 2, "or").all()
+    assert continued(wide, 2, "or").all()
     ends = column(1, 0, 0, 1, 0)                # beyond the ends the last slices count: 1 has 0, 3
-    assert train_sparse.continuity(ends, 2, "or")[:, 0, 0].tolist() == [1, 1, 0, 1, 0]
-    assert train_sparse.continuity(column(0, 0, 1, 1, 0, 0), 2, "and").sum() == 0
+    assert continued(ends, 2, "or")[:, 0, 0].tolist() == [1, 1, 0, 1, 0]
+    assert continued(column(0, 0, 1, 1, 0, 0), 2, "and").sum() == 0
 
 
 def test_equation_1_erodes_by_the_distance():
     square = np.zeros((21, 21), dtype=bool)
     square[5:16, 5:16] = True                                           # 11 x 11
-    reached = train_sparse.propagate({3: square}, np.arange(7), (7, 21, 21), 2)
+    reached = propagated({3: square}, 7, 2)
     assert reached.sum((1, 2)).tolist() == [0, 9, 49, 121, 49, 9, 0]    # sides 11, 7, 3, gone
     assert reached[1, 9:12, 9:12].all()
 
@@ -200,18 +216,29 @@ def test_both_neighbouring_annotations_reach_a_slice_but_no_farther_one():
     left, right = np.zeros((2, 9, 9), dtype=bool)
     left[:, :4], right[:, 5:] = True, True
     whole = np.ones((9, 9), dtype=bool)
-    reached = train_sparse.propagate({0: whole, 2: left, 4: right}, np.arange(6), (6, 9, 9), 1)
+    reached = propagated({0: whole, 2: left, 4: right}, 6, 1)
     assert reached[3].any(0).tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1]    # one column less on each
     assert not reached[5][:, :6].any() and reached[1].all()
 
 
-def test_small_objects_are_counted_slice_by_slice():
-    masks = np.zeros((3, 8, 8), dtype=bool)
-    masks[:, :2, :2] = True                             # 12 voxels, but 4 pixels in each slice
-    masks[1, 4:7, 4:7] = True
-    masks[1, 7, 7] = True                               # touches the square at a corner only
-    assert train_sparse.remove_small(masks, 5).sum() == 9
-    assert train_sparse.remove_small(masks, 0).sum() == masks.sum()
+def test_small_objects_are_removed():
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[:2, :2] = True
+    mask[4:7, 4:7] = True
+    mask[7, 7] = True                                   # touches the square at a corner only
+    assert train_sparse.remove_small(mask, 5).sum() == 9
+    assert train_sparse.remove_small(mask, 0).sum() == mask.sum()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+@pytest.mark.parametrize("reach", [1, 2])
+@pytest.mark.parametrize("rule", ["and", "or"])
+def test_neighbours_of_short_stacks(depth, reach, rule):
+    masks = np.random.default_rng(depth).random((depth, 9, 9)) < 0.5
+    z = np.arange(depth)
+    below, above = masks[np.maximum(z - reach, 0)], masks[np.minimum(z + reach, depth - 1)]
+    wanted = masks & (below | above) if rule == "and" else masks | (below & above)
+    np.testing.assert_array_equal(continued(masks, reach, rule), wanted)
 
 
 # -- stage 3 ---------------------------------------------------------------------------------------
