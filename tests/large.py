@@ -142,10 +142,10 @@ def main():
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=["train_cps"])
     parser.add_argument("--folder", help="with room for the largest prediction")
     args = parser.parse_args()
+    heads = ("script", "format", "GiB", "training and prediction, s", "of it prediction, s",
+             "Mvoxel/s", "peak GiB", "evaluate.py, s", "peak GiB")
     print(f"at most {args.limit:g} GiB allocated, {os.cpu_count()} cores, PyTorch "
-          f"{emseg.torch.__version__}\n\n| script | format | GiB | training and prediction, s | of it "
-          "prediction, s | Mvoxel/s | peak GiB | evaluate.py, s | peak GiB |\n"
-          f"|{' --- |' * 9}")
+          f"{emseg.torch.__version__}\n\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for case in itertools.product(args.scripts, args.formats, args.gib):
         print(f"| {' | '.join(map(str, measure(*case, args.limit, args.folder)))} |", flush=True)
 
