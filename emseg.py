@@ -687,8 +687,11 @@ class _Standardized(LazyArray):
 
 
 def _count_values(array):
-    """Voxels of each value of a uint8 or uint16 array, (256,) or (65536,) int64."""
+    """Voxels of each value of an array of integers from 0 on: int64 (256,) or (65536,) for uint8 or
+    uint16, else up to the largest value."""
     flat = array.ravel()
+    if array.itemsize > 2:
+        return np.bincount(flat)
     parts = np.array_split(flat, 1 + flat.size // 2**22)  # bincount makes an int64 copy
     return sum(np.bincount(part, minlength=2 ** (8 * array.itemsize)) for part in parts)
 
@@ -1060,7 +1063,7 @@ def _scan_labels(source, rows):
     tallies = {}
     for z in np.flatnonzero(rows >= 0):
         values, ranks = _ranked(source, rows[z])
-        counts = _count_values(ranks) if ranks.itemsize <= 2 else np.bincount(ranks.ravel())
+        counts = _count_values(ranks)
         found = np.flatnonzero(counts)
         tallies[z] = values[found], counts[found]
     return tallies
@@ -1081,7 +1084,7 @@ def count_pairs(source, rows, volume, progress=None):
         index = np.uint16 if n < 2**16 and len(values_l) * n <= 2**16 else np.int64
         index = ranks_l.astype(index) * index(n) + ranks_v.astype(index)
         if len(values_l) * n <= 2**24:
-            counts = np.bincount(index.ravel())
+            counts = _count_values(index)
             found = np.flatnonzero(counts)
             counts = counts[found]
         else:
@@ -3150,9 +3153,7 @@ def predict_by_slabs(predict, image, shape, context=1, pixels=2**20, rank=0, wor
         first, last = low[slab.start], high[slab.stop - 1]
         prob = predict(torch.from_numpy(image[first : last + context]))
         if other_grid:
-            below, above = (prob[place[slab] - first] for place in (low, high))
-            weight = torch.from_numpy(share[slab]).to(prob.device).view(-1, 1, 1, 1)
-            prob = below + (above - below) * weight
+            prob = between(prob, low[slab] - first, high[slab] - first, share[slab], dim=0)
         yield slab, prob
 
 
@@ -3186,31 +3187,60 @@ def predict_by_windows(predict, image, depth, overlap=1 / 3, rank=0, world=1):
                 buffer[z] = buffer[z + done] if z + done < depth else 0
 
 
+def between(prob, low, high, share, dim):
+    """What lies `share` of the way from the entries `low` to the entries `high` along an axis of a
+    tensor: see resampling."""
+    low, high, share = (torch.from_numpy(array).to(prob.device) for array in (low, high, share))
+    share = share.view(-1, *[1] * (prob.dim() - 1 - dim))
+    return torch.lerp(prob.index_select(dim, low), prob.index_select(dim, high), share)
+
+
+def enlarged(prob, size, factor, pixels=2**18):
+    """Yield (rows, probabilities (n, C, rows, X)) of a slab (n, C, H, W) at full resolution.
+
+    Linear to `factor` times the sides, less what then sticks out of size (Y, X); to exactly that
+    where factor is 1. A few `pixels` at a time, which is fast on a CPU and takes little memory.
+    """
+    n, _, H, W = prob.shape
+    tall, wide = (H * factor, W * factor) if factor > 1 else size
+    low, high, share = resampling(H, tall)
+    for rows in slabs((size[0], n, size[1]), pixels):
+        if tall == H:
+            part = prob[:, :, rows]
+        else:
+            part = between(prob, low[rows], high[rows], share[rows], dim=2)
+        if wide != W:
+            part = F.interpolate(part, size=(part.shape[2], wide), mode="bilinear")
+        yield rows, part[..., : size[1]]
+
+
 def predict_volume(stream, writers, shape, downsample=1, probability=None, progress=None):
     """Write a stream of predictions: memory depends on its slabs, not on the volume.
 
     stream: yields (slab, probabilities (n, C, H, W)), see predict_by_slabs and predict_by_windows,
     `downsample` times smaller in y and x than `shape` (Z, Y, X), the shape of the prediction, or of
-    any other size; probabilities are resized linearly. writers: {VolumeWriter: probabilities
-    (n, C, Y, X) -> class ids (n, Y, X)}, for example class_ids; probability: VolumeWriter of the
+    any other size; see enlarged. writers: {VolumeWriter: probabilities (n, C, rows, X) of some rows
+    -> class ids (n, rows, X)}, for example class_ids; probability: VolumeWriter of the
     probabilities, (Z, Y, X) of the one channel or (Z, C, Y, X). progress: called with the slices
     done and the slices of the volume.
     """
+    fills = {writer: lambda prob, decide=decide: decide(prob).to(torch.uint8)
+             for writer, decide in writers.items()}
+    if probability is not None:
+        fills[probability] = lambda prob: prob[:, 0] if prob.shape[1] == 1 else prob
     done = 0
     for slab, prob in stream:
         slab = slice(slab.start, min(slab.stop, shape[0]))
         for part in slabs((slab.stop - slab.start, *shape[1:]), 2**22):     # at full resolution
             place = slice(slab.start + part.start, slab.start + part.stop)
-            large = prob[part]
-            if downsample > 1:
-                large = F.interpolate(large, scale_factor=downsample, mode="bilinear")
-                large = large[..., : shape[1], : shape[2]]
-            elif large.shape[2:] != shape[1:]:
-                large = F.interpolate(large, size=shape[1:], mode="bilinear")
-            for writer, decide in writers.items():
-                writer[place] = decide(large).to(torch.uint8).cpu().numpy()
-            if probability is not None:
-                probability[place] = (large[:, 0] if large.shape[1] == 1 else large).cpu().numpy()
+            pages = None
+            for rows, large in enlarged(prob[part], shape[1:], downsample):
+                found = [fill(large).cpu().numpy() for fill in fills.values()]
+                pages = pages or [np.empty((*f.shape[:-2], *shape[1:]), f.dtype) for f in found]
+                for page, values in zip(pages, found):
+                    page[..., rows, :] = values
+            for writer, page in zip(fills, pages):
+                writer[place] = page
         done += slab.stop - slab.start
         if progress:
             progress(done, shape[0])
@@ -3258,8 +3288,7 @@ def confusion(pred, label, n_classes):
     for z, (p, l) in enumerate(zip(pred, label)):
         index = l.astype(np.uint16) * n_classes + p
         index[l == IGNORE] = n_classes * n_classes
-        found = np.bincount(index.ravel(), minlength=n_classes * n_classes + 1)
-        counts[z] = found[:-1].reshape(n_classes, n_classes)
+        counts[z] = _count_values(index)[: n_classes * n_classes].reshape(n_classes, n_classes)
     return counts
 
 
@@ -5388,8 +5417,9 @@ class Run:
         predict: uint8 slices (B, H, W) -> probabilities (B, C, H, W). All processes share the work.
         image: what the network sees, in place of item.image; stage: see output; context: see
         predict_by_slabs; depth: of the windows of a 3D network. channels: of the probabilities,
-        where they are not one for each class. decide: probabilities (n, C, H, W) -> class ids
-        (n, H, W), in place of class_ids; also: {path: function alike} of further files.
+        where they are not one for each class. decide: probabilities (n, C, ...) -> class ids
+        (n, ...), voxel by voxel, in place of class_ids; also: {path: function alike} of further
+        files.
         """
         started = time.monotonic()
         image, also = item.image if image is None else image, also or {}

@@ -449,6 +449,36 @@ def test_downsampled_predictions_are_enlarged_linearly(factor):
     np.testing.assert_array_equal(ids.array, prob.array > 0.5)
 
 
+@pytest.mark.parametrize("pixels", [1, 60, 170, 10**6])
+@pytest.mark.parametrize("factor, size", [(1, (6, 7)), (1, (13, 18)), (1, (4, 3)), (1, (6, 5)),
+                                          (3, (16, 21)), (3, (18, 19))])
+def test_slabs_are_enlarged_a_few_rows_at_a_time(factor, size, pixels):
+    """Whatever the rows, all together are what one interpolation gives."""
+    prob = random_image(2, 3, 6, 7).sigmoid()
+    wanted = F.interpolate(prob, size=(18, 21) if factor == 3 else size, mode="bilinear")
+    parts = list(emseg.enlarged(prob, size, factor, pixels))
+    assert [y for rows, _ in parts for y in range(rows.start, rows.stop)] == list(range(size[0]))
+    assert {part.shape[2] for _, part in parts[:-1]} <= {max(1, pixels // (2 * size[1]))}
+    found = torch.cat([part for _, part in parts], dim=2)
+    torch.testing.assert_close(found, wanted[..., : size[0], : size[1]], rtol=0, atol=1e-6)
+
+
+def test_large_slices_are_decided_in_parts():
+    """No part has more than 2**18 pixels, and each comes once."""
+    values, ids, sizes = torch.rand(2, 2, 128, 160), Writer((2, 1024, 1280)), []
+    prob = Writer((2, 2, 1024, 1280))
+
+    def decide(part):
+        sizes.append(part[:, 0].numel())
+        return emseg.class_ids(part)
+
+    emseg.predict_volume([(slice(0, 2), values)], {ids: decide}, (2, 1024, 1280), 8, prob)
+    wanted = F.interpolate(values, scale_factor=8, mode="bilinear")
+    assert max(sizes) <= 2**18 and sum(sizes) == 2 * 1024 * 1280
+    np.testing.assert_allclose(prob.array, wanted, atol=1e-6)
+    np.testing.assert_array_equal(ids.array, prob.array.argmax(1))
+
+
 @pytest.mark.parametrize("depth", [1, 3, 4, 7, 11, 20])
 @pytest.mark.parametrize("pixels", [1, 600, 10**6])
 def test_predictions_of_another_depth_are_interpolated_linearly(depth, pixels):

@@ -14,12 +14,12 @@ from large import FORMATS, create, examples
 
 DEPTH, SIDE = 128, 4096                 # 2 GiB
 
-# Trains on a volume and its labels in each format, predicts the first and scores it, in a process
-# that may allocate 3/4 GiB beside what Python and PyTorch take.
+# Trains on a volume and its labels in each format and predicts the first in a process that may
+# allocate 3/4 GiB beside what Python and PyTorch take, and scores it in another.
 LIMITED = f"""
-import re, resource, sys
+import re, resource, subprocess, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
-import evaluate, large, torch._dynamo, train_cps
+import large, torch._dynamo, train_cps
 images, labels = large.examples({DEPTH}, {SIDE})
 volumes = [[large.create(f"{{name}}_{{kind}}", kind, {DEPTH}, {SIDE}, drawn)
             for kind in large.FORMATS] for name, drawn in (("image", images), ("label", labels))]
@@ -30,8 +30,9 @@ train_cps.main(train_cps.parse_args([
     "--volume", *volumes, "--label", *labels, "--label-slices", "12,63,64", "--test-volume",
     volumes[0], *"--method supervised --model unet --width 4 --downsample 8 --patch-size 128 128 "
     "--batch-size 4 --epochs 1 --steps-per-epoch 10 --device cpu --out-dir run".split()]))
-evaluate.main(evaluate.parse_args(["--prediction", "run/prediction.tif", "--label", labels[0],
-                                   "--no-distances", "--out-dir", "scores"]))
+sys.exit(subprocess.run([sys.executable, {str(ROOT / "evaluate.py")!r}, "--prediction",
+                         "run/prediction.tif", "--label", labels[0], "--no-distances", "--out-dir",
+                         "scores"]).returncode)
 """
 
 
