@@ -4730,15 +4730,14 @@ def command(main):
             print(f"{prog}: error: {line}", file=sys.stderr)
             raise SystemExit(2)
         except OSError as error:
-            line = LOST_WORKER if isinstance(error, ConnectionError) else error
-            print(f"{prog}: error: {line}", file=sys.stderr)
+            print(f"{prog}: error: {error}", file=sys.stderr)
             raise SystemExit(2)
         except (RuntimeError, ValueError, MemoryError) as error:
             if torch.distributed.is_initialized() and (
                     isinstance(error, torch.distributed.DistError)
                     or re.search("gloo|by peer", str(error))):
                 advice = "another process has ended; --resume goes on from the last checkpoint"
-            elif "DataLoader worker" in str(error):
+            elif re.search("DataLoader worker|Pin memory thread", str(error)):
                 advice = LOST_WORKER
             elif isinstance(error, MemoryError):        # NumPy's
                 advice = f"out of memory ({error or 'none is left'})"
@@ -5016,11 +5015,15 @@ class Run:
         cuda = self.device.type == "cuda"
         stream = batches(patches, batch_size, self.step, self.total, self.args.workers, self.rank,
                          self.world, pin_memory=cuda)
-        for batch in stream:
-            if isinstance(batch, torch.Tensor):
-                yield batch.to(self.device, non_blocking=True)
-            else:
-                yield [crop.to(self.device, non_blocking=True) for crop in batch]
+        try:
+            for batch in stream:
+                if isinstance(batch, torch.Tensor):
+                    yield batch.to(self.device, non_blocking=True)
+                else:
+                    yield [crop.to(self.device, non_blocking=True) for crop in batch]
+        except (ConnectionError, EOFError) as error:    # a worker has died while it sent one
+            time.sleep(5)               # PyTorch's handler of its death raises, here or a line later
+            raise RuntimeError("DataLoader worker") from error
 
     def open_data(self, **options):
         """See the function open_data."""
