@@ -624,11 +624,7 @@ class _Stretched(LazyArray):
 
     def _checked(self, box, z):
         if self.volume.dtype.kind == "f":
-            for i, page in enumerate(box):
-                good = np.abs(page) < 1e300 if page.itemsize == 8 else np.isfinite(page)
-                if not good.all():              # spans of more would overflow
-                    raise InputError(f"{self.path}: slice {z + i} holds NaN or infinite values; "
-                                     "replace them before use")
+            check_finite(box, z, self.path)
         return box.astype(self.compute)
 
     def read(self, z, y, x):
@@ -636,6 +632,20 @@ class _Stretched(LazyArray):
         box -= self.low
         box *= 255 / (self.high - self.low) if self.high > self.low else 1.0
         return np.rint(box.clip(0, 255, out=box), out=box).astype(np.uint8)
+
+
+def check_finite(volume, first=0, path=None):
+    """Raise InputError, naming path and slice, where floats (Z, Y, X) hold NaN or infinite values,
+    or such that a difference of two overflows.
+
+    volume: a LazyArray, read slice by slice, or an array that begins with slice `first` of `path`.
+    """
+    for z in range(len(volume)):
+        page = volume[z]
+        good = np.abs(page) < 1e300 if page.itemsize == 8 else np.isfinite(page)
+        if not good.all():
+            raise InputError(f"{path or volume.path}: slice {first + z} holds NaN or infinite "
+                             "values; replace them before use")
 
 
 class _Equalized(LazyArray):
@@ -3205,12 +3215,12 @@ def enlarged(prob, size, factor, pixels=2**18):
     tall, wide = (H * factor, W * factor) if factor > 1 else size
     low, high, share = resampling(H, tall)
     for rows in slabs((size[0], n, size[1]), pixels):
-        if tall == H:
-            part = prob[:, :, rows]
-        else:
-            part = between(prob, low[rows], high[rows], share[rows], dim=2)
-        if wide != W:
+        first, last = low[rows][0], high[rows][-1]
+        part = prob[:, :, first : last + 1]
+        if wide != W:                               # first, while the rows are few
             part = F.interpolate(part, size=(part.shape[2], wide), mode="bilinear")
+        if tall != H:
+            part = between(part, low[rows] - first, high[rows] - first, share[rows], dim=2)
         yield rows, part[..., : size[1]]
 
 
@@ -4476,7 +4486,10 @@ def open_input(path, args):
 
 
 def view(volume, args):
-    """What a network sees of a volume: uint8, normalised, resized and downsampled as asked."""
+    """What a network sees of a volume: uint8, normalised, resized and downsampled as asked. Raises
+    InputError where any voxel is NaN: better now than after hours of training."""
+    if volume.dtype.kind == "f":
+        check_finite(volume)
     image = as_uint8(volume, equalize=args.normalize == "equalize")
     if args.normalize == "volume":
         image = standardize(image)

@@ -405,6 +405,12 @@ ROWS = [
                         "weights must be numbers"),
     ("infinity", lambda: save("bad.npy", np.where(IMAGE > 250, np.inf, IMAGE)), volume("bad.npy"),
      "slice 0 holds (NaN or infinite values|values that are not whole)|weights must be numbers"),
+    ("NaN in a slice that no sample holds",
+     lambda: save("bad.tif", np.where(np.arange(50)[:, None, None] == 33, np.nan, IMAGE[[0] * 50])
+                  .astype(np.float32)),
+     [*arguments("--test-volume bad.tif"),
+      *arguments("--unlabeled-volume bad.tif", train_cps, train_sparse)],
+     "slice 33 holds NaN or infinite values"),
     ("values whose span is infinite", lambda: save("bad.npy", (IMAGE / 127.5 - 1) * 1.2e308),
      arguments("--volume bad.npy"), "slice 0 holds NaN or infinite values"),
     ("crop beyond the file", None, volume("image.tif@0:7"), "z runs over 0:6"),
