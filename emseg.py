@@ -5035,7 +5035,7 @@ class Run:
                 else:
                     yield [crop.to(self.device, non_blocking=True) for crop in batch]
         except (ConnectionError, EOFError) as error:    # a worker has died while it sent one
-            time.sleep(5)               # PyTorch's handler of its death raises, here or a line later
+            time.sleep(5)                       # in which PyTorch's handler of its death raises
             raise RuntimeError("DataLoader worker") from error
 
     def open_data(self, **options):
