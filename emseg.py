@@ -24,6 +24,7 @@ Contents, in the order data flows
 """
 
 import argparse
+import atexit
 import bisect
 import contextlib
 import csv
@@ -272,7 +273,11 @@ class _MappedSource:
         if not count:
             return np.empty([part.stop - part.start for part in box], self.dtype)
         start = self.offset + first.start * math.prod(shape[1:]) * dtype.itemsize
-        part = np.memmap(self.file, dtype, "r", start, (count, *shape[1:]))[:, others[0], others[1]]
+        try:
+            part = np.memmap(self.file, dtype, "r", start, (count, *shape[1:]))
+        except ValueError as error:
+            raise InputError(f"{self.file}: is shorter than when it was opened") from error
+        part = part[:, others[0], others[1]]
         return np.array(part.transpose(self.order), dtype=self.dtype, order="C", subok=False)
 
 
@@ -644,8 +649,9 @@ def check_finite(volume, first=0, path=None):
         page = volume[z]
         good = np.abs(page) < 1e300 if page.itemsize == 8 else np.isfinite(page)
         if not good.all():
-            raise InputError(f"{path or volume.path}: slice {first + z} holds NaN or infinite "
-                             "values; replace them before use")
+            what = "values beyond 1e300" if np.isfinite(page).all() else "NaN or infinite values"
+            raise InputError(f"{path or volume.path}: slice {first + z} holds {what}; replace them "
+                             "before use")
 
 
 class _Equalized(LazyArray):
@@ -4732,6 +4738,8 @@ def command(main):
         for stream in (sys.stdout, sys.stderr):         # names that the terminal cannot show
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
+        for number in signal.SIGINT, signal.SIGTERM:    # Python's own end is no work to interrupt
+            atexit.register(signal.signal, number, signal.SIG_IGN)
         handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             result = main(args)

@@ -412,7 +412,7 @@ ROWS = [
       *arguments("--unlabeled-volume bad.tif", train_cps, train_sparse)],
      "slice 33 holds NaN or infinite values"),
     ("values whose span is infinite", lambda: save("bad.npy", (IMAGE / 127.5 - 1) * 1.2e308),
-     arguments("--volume bad.npy"), "slice 0 holds NaN or infinite values"),
+     arguments("--volume bad.npy"), "slice 0 holds values beyond 1e300"),
     ("crop beyond the file", None, volume("image.tif@0:7"), "z runs over 0:6"),
     ("crop that is empty", None, volume("image.tif@:,9:9"), "crop 9:9 along y is empty"),
     ("crop that is reversed", None, volume("image.tif@5:2"), "crop 5:2 along z is empty"),

@@ -715,3 +715,17 @@ def test_not_finite(runs, sample, tmp_path, name, fault):
 
 if __name__ == "__main__":
     nursery()
+
+
+LEAVES = """
+import atexit, os, signal, emseg
+for number in signal.SIGTERM, signal.SIGINT:        # what is registered first comes last
+    atexit.register(os.kill, os.getpid(), number)
+emseg.command(lambda args: None)(None)
+"""
+
+
+def test_a_signal_while_python_leaves_changes_nothing():
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True,
+                          cwd=conftest.ROOT)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -715,6 +715,20 @@ def open_array(tmp_path, array, name="v"):
     return emseg.open_volume(tmp_path / f"{name}.npy")
 
 
+@pytest.mark.parametrize("name", ["a.npy", "a.mrc", "a.tif"])
+def test_a_file_that_becomes_shorter(tmp_path, name):
+    array = np.zeros((9, 64, 64), np.uint8)
+    if name == "a.npy":
+        np.save(tmp_path / name, array)
+    else:
+        with emseg.create_volume(tmp_path / name, array.shape, array.dtype) as writer:
+            writer[:] = array
+    volume = emseg.open_volume(tmp_path / name)
+    os.truncate(tmp_path / name, 20_000)
+    with pytest.raises(emseg.InputError, match=f"{name}: is shorter than when it was opened"):
+        volume[8]
+
+
 def test_as_uint8(tmp_path):
     array = random_volume()
     volume = open_array(tmp_path, array)
