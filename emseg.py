@@ -13,7 +13,7 @@ Contents, in the order data flows
     Volumes       files as lazy arrays: TIFF, MRC, NPY, folders of slices; labels; writing
     Phantom       synthetic EM volumes and whole cells with exact labels, for --demo and tests
     Patches       random crops, as uint8, and their normalisation
-    Augmentation  one composed sampling grid per batch, on the device; CutMix boxes
+    Augmentation  one composed sampling grid per batch, on the device
     Layers        building blocks of networks
     Networks      networks from the literature, by name: NETWORKS
     Losses        soft Dice and cross entropy, blind to IGNORE
@@ -1673,7 +1673,8 @@ def phantom_cell(shape, voxel_size=(25, 25, 25), seed=0):
 # Patches: random crops, as uint8, and what turns them into network input
 # ==================================================================================================
 
-POINTS_PER_SLICE = 1000     # foreground voxels remembered per class and annotated slice
+POINTS_PER_SLICE = 100      # voxels of each class remembered for a slice
+TRIES = 50                  # crops drawn in search of a class, before one is placed around it
 
 
 class Patches(torch.utils.data.Dataset):
@@ -1681,9 +1682,10 @@ class Patches(torch.utils.data.Dataset):
 
     images: lazy uint8 arrays (Z, Y, X). labels: lazy label arrays of the same shapes, or None.
     patch_size: (Y, X) for 2D crops, (Z, Y, X) for 3D ones. slices: for each volume, the z of which
-    a crop holds at least one (default: all). foreground: the share of crops that must hold at least
-    one foreground voxel, its class drawn uniformly, then the slice, then the voxel. Every place of
-    a crop that keeps this is as likely as any other.
+    a crop holds at least one (default: all). foreground: the share of crops that must hold some of
+    a foreground class, which is drawn uniformly; they are uniform over the crops that do, as where
+    one crops again until there is some (Pagano 2023, authors' code). A class so rare that TRIES
+    crops miss it gets one around a voxel of it.
 
     Item i is `image` or `(image, label)`, tensors of the patch's shape; with numbered=True the
     number of the volume follows. It depends on (seed, i) alone: the number of workers and a resumed
@@ -1701,7 +1703,7 @@ class Patches(torch.utils.data.Dataset):
                 raise InputError(
                     f"{image.path}: patches of {format_shape(patch_size)} do not fit into "
                     f"{format_shape(image.shape)} voxels, as the network sees it; give a smaller "
-                    f"--patch-size")
+                    f"--patch-size or --downsample")
         slices = slices if slices is not None else [range(len(image)) for image in images]
         self.slices = [(v, int(z)) for v, zs in enumerate(slices) for z in zs]
         if not self.slices:
@@ -1711,43 +1713,52 @@ class Patches(torch.utils.data.Dataset):
         self.points = self._foreground_points() if foreground else []
 
     def _foreground_points(self):
-        """For each foreground class: a list of (volume, z, voxels (N, 2) of y, x)."""
+        """For each foreground class: its id, and a list of (volume, z, voxels (N, 2) of y, x)."""
         rng = np.random.default_rng(self.seed)
         points = {}
         for v, z in self.slices:
             label = self.labels[v][z]
             for value in np.setdiff1d(label, [0, IGNORE]):
-                found = np.flatnonzero(label == value)
-                chosen = rng.choice(found, min(len(found), POINTS_PER_SLICE), replace=False)
-                yx = np.stack(np.unravel_index(chosen, label.shape), axis=1).astype(np.int32)
-                points.setdefault(int(value), []).append((v, z, yx))
+                found = rng.permutation(np.argwhere(label == value).astype(np.int32))
+                points.setdefault(int(value), []).append((v, z, found[:POINTS_PER_SLICE]))
         if not points:
             raise InputError("none of the slices to train on holds foreground; check "
                              "--label-slices, --val-slices and --label-map")
-        return [points[value] for value in sorted(points)]
+        return sorted(points.items())
 
     def __getitem__(self, index):
         rng = np.random.default_rng((*self.seed, index))
         if self.points and rng.random() < self.foreground:
-            of_class = self.points[rng.integers(len(self.points))]
-            v, z, voxels = of_class[rng.integers(len(of_class))]
-            inside = [z, *voxels[rng.integers(len(voxels))]]
+            v, window = self._foreground_window(rng)
         else:
             v, z = self.slices[rng.integers(len(self.slices))]
-            inside = [z, None, None]
-        window = []
-        for point, size, side in zip(inside, self.patch_size, self.images[v].shape):
-            low = 0 if point is None else max(0, point - size + 1)
-            high = side - size if point is None else min(point, side - size)
-            start = int(rng.integers(low, high + 1))
-            window.append(slice(start, start + size))
-        window = tuple(window)
+            window = self._window(rng, v, z)
         item = [self._crop(self.images[v], window)]
         if self.labels:
             item.append(self._crop(self.labels[v], window))
         if self.numbered:
             item.append(v)
         return tuple(item) if len(item) > 1 else item[0]
+
+    def _foreground_window(self, rng):
+        """A volume and a window of it that holds some of a foreground class."""
+        value, places = self.points[rng.integers(len(self.points))]
+        for _ in range(TRIES):
+            v, z, voxels = places[rng.integers(len(places))]
+            window = self._window(rng, v, z)
+            if (self.labels[v][window] == value).any():
+                return v, window
+        return v, self._window(rng, v, z, *voxels[rng.integers(len(voxels))])
+
+    def _window(self, rng, v, z, y=None, x=None):
+        """A random window of volume v that holds slice z, and row y and column x if given."""
+        window = []
+        for point, size, side in zip((z, y, x), self.patch_size, self.images[v].shape):
+            low = 0 if point is None else max(0, point - size + 1)
+            high = side - size if point is None else min(point, side - size)
+            start = int(rng.integers(low, high + 1))
+            window.append(slice(start, start + size))
+        return tuple(window)
 
     def _crop(self, array, window):
         crop = torch.from_numpy(array[window])
@@ -1793,32 +1804,6 @@ def normalize(image, normalization):
 # ==================================================================================================
 # Augmentation: one composed sampling grid per batch, on the device
 # ==================================================================================================
-
-
-def piecewise_affine_displacement(batch, size, device, scale=(0.01, 0.05), points=4, share=1.0):
-    """Displacement (B, H, W, 2) in pixels (x, y): affine on the triangles of a jittered grid.
-
-    Each of points x points regular points, the corners of the image among them, moves by
-    N(0, s * side) in y and x, s drawn from `scale` for each image. Each cell between four points is
-    cut into two triangles, and each triangle moves as its three corners do. share: the probability
-    that an image moves at all. (imgaug's PiecewiseAffine, as in the sparse-slice paper, section
-    2.2, but what it would clip to the image may point outside of it here.)
-    """
-    H, W = size
-    strength = torch.empty(batch, 1, 1, 1, device=device).uniform_(*scale)
-    strength = strength * (torch.rand(batch, 1, 1, 1, device=device) < share)
-    side = torch.tensor([W, H], device=device).view(1, 2, 1, 1)
-    corner = torch.randn(batch, 2, points, points, device=device) * strength * side
-    y = torch.linspace(0, points - 1, H, device=device)
-    x = torch.linspace(0, points - 1, W, device=device)
-    row, column = y.long().clamp(max=points - 2), x.long().clamp(max=points - 2)
-    v, u = (y - row)[:, None], x - column                   # place inside a cell, 0 to 1
-    row = row[:, None]
-    top_left, top_right = corner[..., row, column], corner[..., row, column + 1]
-    low_left, low_right = corner[..., row + 1, column], corner[..., row + 1, column + 1]
-    upper = top_left + u * (top_right - top_left) + v * (low_left - top_left)
-    lower = low_right + (1 - u) * (low_left - low_right) + (1 - v) * (top_right - low_right)
-    return torch.where(u + v < 1, upper, lower).permute(0, 2, 3, 1)
 
 
 def elastic_displacement(batch, size, device, amplitude=20.0, sigma=0.6, pitch=40):
@@ -1899,25 +1884,6 @@ def augment(image, label, normalization, brightness=0.0, contrast=0.0, **geometr
         shift = image.new_empty(one_each).uniform_(-brightness, brightness)
         image = image + shift * (255 / normalization["std"])
     return image, None if label is None else label.long()
-
-
-def cutmix_boxes(batch, size, device, area=(0.25, 0.5)):
-    """One random box per image: bool (B, 1, H, W), True inside (Pagano 2023, section 2.4.2).
-
-    The box covers a share p of the image, p uniform in `area`; its height is p^u of the image's,
-    u uniform in (0, 1), so its width is p^(1-u); it lies wholly inside at a uniform place.
-    """
-    H, W = size
-    p = torch.empty(batch, device=device).uniform_(*area)
-    u = torch.rand(batch, device=device)
-    height, width = (p**u * H).round(), (p ** (1 - u) * W).round()
-    top = (torch.rand(batch, device=device) * (H - height + 1)).floor().view(-1, 1, 1)
-    left = (torch.rand(batch, device=device) * (W - width + 1)).floor().view(-1, 1, 1)
-    y = torch.arange(H, device=device).view(1, -1, 1)
-    x = torch.arange(W, device=device).view(1, 1, -1)
-    inside_y = (y >= top) & (y < top + height.view(-1, 1, 1))
-    inside_x = (x >= left) & (x < left + width.view(-1, 1, 1))
-    return (inside_y & inside_x)[:, None]
 
 
 # ==================================================================================================
@@ -4058,7 +4024,8 @@ def add_common_args(parser, models, sources):
     data("--unlabeled-volume", nargs="+", metavar="P", default=[], help="volumes without labels")
     data("--val-volume", nargs="+", metavar="P", default=[], help="volumes that choose best.pt")
     data("--val-label", nargs="+", metavar="P", default=[], help="their labels")
-    data("--val-slices", metavar="S", help="annotated slices of --volume kept for validation")
+    data("--val-slices", metavar="S", help="annotated slices of --volume kept for validation; n=2 "
+         "or every=5: of those that are not among --label-slices, if there are such")
     data("--test-volume", nargs="+", metavar="P", default=[], help="volumes to predict; without "
          "them --volume is predicted")
     data("--test-label", nargs="+", metavar="P", default=[], help="their labels, for the scores")
@@ -4098,10 +4065,11 @@ def add_common_args(parser, models, sources):
             action.help += f" ({sources[action.dest]})"
 
 
-def parse(parser, argv, demo, named_labels=False):
+def parse(parser, argv, demo, named_labels=False, settings=lambda args: {}):
     """Parse the command line; --demo, --resume and --checkpoint bring their own defaults.
 
-    demo: the flags of the demo. What is typed always wins, except that a resumed run must have
+    demo: the flags of the demo; settings: args -> defaults that depend on other flags, such as
+    those of a model. What is typed always wins, except that a resumed run must have
     the arguments that it was started with. named_labels: labels may be NAME=PATH, see named_paths,
     as many of each name as there are volumes.
     """
@@ -4127,6 +4095,9 @@ def parse(parser, argv, demo, named_labels=False):
             if given:
                 parser.error(f"--demo makes its own data; leave {flag_name(given[0])} out")
             args = argparse.Namespace(**{**vars(args), **demo, **typed})
+        if not args.checkpoint:
+            given = {**(demo if args.demo else {}), **typed}
+            args = argparse.Namespace(**{**vars(args), **settings(args), **given})
         args.out_dir = args.out_dir or default_folder(parser.prog, args)
         if args.resume:
             args = resume_args(parser, args, typed)
@@ -4353,8 +4324,13 @@ def open_data(args, checkpoint=None, score_validation=False):
                     notes=gap_notes(item.volume for item in items["test"]))
 
     check_merges(merges, names)
-    held_out = [validation_slices(args.val_slices if i < len(args.volume) else None, label)
-                for i, label in enumerate(labels)]
+    every = list(labels)                                # with the slices that may validate
+    if args.val_slices and args.label_slices:
+        every[: len(args.volume)] = open_labels(args.label, volumes[: len(args.volume)], n_classes,
+                                                **rules)[0]
+    held_out = [validation_slices(args.val_slices, label, all_of_it.slices)
+                if args.val_slices and i < len(args.volume) else []
+                for i, (label, all_of_it) in enumerate(zip(labels, every))]
     images = [view(volume, args) for volume in volumes]
     slices = [np.setdiff1d(label.slices, zs) for label, zs in zip(labels, held_out)]
     if not sum(map(len, slices)):
@@ -4368,7 +4344,7 @@ def open_data(args, checkpoint=None, score_validation=False):
     paths = [volume.path for volume in volumes]
     names_in = [f"train/{name}" for name in unique_names([*paths, *args.unlabeled_volume])]
     val += [Item(name, v, image, shrink(OnlySlices(label, zs), args))
-            for name, v, image, label, zs in zip(names_in, volumes, images, labels, held_out)
+            for name, v, image, label, zs in zip(names_in, volumes, images, every, held_out)
             if len(zs)]
     train = [Item(name, v, image, OnlySlices(label, zs))
              for name, v, image, label, zs in zip(names_in, volumes, images, labels, slices)]
@@ -4376,13 +4352,14 @@ def open_data(args, checkpoint=None, score_validation=False):
         volume = open_input(path, args)
         train.append(Item(name, volume, view(volume, args), None))
     notes += gap_notes(item.volume for item in train + items["val"] + items["test"])
+    used = [OnlySlices(label, np.union1d(label.slices, zs)) for label, zs in zip(labels, held_out)]
     seen = seen_slices([*volumes, *(item.volume for item in items["val"])],
-                       [*labels, *(item.label for item in items["val"])])
+                       [*used, *(item.label for item in items["val"])])
     if items["test"]:
         test = [without_seen_slices(item, seen) for item in items["test"]]
     else:
         own = [(v, image, OnlySlices(label, zs) if score_validation and len(zs) else None)
-               for v, image, label, zs in zip(volumes, images, labels, held_out)]
+               for v, image, label, zs in zip(volumes, images, every, held_out)]
         own += [(item.volume, item.image, item.label) for item in items["val"] if score_validation]
         test = [Item(name, *each)
                 for name, each in zip(unique_names([v.path for v, *_ in own]), own)]
@@ -4393,7 +4370,7 @@ def open_data(args, checkpoint=None, score_validation=False):
         test, images, shrunk, slices, merges,
         [item.image for item in train],
         [np.setdiff1d(np.arange(len(image)), shrink(label, args).slices)
-         for image, label in zip(images, labels)]
+         for image, label in zip(images, used)]
         + [np.arange(len(item.image)) for item in train[len(volumes):]], train, val, notes)
 
 
@@ -4465,21 +4442,25 @@ def check_annotation(counts, names, label_slices):
             f"annotated them, name the others with --label-slices"]
 
 
-def validation_slices(text, label):
-    """The annotated slices that --val-slices keeps for validation; n=2 means two of these, every=5
-    every fifth of them."""
-    if not text:
-        return []
+def validation_slices(text, label, annotated):
+    """The slices that --val-slices keeps for validation (sorted int array).
+
+    label: the Labels to train on; annotated: every annotated slice of their file. Numbers name
+    annotated slices. n=2 or every=5 draw from those that are not trained on, or, where all are,
+    from these.
+    """
+    rest = np.setdiff1d(annotated, label.slices)
+    rest = rest if len(rest) else annotated
     try:
         if "=" in text:
-            return label.slices[parse_slices(text, len(label.slices))]
+            return rest[parse_slices(text, len(rest))]
         chosen = parse_slices(text, len(label))
     except InputError as error:
-        raise InputError(f"--val-slices, of {len(label.slices)} annotated slices: {error}")
-    missing = np.setdiff1d(chosen, label.slices)
+        raise InputError(f"--val-slices, of {len(rest)} annotated slices: {error}")
+    missing = np.setdiff1d(chosen, annotated)
     if len(missing):
         raise InputError(f"--val-slices {text}: slice {missing[0]} of {label.path} is not "
-                         f"annotated, or not among --label-slices")
+                         f"annotated")
     return chosen
 
 

@@ -887,7 +887,7 @@ def method_of(args, content):
         words.append(f"CPS{cutmix}" if args["method"] == "cps" else args["method"])
     if "partial" in args and "stages" not in content:
         words.append("mixed labels" if args["partial"] else "baseline")
-    words += [f"no {flag}" for flag in ("affine", "mpp", "scm") if args.get(flag) is False]
+    words += [f"no {flag}" for flag in ("mpp", "scm") if args.get(flag) is False]
     if content.get("instances"):
         words.append(f"ensemble of {len(content['ensemble']['members'])}")
     if "prediction" in args:
@@ -944,7 +944,7 @@ def natural(text):
     return [part.zfill(20) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
 
 
-METHOD = {"method", "cutmix", "affine", "mpp", "scm", "prediction", "model"}
+METHOD = {"method", "cutmix", "deform", "mpp", "scm", "prediction", "model"}
 
 
 def setting(key, value, others):

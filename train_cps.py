@@ -11,12 +11,13 @@ a network must recognise an object from a part of it.
 
 Equations:
     eq. 1 (soft Dice)               dice_loss, emseg.soft_dice_loss
-    eq. 2 (CPS loss)                cps_loss, with the network's own loss: loss_of
+    eq. 2 (CPS loss)                cps_loss, with the network's own loss (loss_of), or cross
+                                    entropy as in Chen 2021: --cps-loss
     eq. 3 (total loss)              main: loss = loss_sup + weight * loss_cps
     section 2.3 (networks)          emseg.NETWORKS; their losses: dice_loss, tanimoto_loss with
-                                    tanimoto_targets, ensemble_loss; their trainings: recipe
+                                    tanimoto_targets, ensemble_loss; their trainings: RECIPES
     section 2.4.1 (warm-up)         cps_weight
-    section 2.4.2 (CutMix)          emseg.cutmix_boxes, cutmix
+    section 2.4.2 (CutMix)          cps_cutmix_loss, cutmix_boxes, mix; --cps-on
     figure 5 (Dice against z)       emseg.save_slice_dice
 
 Differences from the paper:
@@ -24,11 +25,12 @@ Differences from the paper:
        1e-5 everywhere (by 1 in their supervised trainings).
     2. Before the warm-up of lambda starts, the authors weigh CPS with 1e-5; here its passes are
        left out. Epochs are counted in fractions, so that lambda grows with every step.
-    3. A crop that must hold foreground is placed around a voxel of it (class, slice and voxel drawn
-       in turn); the authors crop again until there is some.
+    3. Crops are drawn again until they hold foreground, as in the authors' code, but 50 times at
+       most, then around a voxel of it. Of several classes one is drawn first, and sought.
     4. --downsample averages blocks of pixels; the authors interpolate bilinearly. A crop larger
        than the slice is refused; the authors mirror the slice.
-    5. Validation, if any, uses whole slices; the authors use random crops.
+    5. Validation, if any, uses whole slices; the authors use random crops. Its Dice decides on the
+       plateau schedule too; the authors watch the validation loss.
     6. Large slices are predicted in tiles that overlap by a quarter and blend smoothly (networks
        whose output depends on the whole image: in tiles of the size of the crops); the authors'
        overlap by three quarters and count alike.
@@ -41,11 +43,10 @@ Differences from the paper:
        --average-branches: its 26,072,337 parameters have one head.
     10. Boundaries are an edge of one pixel, grown by its four neighbours, as in the authors' code,
        but found by comparing neighbours instead of Canny's filter.
-    11. SenFormer's warm-up is at most 7 % of the steps. What the paper did not train, such as
-       ceecnet with CPS, has the network's own defaults (batches of 4 instead of 3).
-    12. With CutMix the pseudo-labels of unlabelled images are predicted with BatchNorm's running
-       statistics; the authors' code uses those of the batch, which in small batches of small crops
-       cost an IoU of 0.07 (see the README).
+    11. SenFormer's warm-up is at most 7 % of the steps. What the authors did not train is marked
+       as ours in RECIPES. "resunet" is the authors' small U-Net with their training; the row
+       "ResUNet" of the paper's tables is another, residual network of 2021.
+    12. Supervised CutMix (tried in section 2.4.2, off by default) mixes each crop with the next.
     13. The networks of other papers are offered too; they train as resunet does.
 
 Run:
@@ -63,7 +64,6 @@ Expect:
 import argparse
 import functools
 import math
-import os
 
 import numpy as np
 import torch
@@ -76,27 +76,35 @@ import emseg
 MODELS = {**emseg.NETWORKS}
 AUGMENTATION = {"flip": True, "rot90": True}        # section 2.2
 
-# How the paper trained its networks (authors' code). lr is that of a batch of 256 crops and grows
-# with the batch where the schedule is plateau.
-OF_CPS = dict(schedule="linear", lr=1e-3, batch_size=20, epochs=500, weight_decay=0.0, clip=1.0)
-OF_UNETPP = dict(schedule="plateau", lr=1e-4, batch_size=3, epochs=500, weight_decay=0.0, clip=0.0)
-OF_FRACTAL = dict(OF_UNETPP, lr=5e-4)
-OF_SENFORMER = dict(schedule="linear", lr=6e-5, batch_size=8, epochs=750, weight_decay=0.01,
-                    clip=0.1)
+# How the authors trained (their code), or, where marked, how we do. plateau: the rate is a tenth,
+# twice at most, after 16 epochs without improvement; linear: a warm-up, then a decay to 0.
+PLATEAU = dict(schedule="plateau", weight_decay=0.0, clip=0.0, epochs=500)
+LINEAR = dict(schedule="linear", weight_decay=0.0, clip=1.0, epochs=500)
+TRANSFORMER = dict(schedule="linear", lr=6e-5, batch_size=8, epochs=750, weight_decay=0.01,
+                   clip=0.1)
+HEAVY_CPS = {"fractalresnet": dict(PLATEAU, lr=4 * 5e-4 / 256, batch_size=4),              # ours
+             "ceecnet": dict(PLATEAU, lr=4 * 5e-4 / 256, batch_size=4),                    # ours
+             "senformer": TRANSFORMER}                                                     # ours
+RECIPES = {
+    "supervised": {
+        "resunet": dict(schedule="constant", lr=1e-2, batch_size=8, epochs=500, weight_decay=0.0,
+                        clip=0.0),
+        "unet++": dict(PLATEAU, lr=3 * 1e-4 / 256, batch_size=3),
+        "unet++3": dict(PLATEAU, lr=3 * 1e-4 / 256, batch_size=3),                         # ours
+        "fractalresnet": dict(PLATEAU, lr=3 * 5e-4 / 256, batch_size=3),
+        "ceecnet": dict(PLATEAU, lr=3 * 5e-4 / 256, batch_size=3),
+        "senformer": TRANSFORMER,
+        "others": dict(LINEAR, lr=1e-3, batch_size=20)},                                   # ours
+    "cps": {**HEAVY_CPS, "others": dict(LINEAR, lr=1e-3, batch_size=12, epochs=300)},
+    "cps + cutmix": {**HEAVY_CPS, "others": dict(LINEAR, lr=1e-3, batch_size=20)},
+}
 
 
-def recipe(model, method):
-    """The defaults of a network's training: schedule, lr, batch_size, epochs, weight_decay, clip.
-
-    What the paper did not train, such as ceecnet with CPS, takes the network's own ones.
-    """
-    if model == "senformer":
-        return OF_SENFORMER
-    if model in ("fractalresnet", "ceecnet"):
-        return OF_FRACTAL if method == "supervised" else dict(OF_FRACTAL, batch_size=4)
-    if model in ("unet++", "unet++3") and method == "supervised":
-        return OF_UNETPP
-    return OF_CPS
+def recipe(args):
+    """The defaults of a command line that depend on its method and network."""
+    cutmix = args.method == "cps" if args.cutmix is None else args.cutmix
+    rows = RECIPES["cps + cutmix" if cutmix and args.method == "cps" else args.method]
+    return {"cutmix": cutmix, **rows.get(args.model, rows["others"])}
 
 
 # -- losses: heads is the list of a network's logits (B, C, H, W) ----------------------------------
@@ -107,10 +115,14 @@ def dice_loss(heads, label):
     return sum(emseg.soft_dice_loss(logits, label, squared=True) for logits in heads) / len(heads)
 
 
+def ce_loss(heads, label):
+    """Cross entropy, the mean over the branches of a network: CPS as Chen (2021) had it."""
+    return sum(emseg.cross_entropy(logits, label) for logits in heads) / len(heads)
+
+
 def ensemble_loss(heads, label):
     """Cross entropy of the mean prediction plus the mean one of all learners (Bousselham 2022)."""
-    each = sum(emseg.cross_entropy(logits, label) for logits in heads) / len(heads)
-    return emseg.cross_entropy(emseg.mean_logits(heads), label) + each
+    return emseg.cross_entropy(emseg.mean_logits(heads), label) + ce_loss(heads, label)
 
 
 def tanimoto_loss(heads, label, depth=0):
@@ -180,18 +192,32 @@ def cps_weight(epoch, warmup, weight):
     return weight * min(max((epoch - start) / (end - start), 0.0), 1.0)
 
 
-def learning_rate(step, total, peak):
-    """Linear warm-up over 1500 steps, at most 7 %, then linear decay to 0 (authors' code)."""
-    warmup = min(1500, 0.07 * total)
-    return peak * min((step + 1) / warmup, 1 - step / total)
+def learning_rate(args, step, total, drops):
+    """The rate of a step: linear warm-up over 1500 steps, at most 7 %, then linear decay to 0; or
+    a tenth after each of the drops; or constant (authors' code)."""
+    if args.schedule == "linear":
+        warmup = min(1500, 0.07 * total)
+        return args.lr * min((step + 1) / warmup, 1 - step / total)
+    return args.lr * 0.1**drops
 
 
-def rate_drops(run):
-    """How often the learning rate has dropped to a tenth: where 16 epochs brought nothing better,
-    with a pause of 15 after each drop, twice at most (authors' code). The validation Dice decides,
-    or the supervised loss where nothing validates."""
-    history = run.history or [-losses.get("loss_sup", losses["loss"]) for losses in run.losses]
-    return min(2, emseg.plateaus(history, patience=16, cooldown=15, threshold=1e-5))
+def rate_drops(losses, patience=15, most=2):
+    """How often the rate has dropped, from the loss of each epoch: after `patience` + 1 epochs
+    without a lower one, `most` times at most. Each drop starts anew, its best value too, since the
+    Tanimoto loss then becomes steeper (authors' code)."""
+    drops, best, waited = 0, math.inf, 0
+    for loss in losses:
+        best, waited = (loss, 0) if loss < best * (1 - 1e-5) else (best, waited + 1)
+        if waited > patience and drops < most:
+            drops, best, waited = drops + 1, math.inf, 0
+    return drops
+
+
+def watched(run):
+    """What decides on the drops, a value for each epoch: 1 - validation Dice, or the supervised
+    loss where nothing validates."""
+    return ([1 - dice for dice in run.history]
+            or [losses["loss_watched"] for losses in run.losses])
 
 
 def optimizer_of(network, args):
@@ -207,71 +233,71 @@ def optimizer_of(network, args):
 # -- cross pseudo supervision ----------------------------------------------------------------------
 
 
-def network_heads(run, network, image):
-    """All logits that a network is trained by, a list of (B, C, H, W)."""
-    with run.autocast():
-        return network(image, heads=True) if hasattr(network, "combine") else [network(image)]
-
-
 def pseudo_label(network, heads):
     """What a network predicts: class ids (B, H, W) int64, without gradient."""
     logits = network.combine(heads) if hasattr(network, "combine") else heads[0]
     return emseg.class_ids(emseg.probabilities(logits.detach()))
 
 
-def cps_loss(heads_a, heads_b, pseudo_a, pseudo_b, loss):
-    """Cross pseudo supervision (eq. 2, with the network's own loss): each from the other.
+def cps_loss(heads_of, networks, loss, heads_l, image_u, on):
+    """Cross pseudo supervision (eq. 2): each network learns what the other one predicts.
 
-    heads: lists of logits (B, C, H, W) of the networks a and b; pseudo (B, H, W) int64, their hard
-    predictions.
+    heads_of: network, image (B, 1, H, W) -> list of logits (B, C, H, W); heads_l: those of both
+    networks for the labelled images; image_u (B, 1, H, W): unlabelled ones; on: "both" or
+    "unlabelled" images.
     """
+    heads_u = [heads_of(network, image_u) for network in networks]
+    if on == "both":
+        heads_a, heads_b = [[torch.cat(pair) for pair in zip(*each)]
+                            for each in zip(heads_l, heads_u)]
+    else:
+        heads_a, heads_b = heads_u
+    pseudo_a, pseudo_b = map(pseudo_label, networks, (heads_a, heads_b))
     return loss(heads_a, pseudo_b) + loss(heads_b, pseudo_a)
 
 
-def cutmix(labelled, unlabelled, box):
-    """Paste boxes of the second half of a batch into its first half (section 2.4.2).
+def cps_cutmix_loss(heads_of, networks, loss, image_l, image_u, on):
+    """Cross pseudo supervision with CutMix (section 2.4.2): see cps_loss.
 
-    labelled, unlabelled (B, ...): the halves of each are mixed with each other, so that half of the
-    B results still come from crops that hold foreground. box (B, 1, H, W) bool, or (B, H, W).
+    The whole images teach, in one batch, and each network learns from mixtures of them what the
+    other one predicts of the whole ones. Labelled crops are mixed with labelled ones, so that half
+    of the batch holds foreground.
     """
-    half = len(labelled) // 2
-    into = torch.cat([labelled[:half], unlabelled[:half]])
-    source = torch.cat([labelled[half:], unlabelled[half:]])
-    return torch.where(box, source, into)
+    images = (image_l, image_u) if on == "both" else (image_u,)
+    image = torch.cat([each[half::2] for half in (0, 1) for each in images])
+    with torch.no_grad():
+        pseudo_a, pseudo_b = [pseudo_label(network, heads_of(network, image))
+                              for network in networks]
+    box = cutmix_boxes(len(image) // 2, image.shape[-2:], image.device)
+    heads_a, heads_b = [heads_of(network, mix(image, box)) for network in networks]
+    return loss(heads_a, mix(pseudo_b, box)) + loss(heads_b, mix(pseudo_a, box))
 
 
-def cps_losses(run, network_a, network_b, loss, image_l, label_l, image_u, mix):
-    """Supervised and CPS loss of one batch, each the sum over both networks (eqs. 1-3).
+def mix(batch, box):
+    """Paste boxes of the second half of a batch (2 B, ...) into its first half: (B, ...).
 
-    image_l (B, 1, H, W), label_l (B, H, W): labelled; image_u (B, 1, H, W): unlabelled, or None
-    during the first epochs, when the supervised loss leads alone. mix: whether to use CutMix.
+    box: bool (B, H, W)."""
+    into, source = batch.chunk(2)
+    return torch.where(box.view(-1, *[1] * (batch.dim() - 3), *box.shape[1:]), source, into)
+
+
+def cutmix_boxes(batch, size, device, area=(0.25, 0.5)):
+    """One random box per image: bool (B, H, W), True inside (Pagano 2023, section 2.4.2).
+
+    The box covers a share p of the image, p uniform in `area`; its height is p^u of the image's,
+    u uniform in (0, 1), so its width is p^(1-u); it lies wholly inside at a uniform place.
     """
-    def forward(image):
-        return [network_heads(run, network, image) for network in (network_a, network_b)]
-
-    heads_a, heads_b = forward(image_l)
-    loss_sup = loss(heads_a, label_l) + loss(heads_b, label_l)
-    if image_u is None:
-        return loss_sup, torch.zeros_like(loss_sup)
-    # With CutMix the unmixed images only teach: as in prediction, since the statistics of a few
-    # crops without foreground make a network see it everywhere.
-    for network in (network_a, network_b):
-        network.train(not mix)
-    with torch.set_grad_enabled(not mix):
-        unlabelled_a, unlabelled_b = forward(image_u)
-    for network in (network_a, network_b):
-        network.train()
-    pseudo_a = [pseudo_label(network_a, heads) for heads in (heads_a, unlabelled_a)]
-    pseudo_b = [pseudo_label(network_b, heads) for heads in (heads_b, unlabelled_b)]
-    if not mix:
-        return loss_sup, cps_loss(
-            [torch.cat(pair) for pair in zip(heads_a, unlabelled_a)],
-            [torch.cat(pair) for pair in zip(heads_b, unlabelled_b)],
-            torch.cat(pseudo_a), torch.cat(pseudo_b), loss)
-    box = emseg.cutmix_boxes(len(image_l), image_l.shape[-2:], image_l.device)
-    mixed_a, mixed_b = forward(cutmix(image_l, image_u, box))
-    return loss_sup, cps_loss(mixed_a, mixed_b, cutmix(*pseudo_a, box[:, 0]),
-                              cutmix(*pseudo_b, box[:, 0]), loss)
+    H, W = size
+    p = torch.empty(batch, device=device).uniform_(*area)
+    u = torch.rand(batch, device=device)
+    height, width = (p**u * H).round(), (p ** (1 - u) * W).round()
+    top = (torch.rand(batch, device=device) * (H - height + 1)).floor().view(-1, 1, 1)
+    left = (torch.rand(batch, device=device) * (W - width + 1)).floor().view(-1, 1, 1)
+    y = torch.arange(H, device=device).view(1, -1, 1)
+    x = torch.arange(W, device=device).view(1, 1, -1)
+    inside_y = (y >= top) & (y < top + height.view(-1, 1, 1))
+    inside_x = (x >= left) & (x < left + width.view(-1, 1, 1))
+    return inside_y & inside_x
 
 
 def parse_args(argv=None):
@@ -279,14 +305,19 @@ def parse_args(argv=None):
     emseg.add_common_args(parser, MODELS, sources={
         "model": "section 2.3; widths of table 1",
         "steps_per_epoch": "default: 64 crops of each annotated slice in an epoch, authors' code",
-        **dict.fromkeys(("epochs", "batch_size", "lr"), "default: the network's, authors' code"),
+        **dict.fromkeys(("epochs", "batch_size", "lr"), "default: see RECIPES in the script"),
         "downsample": "section 2.2",
         "patch_size": "section 2.2", "normalize": "equalize is the paper's, section 2.1.2"})
     method = parser.add_argument_group("method (Pagano 2023)").add_argument
     method("--method", choices=("supervised", "cps"), default="cps",
            help="labelled slices only, or cross pseudo supervision as well (section 2.4.1)")
-    method("--cutmix", action=argparse.BooleanOptionalAction, default=True,
-           help="mix the images of the CPS loss (section 2.4.2)")
+    method("--cutmix", action=argparse.BooleanOptionalAction,
+           help="mix the images of the CPS loss, or of supervised training; default: for cps "
+           "(section 2.4.2)")
+    method("--cps-on", choices=("both", "unlabelled"), default="both",
+           help="the images of the CPS loss (section 2.4.2: both)")
+    method("--cps-loss", choices=("own", "cross-entropy"), default="own",
+           help="the network's own loss, soft Dice of most, or cross entropy (section 2.4.1)")
     method("--cps-weight", type=emseg.positive(float), default=1.0, metavar="W",
            help="lambda of eq. 3 after its warm-up (section 2.4.1)")
     method("--cps-warmup", nargs=2, type=float, metavar=("START", "END"), default=[5.0, 20.0],
@@ -294,9 +325,9 @@ def parse_args(argv=None):
     method("--average-branches", action="store_true",
            help="of unet++ and unet++3: a head for every branch; loss and prediction are their "
            "means (section 2.3.2)")
-    method("--schedule", choices=("linear", "plateau"),
-           help="learning rate: linear warm-up and decay, or a tenth, twice at most, after 16 "
-           "epochs that brought no better validation Dice (supervised loss without validation)")
+    method("--schedule", choices=("linear", "plateau", "constant"),
+           help="learning rate: linear warm-up and decay; a tenth, twice at most, after 16 epochs "
+           "that brought no better validation Dice (supervised loss without validation); constant")
     method("--weight-decay", type=float, metavar="W", help="of AdamW; 0: Adam")
     method("--clip", type=float, metavar="C",
            help="largest norm of a network's gradient; 0: any")
@@ -307,13 +338,7 @@ def parse_args(argv=None):
                 patch_size=[128, 128], downsample=2, label_slices="n=7", lr=5e-3,
                 cps_warmup=[3.0, 8.0], label_map="3=1,2=2,*=0",
                 classes=["background", "mitochondrion", "nucleus"])
-    args = emseg.parse(parser, argv, demo)
-    own = recipe(args.model, args.method)
-    untyped = [name for name in own if getattr(args, name) is None]
-    for name in untyped:
-        setattr(args, name, own[name])
-    if "lr" in untyped and own["schedule"] == "plateau":
-        args.lr *= args.batch_size * int(os.environ.get("WORLD_SIZE", 1)) / 256
+    args = emseg.parse(parser, argv, demo, settings=recipe)
     if args.average_branches and args.model not in ("unet++", "unet++3"):
         parser.error(f"--average-branches: {args.model} has no branches; unet++ and unet++3 "
                      f"have")
@@ -344,7 +369,7 @@ def describe(args):
     loss = loss_of(args.model)
     kind = {dice_loss: "soft Dice", ensemble_loss: "cross entropy of ensemble and learners"}.get(
         loss, "Tanimoto of segmentation, boundary and distance")
-    method = "supervised" if args.method == "supervised" else "CPS" + " + CutMix" * args.cutmix
+    method = ("supervised" if args.method == "supervised" else "CPS") + " + CutMix" * args.cutmix
     decay = f"AdamW, weight decay {args.weight_decay:g}" if args.weight_decay else "Adam"
     return (f"{args.model}, {method}: {kind}; {decay}, learning rate {args.lr:g}, {args.schedule}; "
             f"batches of {args.batch_size}, {args.epochs} epochs, gradients "
@@ -371,6 +396,11 @@ def main(args):
                 for _ in ("ab" if cps and run.training else "a")]
     modules = dict(zip(("network_a", "network_b"), networks))
 
+    def heads_of(network, image):
+        """All logits that a network is trained by, a list of (B, C, H, W)."""
+        with run.autocast():
+            return network(image, heads=True) if hasattr(network, "combine") else [network(image)]
+
     def predict(image):
         """uint8 slices (B, H, W) -> probabilities (B, C, H, W) of the first network."""
         return run.predict_slices(networks[0], image)
@@ -395,24 +425,34 @@ def main(args):
     for epoch in run.epochs():
         for network in networks:
             network.train()
-        drops = rate_drops(run) if args.schedule == "plateau" else 0
+        drops = rate_drops(watched(run)) if args.schedule == "plateau" else 0
         loss_function = loss_of(args.model, drops)
+        loss_of_cps = ce_loss if args.cps_loss == "cross-entropy" else loss_function
         for step in run.steps(epoch):
-            lr = (args.lr * 0.1**drops if args.schedule == "plateau"
-                  else learning_rate(step, run.total, args.lr))
+            lr = learning_rate(args, step, run.total, drops)
             image_l, label_l = emseg.augment(*next(batches_l), data.normalization, **AUGMENTATION)
+            if args.cutmix and not cps:
+                box = cutmix_boxes(len(image_l), image_l.shape[-2:], image_l.device)
+                image_l, label_l = [mix(torch.cat([each, each.roll(1, 0)]), box)
+                                    for each in (image_l, label_l)]
+            heads_l = [heads_of(network, image_l) for network in networks]
+            loss_sup = sum(loss_function(heads, label_l) for heads in heads_l)
+            loss, terms = loss_sup, {}
             if cps:
                 weight = cps_weight(step / steps_per_epoch, args.cps_warmup, args.cps_weight)
-                image_u = next(batches_u)
+                image_u, loss_cps = next(batches_u), torch.zeros_like(loss_sup)
                 if weight:
                     image_u, _ = emseg.augment(image_u, None, data.normalization, **AUGMENTATION)
-                loss_sup, loss_cps = cps_losses(run, *networks, loss_function, image_l, label_l,
-                                                image_u if weight else None, args.cutmix)
+                    loss_cps = cps_cutmix_loss(
+                        heads_of, networks, loss_of_cps, image_l, image_u, args.cps_on
+                    ) if args.cutmix else cps_loss(
+                        heads_of, networks, loss_of_cps, heads_l, image_u, args.cps_on)
                 loss = loss_sup + weight * loss_cps                                     # eq. 3
                 terms = {"loss_sup": loss_sup, "loss_cps": loss_cps}
-            else:
-                loss = loss_function(network_heads(run, networks[0], image_l), label_l)
-                terms = {}
+            if args.schedule == "plateau" and not data.val:
+                with torch.no_grad():                   # comparable between epochs: at depth 0
+                    terms["loss_watched"] = sum(loss_of(args.model)(heads, label_l)
+                                                for heads in heads_l)
             scaler.scale(loss).backward()
             for network, optimizer in zip(networks, optimizers):
                 emseg.average_gradients(network)

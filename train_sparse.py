@@ -11,16 +11,17 @@ middle one (stage 3, `scm`: spatial-continuity model); it then refines stacks wi
 
 Equations:
     eq. 1 (union with eroded labels)    propagate
-    eq. 2 (false positives)             continuity
-    eq. 3 (false negatives)             continuity
-    section 2.2 (piecewise affine)      emseg.piecewise_affine_displacement
+    eq. 2 (false positives)             remove_false_positives
+    eq. 3 (false negatives)             fill_false_negatives
+    section 2.2 (piecewise affine)      piecewise_affine_displacement; --deform
     section 2.3 (stage 2)               refine, postprocess
     section 2.4 (stage 3)               neighbour_masks; soft labels from postprocess
     Dice loss                           emseg.soft_dice_loss
 
 Differences from the paper:
-    1. Crops of 512 x 512 instead of whole slices (--patch-size 768 1024 are the paper's), half of
-       them around foreground (--foreground).
+    1. Crops of 512 x 512 instead of whole slices, of which half hold foreground (--foreground).
+       --patch-size 768 1024 are whole slices, which only half turns fit; the authors pad them with
+       zeros to squares of 1024.
     2. Rotations are quarter turns; half of the crops are deformed. The authors deform and turn
        copies of the slices in advance: about half of them deformed, a fifth also turned by 22 to
        45 degrees.
@@ -28,15 +29,20 @@ Differences from the paper:
        the closest. Erosions use the 3 x 3 cross, as theirs.
     4. Eqs. 2 and 3 hold for all slices at once, each from the slices as they were before; the
        authors go through the stack and use what they have just changed.
-    5. The authors also apply eqs. 2 and 3 with the two labelled slices around a slice in place of
-       its neighbours. Not here: it deletes what begins and ends between labelled slices.
+    5. For faults of n = 2 slices eqs. 2 and 3 look at n + 2 consecutive slices, as printed: a pixel
+       in slices i and i + 1 stays if it is in i - 1 or i + 2. The authors' code looks at i - 2 and
+       i + 2, which deletes the middle slice of an object of three. Nor are eqs. 2 and 3 applied
+       with the labelled slices around a slice in place of its neighbours, as their code does: that
+       deletes what begins and ends between labelled slices.
     6. Threshold 0.5; the authors' code has 0.2 (--threshold).
     7. Eight different views are averaged; those of the authors' code are four, each twice.
     8. Without validation slices the last epoch counts; the authors keep that of the lowest training
        loss.
     9. Grey levels are normalised by the mean and spread of the training slices, the authors divide
        by 255. --normalize equalize (not in paper) helps where brightness drifts along the stack.
-    10. Several foreground classes go through the same stages: each class by itself in stage 2, and
+    10. An epoch of stage 3 has 16 crops of each slice, as many as the authors turn copies of a
+        stack; one of unet3d as many windows as tile the annotated volumes.
+    11. Several foreground classes go through the same stages: each class by itself in stage 2, and
         a set of masks for each class as input of stage 3.
 
 Run:
@@ -64,8 +70,44 @@ from scipy import ndimage
 import emseg
 
 MODELS = {**emseg.NETWORKS, **emseg.NETWORKS_3D}
-REACHES = (1, 2)                    # eqs. 2 and 3 look this many slices up and down
-HALO = 2 * sum(REACHES)             # slices that a slice's result depends on, on either side
+FAULTS = (1, 2)                     # of so many slices are mended by eqs. 2 and 3
+HALO = 2 * sum(FAULTS)              # slices that a slice's result depends on, on either side
+
+
+# -- stage 1: augmentation -------------------------------------------------------------------------
+
+
+def piecewise_affine_displacement(batch, size, device, scale=(0.01, 0.05), points=4):
+    """Displacement (B, H, W, 2) in pixels (x, y): affine on the triangles of a jittered grid.
+
+    Each of points x points regular points, the corners of the image among them, moves by
+    N(0, s * side) in y and x, s drawn from `scale` for each image. Each cell between four points is
+    cut into two triangles, and each triangle moves as its three corners do. (imgaug's
+    PiecewiseAffine, section 2.2, but what it would clip to the image may point outside of it here.)
+    """
+    H, W = size
+    strength = torch.empty(batch, 1, 1, 1, device=device).uniform_(*scale)
+    side = torch.tensor([W, H], device=device).view(1, 2, 1, 1)
+    corner = torch.randn(batch, 2, points, points, device=device) * strength * side
+    y = torch.linspace(0, points - 1, H, device=device)
+    x = torch.linspace(0, points - 1, W, device=device)
+    row, column = y.long().clamp(max=points - 2), x.long().clamp(max=points - 2)
+    v, u = (y - row)[:, None], x - column                   # place inside a cell, 0 to 1
+    row = row[:, None]
+    top_left, top_right = corner[..., row, column], corner[..., row, column + 1]
+    low_left, low_right = corner[..., row + 1, column], corner[..., row + 1, column + 1]
+    upper = top_left + u * (top_right - top_left) + v * (low_left - top_left)
+    lower = low_right + (1 - u) * (low_left - low_right) + (1 - v) * (top_right - low_right)
+    return torch.where(u + v < 1, upper, lower).permute(0, 2, 3, 1)
+
+
+def deformation(image, kind):
+    """The displacement of half of the crops (B, ..., H, W), or None; kind: see --deform."""
+    field_of = {"affine": piecewise_affine_displacement, "elastic": emseg.elastic_displacement}
+    if kind == "none":
+        return None
+    field = field_of[kind](len(image), image.shape[-2:], image.device)
+    return field * (torch.rand(len(image), 1, 1, 1, device=image.device) < 0.5)
 
 
 # -- stage 2: morphological post-processing --------------------------------------------------------
@@ -101,26 +143,37 @@ def propagate(label, k, zs, erosions):
         yield reached
 
 
-def continuity(masks, reach, rule):
-    """Eq. 2 (rule "and": false positives) or eq. 3 ("or": false negatives): yields as many masks
-    (Y, X) bool as there are.
+def remove_false_positives(mask, below, above):
+    """Eq. 2 for faults of n slices; below, above: the n masks on either side, nearest first."""
+    for one, other in zip(below, above[::-1]):
+        mask = mask & (one | other)
+    return mask
 
-    Neighbours are `reach` slices below and above; beyond the ends of a stack its last slice counts.
-    """
+
+def fill_false_negatives(mask, below, above):
+    """Eq. 3 for faults of n slices, see remove_false_positives."""
+    for one, other in zip(below, above[::-1]):
+        mask = mask | (one & other)
+    return mask
+
+
+def with_neighbours(masks, n, rule):
+    """Apply eq. 2 or 3, a rule(mask, below, above), to each slice of a stack: yields as many masks
+    (Y, X) bool as there are. Beyond the ends of a stack its last slice counts."""
     masks = iter(masks)
-    near = collections.deque([next(masks)] * (reach + 1), 2 * reach + 1)
+    near = collections.deque([next(masks)] * (n + 1), 2 * n + 1)
 
-    def below_and_above():
-        below, mask, above = near[0], near[reach], near[-1]
-        return mask & (below | above) if rule == "and" else mask | (below & above)
+    def applied():
+        around = list(near)
+        return rule(around[n], around[:n][::-1], around[n + 1:])
 
     for mask in masks:
         near.append(mask)
-        if len(near) == 2 * reach + 1:
-            yield below_and_above()
-    for _ in range(min(reach, len(near) - reach)):
+        if len(near) == 2 * n + 1:
+            yield applied()
+    for _ in range(min(n, len(near) - n)):
         near.append(near[-1])
-        yield below_and_above()
+        yield applied()
 
 
 def refine(coarse, label, k, zs, rules):
@@ -144,9 +197,9 @@ def refine(coarse, label, k, zs, rules):
         reached = propagate(label, k, zs, rules["erosions"])
         masks = map(np.logical_or, masks, reached)                                      # eq. 1
     masks = settle(masks)
-    for reach in REACHES:
-        masks = annotate(continuity(masks, reach, "and"))                               # eq. 2
-        masks = settle(continuity(masks, reach, "or"))                                  # eq. 3
+    for n in FAULTS:
+        masks = annotate(with_neighbours(masks, n, remove_false_positives))             # eq. 2
+        masks = settle(with_neighbours(masks, n, fill_false_negatives))                 # eq. 3
     return masks
 
 
@@ -200,12 +253,14 @@ def neighbour_masks(ids, classes):
     return torch.cat(masks, dim=1).float()
 
 
-def augment_masks(coarse, soft):
-    """Flip masks and soft labels (B, context, H, W) uint8 in z, y and x and turn them, all alike.
+def augment_masks(coarse, soft, deform):
+    """Flip masks and soft labels (B, context, H, W) uint8 in z, y and x, turn and deform them, all
+    alike (section 3.1). deform: see --deform.
 
     Returns the masks, exact class ids as float32, and the middle soft label (B, H, W) int64.
     """
-    grid = emseg.sampling_grid(len(coarse), coarse.shape[-2:], coarse.device, flip=True, rot90=True)
+    grid = emseg.sampling_grid(len(coarse), coarse.shape[-2:], coarse.device, flip=True, rot90=True,
+                               displacement=deformation(coarse, deform))
     flip = torch.rand(len(coarse), 1, 1, 1, device=coarse.device) < 0.5
     coarse, soft = [emseg.warp(stack, grid, "nearest") for stack in (coarse, soft)]
     return torch.where(flip, coarse.flip(1), coarse), soft[:, soft.shape[1] // 2].long()
@@ -219,13 +274,15 @@ def parse_args(argv=None):
     parser = emseg.Parser(__file__, __doc__)
     emseg.add_common_args(parser, MODELS, sources={
         "model": "in stage 1: unet is the paper's, unet3d its baseline", "epochs": "section 3.1",
-        "steps_per_epoch": "default: 48 crops of each annotated slice, authors' code",
+        "steps_per_epoch": "default: 48 crops of each annotated slice, authors' code; as many windows "
+        "as tile the volumes for unet3d; 16 crops of each slice in stage 3",
         "batch_size": "section 3.1", "lr": "section 3.1", "tta": "section 3.1",
         "patch_size": "default: 512 512, or 16 128 128 for unet3d; paper: whole slices",
         "unlabeled_volume": "segmented too, and used in stage 3 (not in paper)"})
     method = parser.add_argument_group("method (sparse slices, ISBI 2022)").add_argument
-    method("--affine", action=flag, default=True,
-           help="deform crops by random piecewise affine maps (section 2.2)")
+    method("--deform", choices=("affine", "elastic", "none"), default="affine",
+           help="deform half of the crops: piecewise affine, which keeps outlines smooth, or "
+           "elastic (section 2.2, supplement)")
     method("--mpp", action=flag, default=True,
            help="stage 2, morphological post-processing (section 2.3)")
     method("--scm", action=flag, default=True,
@@ -245,7 +302,7 @@ def parse_args(argv=None):
     method("--foreground", type=float, default=0.5, metavar="P",
            help="share of crops that must hold foreground (not in paper)")
     parser.set_defaults(model="unet", epochs=100, batch_size=16, lr=5e-4, tta=True)
-    demo = dict(width=8, epochs=16, scm_epochs=7, steps_per_epoch=20, batch_size=8,
+    demo = dict(width=8, epochs=16, scm_epochs=14, steps_per_epoch=20, batch_size=8,
                 patch_size=[128, 128], downsample=2, label_slices="0:30:5", lr=1e-3, min_size=30,
                 erosions=6, normalize="equalize", label_map="3=1,2=2,*=0",
                 classes=["background", "mitochondrion", "nucleus"])
@@ -335,8 +392,15 @@ def main(args):
         emseg.check_patch_size(networks["coarse"], args.patch_size, args.model)
         patches = emseg.Patches(data.images, data.labels, args.patch_size, data.slices,
                                 args.foreground, seed=(args.seed, 0))
-        steps_per_epoch = args.steps_per_epoch or math.ceil(
-            48 * len(patches.slices) / args.batch_size)
+        if args.patch_size[-2] != args.patch_size[-1]:
+            run.say(f"note: crops of {emseg.format_shape(args.patch_size[-2:])} are turned by half "
+                    f"turns only; square ones by quarter turns too")
+        crops = {"coarse": 48 * len(patches.slices) if depth is None else sum(
+                     math.prod(math.ceil(s / p) for s, p in zip(image.shape, args.patch_size))
+                     for image in data.images),
+                 "scm": 16 * sum(len(item.volume) for item in data.train)}
+        steps_per_epoch = {stage: args.steps_per_epoch or math.ceil(count / args.batch_size)
+                           for stage, count in crops.items()}
         stages = {"coarse": args.epochs, "scm": args.scm_epochs * args.scm}
         run.begin(steps_per_epoch, stages, **networks, **optimizers, scaler=scaler)
         batches = run.batches(patches, args.batch_size)
@@ -344,10 +408,8 @@ def main(args):
         networks["coarse"].train()
         for step in run.steps(epoch):
             image, label = next(batches)
-            field = emseg.piecewise_affine_displacement(
-                len(image), image.shape[-2:], image.device, share=0.5) if args.affine else None
             image, label = emseg.augment(image, label, data.normalization, flip=True, rot90=True,
-                                         displacement=field)
+                                         displacement=deformation(image, args.deform))
             loss = dice_loss(run, networks["coarse"], image, label)
             update(run, networks["coarse"], optimizers["optimizer_coarse"], scaler, loss)
             run.log(lr=args.lr, loss=loss)
@@ -371,7 +433,7 @@ def main(args):
     for epoch in run.epochs("scm"):
         networks["scm"].train()
         for step in run.steps(epoch):
-            coarse, soft = augment_masks(*next(batches))
+            coarse, soft = augment_masks(*next(batches), args.deform)
             loss = dice_loss(run, networks["scm"], neighbour_masks(coarse, data.classes), soft)
             update(run, networks["scm"], optimizers["optimizer_scm"], scaler, loss)
             run.log(lr=args.lr, loss=loss)

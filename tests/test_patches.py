@@ -154,7 +154,7 @@ def test_foreground_of_other_slices_is_not_sought():
         emseg.Patches([InMemory(label)], [InMemory(label)], (3, 3), [[0, 1]], 1.0)
     label[1, 4, 4] = 1
     patches = emseg.Patches([InMemory(label)], [InMemory(label)], (3, 3), [[0, 1]], 1.0)
-    assert {z for of_class in patches.points for _, z, _ in of_class} == {1}
+    assert {z for _, places in patches.points for _, z, _ in places} == {1}
 
 
 def test_3d_crop_holds_the_slice_that_it_was_drawn_for():
@@ -200,24 +200,23 @@ def test_classes_are_drawn_evenly_however_rare():
         1: 1 / 3, 2: 1 / 3, 7: 1 / 3}
 
 
-def test_slices_of_a_class_are_drawn_evenly():
-    label = np.zeros((3, 30, 30), np.uint8)
-    label[0], label[2, 8, 9] = 1, 1
-    images = [InMemory(np.arange(3, dtype=np.uint8)[:, None, None] * np.ones_like(label))]
-    patches = emseg.Patches(images, [InMemory(label)], (1, 1), foreground=1.0)
-    z = np.array([int(crop) for crop, _ in draw(patches, 1000)])
-    assert (z == 2).mean() == pytest.approx(0.5, abs=0.05) and not (z == 1).any()
+def test_crops_are_uniform_over_those_that_hold_the_class():
+    label = np.zeros((2, 9, 12), np.uint8)
+    label[0, 2:7, 3:9], label[1, 4, 4] = 1, 1           # a large and a small object
+    image = np.arange(label.size, dtype=np.uint8).reshape(label.shape)
+    patches = emseg.Patches([InMemory(image)], [InMemory(label)], (3, 4), foreground=1.0)
+    drawn = [places(crop, image)[0] for crop, _ in draw(patches, 4000)]
+    holding = [(z, y, x) for z in range(2) for y in range(7) for x in range(9)
+               if label[z, y : y + 3, x : x + 4].any()]
+    counts = np.array([drawn.count(place) for place in holding])
+    assert counts.sum() == 4000 and stats.chisquare(counts).pvalue > 1e-3
 
 
-def test_voxels_of_a_large_object_are_all_over_it():
-    label = np.zeros((1, 100, 100), np.uint8)
-    label[0, 20:80, 10:90] = 1                      # more than POINTS_PER_SLICE voxels
-    patches = emseg.Patches([InMemory(label)], [InMemory(label)], (1, 1), foreground=1.0)
-    assert len(patches.points[0][0][2]) == emseg.POINTS_PER_SLICE
-    y, x = patches.points[0][0][2].T
-    assert label[0, y, x].all() and len(set(zip(y.tolist(), x.tolist()))) == len(y)
-    assert stats.kstest(y, stats.uniform(20, 60).cdf).pvalue > 1e-3
-    assert stats.kstest(x, stats.uniform(10, 80).cdf).pvalue > 1e-3
+def test_a_rare_class_is_found_without_end():
+    label = np.zeros((1, 3000, 3000), np.uint8)
+    label[0, 1500, 1500] = 1
+    patches = emseg.Patches([InMemory(label)], [InMemory(label)], (8, 8), foreground=1.0)
+    assert all(y.sum() == 1 for _, y in draw(patches, 20))
 
 
 def test_ignored_voxels_are_not_foreground():
@@ -386,7 +385,6 @@ GEOMETRY = {
     "rotation": dict(rotation=180.0),
     "scale": dict(scale=0.3),
     "shear": dict(shear=20.0),
-    "piecewise": dict(displacement=emseg.piecewise_affine_displacement),
     "elastic": dict(displacement=emseg.elastic_displacement),
     "all": dict(flip=True, rot90=True, rotation=180.0, scale=0.2, shear=10.0,
                 displacement=emseg.elastic_displacement),
@@ -557,80 +555,6 @@ def test_augmentation_is_reproducible_from_the_seed():
 # -- displacement fields
 
 
-def test_piecewise_affine_moves_knots_by_a_share_of_the_side():
-    torch.manual_seed(0)
-    field = emseg.piecewise_affine_displacement(800, (31, 61), CPU, scale=(0.05, 0.05)).numpy()
-    knots = field[:, ::10, ::20]                    # 4 x 4 knots, corners included
-    assert field.shape == (800, 31, 61, 2) and knots.shape == (800, 4, 4, 2)
-    for axis, side in ((0, 61), (1, 31)):           # x first
-        for values in knots[..., axis], knots[:, 0, 0, axis], knots[:, 3, 3, axis]:
-            assert values.std() == pytest.approx(0.05 * side, rel=4 / math.sqrt(values.size))
-        assert stats.kstest(knots[..., axis].ravel() / (0.05 * side), "norm").pvalue > 1e-3
-    correlation = np.corrcoef(knots.reshape(800, 32), rowvar=False)
-    assert np.abs(correlation - np.eye(32)).max() < 0.16    # of all knots, in x and y
-
-
-def test_piecewise_affine_strength_is_drawn_for_each_image():
-    torch.manual_seed(0)
-    field = emseg.piecewise_affine_displacement(800, (31, 31), CPU)
-    knots = field[:, ::10, ::10] / 31
-    assert knots.var() == pytest.approx((0.05**3 - 0.01**3) / 3 / 0.04, rel=0.1)
-    strength = knots.flatten(1).std(1)
-    assert strength.min() < 0.015 and strength.max() > 0.045
-    x, y = knots.flatten(1, 2).std(1).T             # one strength for both axes of an image
-    assert np.corrcoef(x, y)[0, 1] > 0.7
-
-
-def affine_on_triangles(knots, size):
-    """Field (H, W, 2) from knots (P, P, 2): each cell cut along its anti-diagonal, by loops."""
-    P = len(knots)
-    place = np.stack(np.meshgrid(*(np.linspace(0, P - 1, n) for n in size), indexing="ij"), -1)
-    place = np.concatenate([place, np.ones((*size, 1))], axis=-1)
-    field = np.full((*size, 2), np.nan)
-    for r, c in np.ndindex(P - 1, P - 1):
-        for tip in (r, c), (r + 1, c + 1):
-            corners = [tip, (r, c + 1), (r + 1, c)]
-            share = place @ np.linalg.inv(np.column_stack([corners, np.ones(3)]))   # barycentric
-            inside = (share > -1e-9).all(axis=-1)
-            field[inside] = share[inside] @ [knots[corner] for corner in corners]
-    return field
-
-
-@pytest.mark.parametrize("points, size", [(4, (31, 61)), (4, (32, 50)), (2, (9, 20)),
-                                          (5, (41, 23)), (4, (3, 2)), (4, (1, 7))])
-def test_piecewise_affine_is_affine_on_each_triangle(points, size):
-    fields, fine = [], 10 * (points - 1) + 1
-    for shape in size, (fine, fine):                # the same draw, once with pixels at the knots
-        torch.manual_seed(0)
-        fields.append(emseg.piecewise_affine_displacement(3, shape, CPU, points=points).numpy())
-    for field, full in zip(*fields):
-        knots = full[::10, ::10] * np.array(size)[::-1] / fine
-        np.testing.assert_allclose(field, affine_on_triangles(knots, size), atol=1e-4)
-
-
-def test_piecewise_affine_is_straight_inside_triangles_and_whole_across_their_borders():
-    torch.manual_seed(0)
-    field = emseg.piecewise_affine_displacement(5, (61, 61), CPU).double()      # cells of 20 pixels
-    knots = field[:, ::20, ::20]
-    y, x = np.mgrid[:61, :61] % 20
-    for axis, place in ((1, y), (2, x)):
-        step, slope = field.diff(dim=axis), knots.diff(dim=axis).abs().amax((1, 2)) / 20
-        assert (step.abs() <= slope[:, None, None] + 1e-4).all()                # it never jumps
-        border = np.take((place == 0) | (x + y == 20), range(1, 60), axis - 1)
-        bend = field.diff(n=2, dim=axis).abs().amax((0, 3)).numpy()
-        assert bend[~border].max() < 1e-4 and np.median(bend[border]) > 1e-2
-
-
-def test_a_share_of_the_images_is_moved_piecewise():
-    torch.manual_seed(0)
-    for share in (0.0, 0.2, 0.5):
-        field = emseg.piecewise_affine_displacement(800, (10, 10), CPU, share=share)
-        moved = (field != 0).flatten(1)
-        assert torch.equal(moved.any(1), moved.all(1))      # each image as a whole, or not at all
-        assert moved.any(1).float().mean() == pytest.approx(share, abs=0.06)
-    assert (emseg.piecewise_affine_displacement(200, (10, 10), CPU) != 0).all()
-
-
 def test_elastic_statistics_at_the_knots():
     torch.manual_seed(0)
     k = 6                                           # knots every 20 pixels: 7 x 7
@@ -687,46 +611,3 @@ def test_contrast_comes_before_brightness():
     out, _ = emseg.augment(image, None, {"mean": 0.0, "std": 1.0}, brightness=0.1, contrast=0.5)
     assert out.max() <= 200 * 1.5 + 25.5 + 1e-3 and out.max() > 310
     assert out.min() >= 200 * 0.5 - 25.5 - 1e-3 and out.min() < 90
-
-
-# -- CutMix
-
-
-def corners(boxes):
-    """top, left, height, width of each of the boxes (B, 1, H, W), which must be rectangles."""
-    parts = []
-    for box in boxes[:, 0].numpy():
-        rows, columns = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
-        part = rows[0], columns[0], np.ptp(rows) + 1, np.ptp(columns) + 1
-        assert box.sum() == part[2] * part[3]       # one full rectangle
-        parts.append(part)
-    return np.array(parts).T
-
-
-def test_cutmix_boxes_have_the_papers_sizes_and_places():
-    torch.manual_seed(0)
-    H, W = 200, 300
-    boxes = emseg.cutmix_boxes(500, (H, W), CPU)
-    assert boxes.shape == (500, 1, H, W) and boxes.dtype == torch.bool
-    top, left, height, width = corners(boxes)
-    share = height * width / (H * W)
-    assert share.min() > 0.245 and share.max() < 0.505
-    loose = (height < H - 20) & (width < W - 20)    # room enough to call a place uniform
-    for values, low, span in ((share, 0.25, 0.25), (np.log(height / H) / np.log(share), 0, 1),
-                              ((top + 0.5)[loose] / (H - height + 1)[loose], 0, 1),
-                              ((left + 0.5)[loose] / (W - width + 1)[loose], 0, 1)):
-        assert stats.kstest(values, stats.uniform(low, span).cdf).pvalue > 1e-3
-
-
-def test_cutmix_boxes_reach_all_borders_of_a_small_image():
-    torch.manual_seed(0)
-    top, left, height, width = corners(emseg.cutmix_boxes(500, (8, 12), CPU))
-    assert top.min() == left.min() == 0
-    assert (top + height)[height < 6].max() == 8 and (left + width)[width < 9].max() == 12
-    assert {8, 2} <= set(height) and {12, 3} <= set(width)
-
-
-def test_cutmix_area_can_be_chosen():
-    boxes = emseg.cutmix_boxes(50, (100, 100), CPU, area=(0.1, 0.1))
-    share = boxes.float().mean((1, 2, 3))
-    assert share.min() > 0.09 and share.max() < 0.11

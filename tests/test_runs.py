@@ -172,10 +172,10 @@ def test_parameters_and_times(tmp_path):
     ("train_partial.py", {"partial": []}, None, "baseline"),
     ("train_partial.py", {"partial": [["a.tif", "b.tif", "3=1"]]}, ["baseline", "mixed"],
      ["baseline", "mixed"]),
-    ("train_sparse.py", {"mpp": False, "scm": False, "affine": True}, ["coarse"],
+    ("train_sparse.py", {"mpp": False, "scm": False}, ["coarse"],
      "no mpp, no scm coarse"),
-    ("train_sparse.py", {"mpp": True, "scm": True, "affine": False}, ["coarse", "mpp", "scm"],
-     ["no affine coarse", "no affine mpp", "no affine scm"]),
+    ("train_sparse.py", {"mpp": True, "scm": True}, ["coarse", "mpp", "scm"],
+     ["coarse", "mpp", "scm"]),
     ("evaluate.py", {"prediction": ["cells.tif"]}, None, "cells.tif"),
 ])
 def test_a_method_is_named_by_its_arguments(tmp_path, script, args, stages, method):

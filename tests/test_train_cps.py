@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
+from scipy import ndimage, stats
 
 import conftest
 import emseg
@@ -54,167 +54,190 @@ def test_the_default_warmup_is_the_authors():
     assert args.cps_warmup == [5, 20] and args.cps_weight == 1 and args.epochs == 500
 
 
-def test_learning_rate_warms_up_and_decays():
-    rates = [train_cps.learning_rate(step, 1000, 0.1) for step in range(1000)]
-    peak = int(np.argmax(rates))
-    assert 60 <= peak <= 75 and 0.09 < rates[peak] <= 0.1
-    assert rates[0] == pytest.approx(0.1 / 70) and rates[-1] == pytest.approx(0.1 / 1000)
-    assert np.all(np.diff(rates[:peak]) > 0) and np.all(np.diff(rates[peak:]) < 0)
-
-
-def test_cps_loss_crosses_the_networks():
-    a, b = torch.full((1, 1, 4, 4), 20.0), torch.full((1, 1, 4, 4), -20.0)
-    pseudo_a, pseudo_b = torch.ones(1, 4, 4).long(), torch.zeros(1, 4, 4).long()
-    loss = train_cps.dice_loss
-    assert train_cps.cps_loss([a], [b], pseudo_a, pseudo_b, loss) == pytest.approx(2, abs=1e-3)
-    assert train_cps.cps_loss([a], [b], pseudo_b, pseudo_a, loss) == pytest.approx(0, abs=1e-3)
-
-
-def test_cutmix_pastes_the_second_half_into_the_first():
-    labelled, unlabelled = torch.arange(4.0), torch.arange(10.0, 14.0)
-    labelled, unlabelled = [x.view(4, 1, 1, 1).expand(4, 1, 2, 2) for x in (labelled, unlabelled)]
-    box = torch.zeros(4, 1, 2, 2, dtype=torch.bool)
-    box[:, :, 0, 0] = True
-    mixed = train_cps.cutmix(labelled, unlabelled, box)
-    assert mixed[:, 0, 0, 0].tolist() == [2, 3, 12, 13]         # inside the box
-    assert mixed[:, 0, 1, 1].tolist() == [0, 1, 10, 11]         # outside
-
-
-class Recorder(torch.nn.Module):
-    """A network that notes how many images it sees, whether gradients are on, whether it trains."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale, self.seen = torch.nn.Parameter(torch.ones(())), []
-
-    def forward(self, image):
-        self.seen.append((len(image), torch.is_grad_enabled(), self.training))
-        return image * self.scale
-
-
-class Plain:
-    def autocast(self):
-        return torch.autocast("cpu", enabled=False)
-
-
-@pytest.mark.parametrize("mix", [True, False])
-def test_cps_losses_teach_as_in_prediction_only_under_cutmix(mix):
-    torch.manual_seed(0)
-    a, b = Recorder(), Recorder()
-    image_l, image_u = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
-    label = (torch.rand(4, 8, 8) > 0.5).long()
-    loss_sup, loss_cps = train_cps.cps_losses(Plain(), a, b, train_cps.dice_loss, image_l, label,
-                                              image_u, mix)
-    student, teacher = (4, True, True), (4, False, False)
-    assert a.seen == b.seen == ([student, teacher, student] if mix else [student, student])
-    assert a.training and b.training
-    expected = 2 * emseg.soft_dice_loss(image_l, label, squared=True)
-    assert torch.allclose(loss_sup, expected)
-    loss_cps.backward()
-    assert a.scale.grad != 0 and b.scale.grad != 0
-
-
-def test_without_unlabelled_images_the_cps_loss_is_zero():
-    a, b = Recorder(), Recorder()
-    image, label = torch.randn(2, 1, 8, 8), torch.ones(2, 8, 8).long()
-    loss_sup, loss_cps = train_cps.cps_losses(Plain(), a, b, train_cps.dice_loss, image, label,
-                                              None, True)
-    assert loss_cps == 0 and len(a.seen) == 1 and loss_sup > 0
+def rate(step, total, drops=0, **args):
+    return train_cps.learning_rate(argparse.Namespace(lr=0.5, **args), step, total, drops)
 
 
 @pytest.mark.parametrize("total, warmup", [(1000, 70), (21_428, 1500), (100_000, 1500)])
-def test_the_warmup_of_the_learning_rate_is_at_most_1500_steps(total, warmup):
-    rates = np.array([train_cps.learning_rate(step, total, 0.5) for step in range(total)])
+def test_the_rate_warms_up_and_decays(total, warmup):
+    rates = np.array([rate(step, total, schedule="linear") for step in range(total)])
     steps = np.arange(total)
     np.testing.assert_allclose(rates[: warmup // 2], 0.5 * (steps + 1)[: warmup // 2] / warmup,
                                rtol=1e-4)
     np.testing.assert_allclose(rates[warmup:], 0.5 * (1 - steps / total)[warmup:])
-    assert abs(int(rates.argmax()) - warmup) <= 0.08 * warmup
-
-
-NAMES = "schedule", "lr", "batch_size", "epochs", "weight_decay", "clip"
-
-
-# model, method -> schedule, lr of one process, batch_size, epochs, weight_decay, clip
-RECIPES = {
-    ("resunet", "cps"): ("linear", 1e-3, 20, 500, 0, 1),
-    ("resunet", "supervised"): ("linear", 1e-3, 20, 500, 0, 1),
-    ("unet++3", "cps"): ("linear", 1e-3, 20, 500, 0, 1),
-    ("unet++", "supervised"): ("plateau", 1e-4 * 3 / 256, 3, 500, 0, 0),
-    ("unet++3", "supervised"): ("plateau", 1e-4 * 3 / 256, 3, 500, 0, 0),
-    ("fractalresnet", "supervised"): ("plateau", 5e-4 * 3 / 256, 3, 500, 0, 0),
-    ("ceecnet", "supervised"): ("plateau", 5e-4 * 3 / 256, 3, 500, 0, 0),
-    ("ceecnet", "cps"): ("plateau", 5e-4 * 4 / 256, 4, 500, 0, 0),
-}
-
-
-def parsed(*more):
-    args = train_cps.parse_args(["--volume", "a", "--label", "b", *more])
-    return tuple(getattr(args, name) for name in NAMES)
-
-
-@pytest.mark.parametrize("model, method", RECIPES)
-def test_every_network_trains_as_the_paper_did_unless_told(model, method, monkeypatch):
-    wanted = RECIPES[model, method]
-    chosen = "--model", model, "--method", method
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert parsed(*chosen) == pytest.approx(wanted)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    plateau = wanted[0] == "plateau"
-    assert parsed(*chosen)[1] == pytest.approx(wanted[1] * (2 if plateau else 1))
-    schedule, lr, *rest = parsed(*chosen, "--batch-size", "8")
-    assert lr == pytest.approx(wanted[1] * 2 * 8 / wanted[2] if plateau else wanted[1])
-    assert (schedule, *rest) == (wanted[0], 8, *wanted[3:])
-    typed = dict(zip(NAMES, ("linear", 0.01, 12, 30, 0.5, 0.25)))
-    flags = [text for name, value in typed.items() for text in (emseg.flag_name(name), str(value))]
-    assert parsed(*chosen, *flags) == tuple(typed.values())
-
-
-def test_senformer_is_trained_with_weight_decay():
-    found = train_cps.recipe("senformer", "cps")
-    assert tuple(found[name] for name in NAMES) == ("linear", 6e-5, 8, 750, 0.01, 0.1)
-    assert train_cps.recipe("senformer", "supervised") == found
-
-
-def test_a_run_says_how_it_is_trained():
-    def described(*more):
-        return train_cps.describe(train_cps.parse_args(["--volume", "a", "--label", "b",
-                                                        "--batch-size", "4", *more]))
-    assert described("--lr", "0.002") == (
-        "resunet, CPS + CutMix: soft Dice; Adam, learning rate 0.002, linear; batches of 4, 500 "
-        "epochs, gradients clipped at 1")
-    assert described("--model", "ceecnet", "--method", "supervised", "--weight-decay", "0.1",
-                     "--lr", "1e-5") == (
-        "ceecnet, supervised: Tanimoto of segmentation, boundary and distance; AdamW, weight decay "
-        "0.1, learning rate 1e-05, plateau; batches of 4, 500 epochs, gradients not clipped")
-    assert "resunet, CPS: soft Dice" in described("--no-cutmix")
-
-
-def test_the_rate_drops_where_the_validation_dice_or_else_the_loss_stays():
-    def drops(history, **losses):
-        rows = [dict(zip(losses, row)) for row in zip(*losses.values())]
-        return train_cps.rate_drops(argparse.Namespace(history=history, losses=rows))
-
-    assert [drops([0.5] * n) for n in (0, 16, 17, 47, 48, 200)] == [0, 0, 1, 1, 2, 2]
-    falling, flat = np.linspace(2, 1, 60), [1.0] * 60
-    assert drops([], loss=falling, loss_sup=flat) == drops([], loss=flat) == 2
-    assert drops([], loss=flat, loss_sup=falling) == drops([], loss=falling) == 0
-    assert drops([0.1, 0.2], loss=flat) == 0
-    assert drops([*np.linspace(0.1, 0.2, 60)], loss=flat, loss_sup=flat) == 0
+    assert rate(7, total, 2, schedule="plateau") == pytest.approx(0.005)
+    assert rate(7, total, 0, schedule="constant") == 0.5
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_rate_drops_as_in_the_authors_schedule(seed):
+    """PyTorch's own scheduler, a new one after each drop."""
     losses = np.random.default_rng(seed).uniform(0.5, 0.6, 150).cumsum() / np.arange(1, 151)
-    losses += 1e-6 * np.arange(150)[::-1]
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=0.1, patience=15, cooldown=15, threshold=1e-5, min_lr=1e-2)
+    losses += np.arange(150) // 40                      # the loss jumps, as after a drop
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+
+    def new_schedule():
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=15,
+                                                          threshold=1e-5)
+    schedule, drops = new_schedule(), 0
     for epoch, loss in enumerate(losses, 1):
-        schedule.step(loss)
-        run = argparse.Namespace(history=[], losses=[{"loss": loss} for loss in losses[:epoch]])
-        assert 0.1 ** train_cps.rate_drops(run) == pytest.approx(optimizer.param_groups[0]["lr"])
+        before = optimizer.param_groups[0]["lr"]
+        if drops < 2:
+            schedule.step(loss)
+        if optimizer.param_groups[0]["lr"] < before:
+            schedule, drops = new_schedule(), drops + 1
+        assert train_cps.rate_drops(losses[:epoch]) == drops
+    assert drops == 2
+
+
+def test_validation_or_else_the_comparable_loss_decides_on_the_rate():
+    rows = [{"loss": 3.0, "loss_watched": 2.0}]
+    assert train_cps.watched(argparse.Namespace(history=[0.25], losses=rows)) == [0.75]
+    assert train_cps.watched(argparse.Namespace(history=[], losses=rows)) == [2.0]
+
+
+class TwoHeads(torch.nn.Module):
+    """A network of two heads, of which the second predicts; it notes what it sees."""
+
+    def __init__(self, sign):
+        super().__init__()
+        self.sign, self.seen = torch.nn.Parameter(torch.tensor(sign)), []
+
+    def combine(self, heads):
+        return heads[1]
+
+
+def heads_of(network, image):
+    network.seen.append((len(image), torch.is_grad_enabled(), network.training))
+    return [network.sign * image - 9, network.sign * image]
+
+
+@pytest.fixture
+def batch():
+    """Two networks, 4 labelled and 4 unlabelled images, and a loss that notes what it is asked."""
+    torch.manual_seed(0)
+    asked = []
+
+    def loss(heads, label):
+        asked.append((heads, label))
+        return sum(head.sum() for head in heads)
+    return [TwoHeads(1.0), TwoHeads(-1.0)], *torch.randn(2, 4, 1, 8, 8), loss, asked
+
+
+def check(asked, seen):
+    """Each network must have learnt from what the other one predicts of the images seen."""
+    learnt, taught = seen
+    wanted = [(learnt, (-taught > 0)[:, 0].long()), (-learnt, (taught > 0)[:, 0].long())]
+    for (heads, target), (image, exact) in zip(asked, wanted, strict=True):
+        assert torch.equal(heads[0], image - 9) and torch.equal(heads[1], image)
+        assert torch.equal(target, exact)
+
+
+@pytest.mark.parametrize("on", ["both", "unlabelled"])
+def test_each_network_learns_from_the_other(batch, on):
+    networks, image_l, image_u, loss, asked = batch
+    heads_l = [heads_of(network, image_l) for network in networks]
+    train_cps.cps_loss(heads_of, networks, loss, heads_l, image_u, on).backward()
+    seen = torch.cat([image_l, image_u]) if on == "both" else image_u
+    check(asked, (seen, seen))
+    assert all(network.sign.grad is not None for network in networks)
+
+
+@pytest.mark.parametrize("on", ["both", "unlabelled"])
+def test_under_cutmix_whole_images_teach_in_one_training_batch(batch, on, monkeypatch):
+    networks, image_l, image_u, loss, asked = batch
+    box = torch.rand(4 if on == "both" else 2, 8, 8) > 0.5
+    monkeypatch.setattr(train_cps, "cutmix_boxes", lambda *args: box)
+    train_cps.cps_cutmix_loss(heads_of, networks, loss, image_l, image_u, on).backward()
+    kinds = [image_l, image_u] if on == "both" else [image_u]
+    first, second = [torch.cat([each[half::2] for each in kinds]) for half in (0, 1)]
+    mixed = torch.where(box[:, None], second, first)
+    check(asked, (mixed, mixed))                        # the sign of a mixture is the mixed sign
+    whole = 2 * len(box)
+    assert all(network.seen == [(whole, False, True), (whole // 2, True, True)]
+               for network in networks)
+
+
+def test_the_second_half_of_a_batch_is_pasted_into_the_first():
+    box = torch.zeros(2, 2, 2, dtype=torch.bool)
+    box[:, 0, 0] = True
+    batch = torch.arange(4.0).view(4, 1, 1).expand(4, 2, 2)
+    for mixed in train_cps.mix(batch, box), train_cps.mix(batch[:, None], box)[:, 0]:
+        assert mixed[:, 0, 0].tolist() == [2, 3] and mixed[:, 1, 1].tolist() == [0, 1]
+
+
+def corners(boxes):
+    """top, left, height, width of each of the boxes (B, H, W), which must be rectangles."""
+    parts = []
+    for box in boxes.numpy():
+        rows, columns = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
+        part = rows[0], columns[0], np.ptp(rows) + 1, np.ptp(columns) + 1
+        assert box.sum() == part[2] * part[3]       # one full rectangle
+        parts.append(part)
+    return np.array(parts).T
+
+
+def test_cutmix_boxes_have_the_papers_sizes_and_places():
+    torch.manual_seed(0)
+    H, W = 200, 300
+    boxes = train_cps.cutmix_boxes(500, (H, W), "cpu")
+    assert boxes.shape == (500, H, W) and boxes.dtype == torch.bool
+    top, left, height, width = corners(boxes)
+    share = height * width / (H * W)
+    assert share.min() > 0.245 and share.max() < 0.505
+    loose = (height < H - 20) & (width < W - 20)    # room enough to call a place uniform
+    for values, low, span in ((share, 0.25, 0.25), (np.log(height / H) / np.log(share), 0, 1),
+                              ((top + 0.5)[loose] / (H - height + 1)[loose], 0, 1),
+                              ((left + 0.5)[loose] / (W - width + 1)[loose], 0, 1)):
+        assert stats.kstest(values, stats.uniform(low, span).cdf).pvalue > 1e-3
+
+
+def test_cutmix_boxes_reach_all_borders_of_a_small_image():
+    torch.manual_seed(0)
+    top, left, height, width = corners(train_cps.cutmix_boxes(500, (8, 12), "cpu"))
+    assert top.min() == left.min() == 0
+    assert (top + height)[height < 6].max() == 8 and (left + width)[width < 9].max() == 12
+    assert {8, 2} <= set(height) and {12, 3} <= set(width)
+
+
+def test_cutmix_area_can_be_chosen():
+    boxes = train_cps.cutmix_boxes(50, (100, 100), "cpu", area=(0.1, 0.1))
+    share = boxes.float().mean((1, 2))
+    assert share.min() > 0.09 and share.max() < 0.11
+
+
+def test_cross_entropy_can_be_the_cps_loss():
+    logits, label = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
+    wanted = torch.nn.functional.cross_entropy(logits, label)
+    torch.testing.assert_close(train_cps.ce_loss([logits, logits], label), wanted)
+
+
+NAMES = "schedule", "lr", "batch_size", "epochs", "weight_decay", "clip", "cutmix"
+# model and flags -> schedule, lr, batch_size, epochs, weight_decay, clip, cutmix
+RECIPES = {
+    "resunet": ("linear", 1e-3, 20, 500, 0, 1, True),
+    "resunet --no-cutmix": ("linear", 1e-3, 12, 300, 0, 1, False),
+    "resunet --method supervised": ("constant", 1e-2, 8, 500, 0, 0, False),
+    "unet++3": ("linear", 1e-3, 20, 500, 0, 1, True),
+    "unet++ --method supervised": ("plateau", 1e-4 * 3 / 256, 3, 500, 0, 0, False),
+    "unet++ --method supervised --cutmix": ("plateau", 1e-4 * 3 / 256, 3, 500, 0, 0, True),
+    "ceecnet --method supervised": ("plateau", 5e-4 * 3 / 256, 3, 500, 0, 0, False),
+    "ceecnet": ("plateau", 5e-4 * 4 / 256, 4, 500, 0, 0, True),
+    "senformer": ("linear", 6e-5, 8, 750, 0.01, 0.1, True),
+}
+
+
+@pytest.mark.parametrize("chosen", RECIPES)
+def test_every_network_trains_as_the_authors_did_unless_told(chosen):
+    def parsed(*more):
+        args = train_cps.parse_args(["--volume", "a", "--label", "b", "--model", *chosen.split(),
+                                     *more])
+        return tuple(getattr(args, name) for name in NAMES)
+
+    assert parsed() == pytest.approx(RECIPES[chosen])
+    typed = dict(zip(NAMES, ("linear", 0.01, 12, 30, 0.5, 0.25)))
+    flags = [text for name, value in typed.items() for text in (emseg.flag_name(name), str(value))]
+    assert parsed(*flags)[:6] == tuple(typed.values())
 
 
 class Parts(torch.nn.Module):
@@ -432,59 +455,13 @@ def test_every_network_has_the_loss_of_its_paper():
         train_cps.dice_loss}
 
 
-@pytest.mark.parametrize("model, options, heads, taught_by", [
-    ("unet", {}, 1, "only"), ("unet++3", {}, 1, "only"),
-    ("unet++3", {"average_branches": True}, 2, "mean"),
-    ("fractalresnet", {}, 3, "first")])
-def test_networks_are_trained_by_all_heads_and_teach_what_they_predict(model, options, heads,
-                                                                       taught_by):
+def test_a_network_teaches_what_it_predicts():
     torch.manual_seed(0)
-    network, image = emseg.NETWORKS[model](1, 3, 8, **options).eval(), torch.randn(2, 1, 32, 32)
-    found = train_cps.network_heads(Plain(), network, image)
-    assert isinstance(found, list) and len(found) == heads
-    noisy = [3 * torch.randn_like(x) for x in found]
-    prob = [x.softmax(1) for x in noisy]
-    wanted = (sum(prob) / heads if taught_by == "mean" else prob[0]).argmax(1)
-    assert torch.equal(train_cps.pseudo_label(network, noisy), wanted)
-    predicted = emseg.class_ids(emseg.probabilities(network(image)))
-    assert torch.equal(train_cps.pseudo_label(network, found), predicted)
-
-
-class TwoHeads(Recorder):
-    """The second head predicts."""
-
-    def forward(self, image, heads=False):
-        image = super().forward(image)
-        return [image - 9, image] if heads else image
-
-    def combine(self, heads):
-        return heads[1]
-
-
-@pytest.mark.parametrize("mix", [False, True])
-def test_cps_losses_take_all_heads_and_teach_with_what_is_predicted(mix, monkeypatch):
-    torch.manual_seed(0)
-    a, b, asked = TwoHeads(), TwoHeads(), []
-    b.scale.data.fill_(-1.0)
-    image_l, image_u = torch.randn(2, 4, 1, 8, 8)
-    label = (torch.rand(4, 8, 8) > 0.5).long()
-    box = torch.rand(4, 1, 8, 8) > 0.5
-    monkeypatch.setattr(emseg, "cutmix_boxes", lambda *args: box)
-
-    def loss(heads, label):
-        asked.append((heads, label))
-        return sum(head.sum() for head in heads)
-
-    train_cps.cps_losses(Plain(), a, b, loss, image_l, label, image_u, mix)
-    seen = torch.cat([image_l, image_u])
-    if mix:
-        first, second = seen[[0, 1, 4, 5]], seen[[2, 3, 6, 7]]
-        seen = torch.where(box, second, first)
-    wanted = [(image_l, label), (-image_l, label), (seen, (-seen > 0)[:, 0].long()),
-              (-seen, (seen > 0)[:, 0].long())]
-    for (heads, target), (image, exact) in zip(asked, wanted, strict=True):
-        assert torch.equal(heads[0], image - 9) and torch.equal(heads[1], image)
-        assert torch.equal(target, exact) and len(heads) == 2
+    for options in {}, {"average_branches": True}:
+        network = emseg.NETWORKS["unet++3"](1, 3, 8, **options).eval()
+        image = torch.randn(2, 1, 32, 32)
+        predicted = emseg.class_ids(emseg.probabilities(network(image)))
+        assert torch.equal(train_cps.pseudo_label(network, network(image, heads=True)), predicted)
 
 
 # -- whole runs ------------------------------------------------------------------------------------
@@ -635,10 +612,10 @@ def test_the_rate_drops_and_a_resumed_run_knows_the_losses(cells, tmp_path, monk
     arguments = ["--volume", cells / "image.tif", "--label", cells / "mito.tif", "--label-slices",
                  "0,3,7", *TINY, "--model", "unet++3", "--width", 8, "--method", "supervised",
                  "--epochs", 3, "--steps-per-epoch", 2]
-    monkeypatch.setattr(train_cps, "rate_drops", lambda run: len(run.losses) // 2)
+    monkeypatch.setattr(train_cps, "rate_drops", lambda losses: len(losses) // 2)
     run(*arguments, "--out-dir", tmp_path / "whole")
     rows = log_without_seconds(tmp_path / "whole")
-    peak = 4 * 1e-4 / 256
+    peak = 3 * 1e-4 / 256
     assert [float(row["lr"]) for row in rows] == pytest.approx([peak, peak, peak / 10])
     checkpoint = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
     assert [losses["loss"] for losses in checkpoint["losses"]] == pytest.approx(
@@ -651,6 +628,26 @@ def test_the_rate_drops_and_a_resumed_run_knows_the_losses(cells, tmp_path, monk
     assert log_without_seconds(tmp_path / "stopped") == rows
     assert torch.equal(weights(tmp_path / "whole" / "last.pt"),
                        weights(tmp_path / "stopped" / "last.pt"))
+
+
+def test_validation_may_have_slices_that_are_not_trained_on(cells, tmp_path):
+    run("--volume", cells / "image.tif", "--label", cells / "mito.tif", "--label-slices", "0,3,7",
+        "--val-slices", "n=2", "--test-volume", cells / "image.tif", "--test-label",
+        cells / "mito.tif", "--out-dir", tmp_path / "run", *TINY, "--epochs", 1)
+    checkpoint = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    rest = np.setdiff1d(np.arange(12), [0, 3, 7])
+    chosen = rest[emseg.parse_slices("n=2", 9)]
+    assert checkpoint["seen"][0]["z"] == sorted([0, 3, 7, *chosen])
+    assert metrics(tmp_path / "run")["volumes"][0]["ignored"] == 5 * 112 * 128
+    assert metrics(tmp_path / "run")["selected_on"] == "validation"
+
+
+def test_supervised_training_takes_cutmix(cells, tmp_path):
+    logs = []
+    for flag in "--cutmix", "--no-cutmix":
+        train(cells, tmp_path / flag, "--method", "supervised", flag, "--epochs", 1)
+        logs.append(log_without_seconds(tmp_path / flag)[0]["loss"])
+    assert logs[0] != logs[1]
 
 
 def test_training_slices_are_not_scored(cells, tmp_path):
@@ -719,7 +716,7 @@ def test_prediction_does_not_depend_on_slab_or_tile(trained, cells, tmp_path, mo
     (["--model", "vgg"], "--model"),
     (["--label-slices", "0,99"], "99"),
     (["--label-slices", "n=0"], "n=0"),
-    (["--val-slices", "1"], "slice 1 of"),
+    (["--val-slices", "8"], "--val-slices"),
     (["--val-slices", "0,3,7"], "no slice is left to train on"),
     (["--label-map", "0=0"], "255"),
     (["--foreground", "2"], "between 0 and 1"),
@@ -733,7 +730,7 @@ def test_prediction_does_not_depend_on_slab_or_tile(trained, cells, tmp_path, mo
     (["--out-dir", "x" * 300], "File name too long"),
     (["--cps-warmup", "3", "1"], "START must be"),
     (["--demo"], "leave --label out"),
-    (["--val-slices", "n=9"], "of 3 annotated slices"),
+    (["--val-slices", "n=9"], "of 5 annotated slices"),
     (["--cps-warmup", "5", "20"], "starts at epoch 5, but there are 2"),
     (["--weight-decay", "-0.5"], "--weight-decay -0.5 is not 0 or above"),
     (["--weight-decay", "nan"], "--weight-decay nan is not 0 or above"),
