@@ -874,7 +874,7 @@ def parse_args(argv=None):
            help="within so many epochs, else its training ends (Network training)")
     parser.set_defaults(model="2d3d", normalize="volume")
     demo = dict(width=8, patch_size=[3, 44, 44], spacing=[2, 8, 8], epochs=5, steps_per_epoch=120,
-                lr=3e-3, decay_steps=200, downsample=4, instances=2, top_k=2, elastic=2.0,
+                lr=1.5e-3, decay_steps=200, downsample=4, instances=2, top_k=2, elastic=2.0,
                 brightness=0.03, contrast=0.1, weight_terms=[0.5, 0.5, 0.5], val_slices="24:30",
                 organelles=[1, 2], label_map="2=1,3=2,*=0",
                 classes=["background", "nucleus", "mitochondrion"])
