@@ -31,7 +31,13 @@ Differences from the paper:
     5. Weights start from the Gaussians of the original U-Net. The paper does not say.
     6. Predictions of resized volumes are brought back to the shape of the volume, by interpolated
        probabilities, and are scored there.
-    7. Each volume is normalised by its own mean and spread. The paper does not say.
+    7. Each volume is normalised by its own mean and spread. The paper does not say. What lies
+       beyond 3.2 deviations is clipped to fit into 256 grey levels, and before that, of other than
+       8-bit data, what lies beyond the 0.1 and 99.9 percentiles.
+    8. The epoch that counts has the best validation Dice (mean of the structures), at the shape
+       that the network sees, so after --resize; table 1's row of the validation set is that epoch
+       and thus a maximum over epochs. Without validation the last epoch counts. The paper does not
+       say which of its 200 it took, nor whether it scored 512 x 512 x 512 or the original shape.
 
 Run:
     GPU    python train_partial.py --volume cell1.mrc cell2.mrc --label cell1_label.mrc \\
