@@ -28,71 +28,69 @@ COLUMNS = ("experiment variant seed budget score scores steps minutes gib hardwa
            "commit").split()
 KEPT = "best.pt", "metrics.json", "log.csv"
 
-# command: script and flags; variants: {name: more flags, or a whole command, which may wait for the
-# runs of the variant "instances"}; cpu, gpu: what {name} in these stands for on a budget, and the
-# minutes of the longest variant; score: of metrics.json; paper: the paper's number of a variant.
+# command: script and flags; variants: {name: more flags}; cpu, gpu: what {name} in these stands for
+# on a budget, and the minutes of the longest variant; score: of metrics.json; paper: the paper's
+# number of a variant.
 Experiment = namedtuple("Experiment", "source claim command variants cpu gpu score seeds paper")
 
 LUCCHI = ("--volume {data}/lucchi/Train_In@0:110 --label {data}/lucchi/Train_Out@0:110 "
           "--test-volume {data}/lucchi/Train_In@120:165 "
-          "--test-label {data}/lucchi/Train_Out@120:165 --normalize equalize ")
+          "--test-label {data}/lucchi/Train_Out@120:165 --normalize equalize "
+          "--classes background mitochondrion ")
 METHODS = {"supervised": "--method supervised --batch-size {labelled}",     # as many labelled crops
            "cps": "--no-cutmix --batch-size {batch}", "cps + cutmix": "--batch-size {batch}"}
 ONE_SLICE = {name: f"--label-slices n=1 {flags}" for name, flags in METHODS.items()}
-CPS = "train_cps.py --model resunet --schedule linear --clip 1 --epochs 10 {flags} "
+CPS = ("train_cps.py --model resunet --schedule linear --clip 1 --normalize equalize --epochs 10 "
+       "--steps-per-epoch {steps} {flags} ")
 CPS_LUCCHI = CPS + LUCCHI + "--unlabeled-volume {data}/lucchi/Train_In@110:165 "
 CPS_CPU = dict(flags="--width 16 --downsample 4 --patch-size 64 64 --lr 3e-3", steps=100, batch=8,
                labelled=4, minutes=9)
 CPS_GPU = dict(flags="--width 64 --downsample 1 --patch-size 512 512 --lr 1e-3", steps=180,
                batch=20, labelled=10, minutes=8)
-CPS_PAPER = {"supervised": "0.705", "cps": "0.671", "cps + cutmix": "0.776"}
 CPS_SOURCE = "Pagano 2023, table 4: nucleoli of volume 3 from 7 slices, ResUNet, Dice"
 
-VNC_MAP = ("--label-map 0=1,32=1,64=1,96=1,128=1,159=2,191=3,223=4,255=0 "
-           "--classes intracellular membrane glia mitochondrion synapse ")
-VNC_TEST = "--test-volume {data}/vnc/raw@15:20 --test-label {data}/vnc/labels@15:20 " + VNC_MAP
-TEST_2D3D = VNC_TEST + "--organelles 3 4 --voxel-size 50 4.6 4.6 "
+VNC_TEST = ("--label-map 0=1,32=1,64=1,96=1,128=1,159=2,191=3,223=4,255=0 "
+            "--classes intracellular membrane glia mitochondrion synapse "
+            "--test-volume {data}/vnc/raw@15:20 --test-label {data}/vnc/labels@15:20 ")
 VNC_2D3D = ("train_2d3d.py --volume {data}/vnc/raw@0:12 --label {data}/vnc/labels@0:12 "
-            "--val-volume {data}/vnc/raw@12:15 --val-label {data}/vnc/labels@12:15 " + TEST_2D3D +
-            "--weight-terms 0.3 1 1 --l2-2d 0 --l2-3d 0 --l2-p 0 --batch-size 5 --stop-miou 0 "
-            "--decay-steps 500 {flags} ")
-# Five places a step for every network: 2d3d predicts five slices of each, a 2D network one.
-CPU_2D3D = dict(flags="--downsample 4 --width 8 --spacing 2 32 32 --elastic 3 --lr 2e-3 --epochs 5 "
-                "--steps-per-epoch 70", window="5 68 68", valid="252 252", padded="64 64",
-                minutes=15)
-GPU_2D3D = dict(flags="--downsample 2 --spacing 2 100 100 --elastic 10 --lr 1e-3 --epochs 8 "
-                "--steps-per-epoch 250", window="5 300 300", valid="572 572", padded="304 304",
-                minutes=8)
+            "--val-volume {data}/vnc/raw@12:15 --val-label {data}/vnc/labels@12:15 " + VNC_TEST +
+            "--organelles 3 4 --voxel-size 50 4.6 4.6 --weight-terms 0.3 1 1 --l2-2d 0 --l2-3d 0 "
+            "--l2-p 0 --batch-size 5 --stop-miou 0 --decay-steps 500 --epochs 8 {flags} ")
+# Five places a step for every network: 2d3d predicts five slices of each, a 2D network one. The
+# valid U-Net needs 252 pixels to predict 68; unet5 is padded and cannot look beyond its window.
+CPU_2D3D = dict(flags="--downsample 4 --width 8 --spacing 2 32 32 --elastic 3 --lr 2e-3",
+                window="5 68 68", valid="252 252", padded="64 64", steps=45, minutes=15)
+GPU_2D3D = dict(flags="--downsample 2 --spacing 2 100 100 --elastic 10 --lr 1e-3",
+                window="5 300 300", valid="572 572", padded="304 304", steps=250, minutes=8)
 
 EXPERIMENTS = {
     "cps": Experiment(
         CPS_SOURCE, "unlabelled slices and CutMix help where few slices are labelled",
-        CPS_LUCCHI + "--cps-warmup 2 5 --steps-per-epoch {steps}",
+        CPS_LUCCHI + "--cps-warmup 2 5",
         {**{f"{n} labelled, {name}": f"--label-slices n={n} {flags}"
             for n in (1, 2, 4, 7) for name, flags in METHODS.items()},
          "110 labelled, supervised (ceiling)": METHODS["supervised"]},
         CPS_CPU, CPS_GPU, "iou", (0, 1, 2),
-        {f"7 labelled, {name}": number for name, number in CPS_PAPER.items()}),
+        {"7 labelled, supervised": "0.705", "7 labelled, cps": "0.671",
+         "7 labelled, cps + cutmix": "0.776"}),
     "cps-warmup": Experiment(
         CPS_SOURCE, "lambda grows once the networks have learnt something from the labels",
-        CPS_LUCCHI + "--steps-per-epoch {steps}",
-        {f"{name}, lambda grows in epochs {warmup}":
-         f"{ONE_SLICE[name]} --cps-warmup {warmup.replace(' to ', ' ')}"
-         for warmup in ("0.5 to 2", "2 to 5", "4 to 8") for name in ("cps", "cps + cutmix")},
+        CPS_LUCCHI,
+        {f"{name}, warm-up {warmup}": f"{ONE_SLICE[name]} --cps-warmup {warmup}"
+         for warmup in ("0.5 2", "2 5", "4 8") for name in ("cps", "cps + cutmix")},
         CPS_CPU, CPS_GPU, "iou", (0,), {}),
     "cps-long": Experiment(
         CPS_SOURCE, "CutMix is ahead of plain CPS in longer trainings",
-        CPS_LUCCHI + "--cps-warmup 2 5 --steps-per-epoch {steps}", ONE_SLICE,
+        CPS_LUCCHI + "--cps-warmup 2 5", ONE_SLICE,
         {**CPS_CPU, "steps": 300, "minutes": 27}, {**CPS_GPU, "steps": 540, "minutes": 24},
         "iou", (0, 1, 2), {}),
     "cps-rare": Experiment(
         CPS_SOURCE, "rare structures (postsynaptic densities) gain most from unlabelled slices",
         CPS + "--volume {data}/lucchi/Train_In@0:12 --label {data}/lucchi_organelles/PSD@0:12 "
         "--label-map 128:256=1,*=0 --classes background PSD "
-        "--unlabeled-volume {data}/lucchi/Train_In@20:165 "
         "--test-volume {data}/lucchi/Train_In@14:20 "
-        "--test-label {data}/lucchi_organelles/PSD@14:20 --normalize equalize --voxel-size 5 5 5 "
-        "--cps-warmup 2 5 --steps-per-epoch {steps}",
+        "--test-label {data}/lucchi_organelles/PSD@14:20 "
+        "--unlabeled-volume {data}/lucchi/Train_In@20:165 --voxel-size 5 5 5 --cps-warmup 2 5",
         {**{f"2 labelled, {name}": f"--label-slices n=2 {METHODS[name]}" for name in METHODS},
          "12 labelled, supervised (ceiling)": METHODS["supervised"]},
         {**CPS_CPU, "flags": "--width 16 --downsample 2 --patch-size 96 96 --lr 3e-3", "steps": 60,
@@ -102,8 +100,7 @@ EXPERIMENTS = {
         "ISBI 2022 (sparse slices), table 2: EPFL, 32 slices, IoU",
         "deformed crops, then stage 2 (mpp), then stage 3 (scm) each improve a sparse annotation",
         "train_sparse.py " + LUCCHI + "{flags}",
-        {"every 5th": "--label-slices 0:110:5",
-         "every slice (ceiling)": "--no-mpp --no-scm",
+        {"every 5th": "--label-slices 0:110:5", "every slice (ceiling)": "--no-mpp --no-scm",
          "every 5th, not deformed": "--label-slices 0:110:5 --deform none",
          "every 10th": "--label-slices 0:110:10", "every 20th": "--label-slices 0:110:20"},
         dict(flags="--width 16 --patch-size 128 128 --batch-size 8 --epochs 10 --scm-epochs 6 "
@@ -147,7 +144,7 @@ EXPERIMENTS = {
     "2d3d": Experiment(
         "Guay 2021, table 1: platelets, test MIoU(org)",
         "neighbouring slices and the 3D pyramid help a 2D network",
-        VNC_2D3D,
+        VNC_2D3D + "--steps-per-epoch {steps}",
         {"2d3d": "--model 2d3d --patch-size {window}",
          "unet, sees the surroundings": "--model unet --patch-size {valid}",
          "unet5, sees its window only": "--model unet5 --patch-size {padded}",
@@ -157,41 +154,30 @@ EXPERIMENTS = {
         CPU_2D3D, GPU_2D3D, "miou_org", (0, 1),
         {"2d3d": "0.417", "2d3d-no-3x3x3": "0.358", "2d3d-no-pyramid": "0.376",
          "unet, sees the surroundings": "0.334"}),
-    # The valid U-Net needs windows of 252 for 68 predicted pixels: unet5, padded, cannot look out.
     "ensemble": Experiment(
         "Guay 2021, table 1: platelets, test MIoU(org)",
         "a few of the best instances, averaged, beat the best one",
-        VNC_2D3D + "--model unet5 --patch-size {padded} --instances 4",
-        {"instances": "", **{
-            f"top {k}": "train_2d3d.py --ensemble {instances}/seed0 {instances}/seed1 "
-            f"{{instances}}/seed2 {{instances}}/seed3 --top-k {k} " + TEST_2D3D
-            for k in (1, 2, 3, 4)}},
-        {**CPU_2D3D, "flags": CPU_2D3D["flags"].replace("70", "200")}, GPU_2D3D, "miou_org", (0,),
-        {"top 1": "0.417", "top 4": "0.446"}),
+        VNC_2D3D + "--model unet5 --patch-size {padded} --instances 4 --steps-per-epoch {steps}",
+        {f"top {k}": f"--top-k {k}" for k in (4, 2, 3)},
+        {**CPU_2D3D, "steps": 150}, GPU_2D3D, "miou_org", (0,),
+        {"top 4: single best": "0.417", "top 4: ensemble": "0.446"}),
 }
 
 
 class Job(namedtuple("Job", "name variant seed budget device folder")):
-    """A command: an experiment's variant with a seed on a budget; folder: where all runs go."""
+    """A command: an experiment's variant with a seed on a budget; folder: of all runs."""
 
-    def out_dir(self, variant=None):
-        slug = re.sub(r"[^\w.]+", "-", variant or self.variant).strip("-")
-        return Path(self.folder, self.name, f"{slug}-{self.budget}-seed{self.seed}")
+    def out_dir(self):
+        name = f"{self.variant}-{self.budget}-seed{self.seed}"
+        return Path(self.folder, self.name, re.sub(r"[^\w.]+", "-", name))
 
     def command(self):
         """The command line, a list that begins with the script's name."""
         experiment = EXPERIMENTS[self.name]
-        flags = experiment.variants[self.variant]
-        text = flags if flags.startswith("train_") else f"{experiment.command} {flags}"
-        text = text.format(**getattr(experiment, self.budget), data=os.environ.get("EMSEG_DATA"),
-                           instances=self.out_dir("instances"))
+        text = f"{experiment.command} {experiment.variants[self.variant]}"
+        text = text.format(data=os.environ.get("EMSEG_DATA"), **getattr(experiment, self.budget))
         return [*text.split(), "--seed", str(self.seed), "--device", self.device,
                 "--out-dir", str(self.out_dir())]
-
-    def waits(self):
-        """Whether it needs instances that are not there yet."""
-        needed = self.out_dir("instances")
-        return "--ensemble" in self.command() and not (needed / "metrics.json").exists()
 
     def is_done(self):
         wanted = self.name, self.variant, str(self.seed), self.budget, self.device == "cuda"
@@ -223,7 +209,9 @@ def rows_of(job):
         precision=config["precision"], torch=config["versions"]["torch"],
         commit=(config["git"] or "")[:9])
     stages = metrics.get("stages", {})
-    if len(stages) < 2:
+    if "single_best" in metrics:
+        stages = {"single best": metrics["single_best"]["mean"], "ensemble": metrics["mean"]}
+    elif len(stages) < 2:
         stages = {"": metrics.get("average", metrics["mean"])}
     rows = []
     for stage, block in stages.items():
@@ -278,15 +266,12 @@ def run(jobs, args):
         try:
             if time.monotonic() > end and not stopping:
                 raise KeyboardInterrupt
-            ready = [] if stopping else [job for job in waiting if not job.waits()]
-            for job in ready[: args.jobs - len(running)]:
-                waiting.remove(job)
+            while waiting and len(running) < args.jobs and not stopping:
+                job = waiting.pop(0)
                 if not job.is_done():                   # by another process meanwhile
                     running[job] = start(job)
             for job in [job for job, process in running.items() if process.poll() is not None]:
                 finish(job, running.pop(job).returncode, args.keep)
-            if not (running or ready):
-                break
             time.sleep(0.2)
         except KeyboardInterrupt:                       # each command saves its state and ends
             stopping = True
