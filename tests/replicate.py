@@ -40,7 +40,7 @@ LUCCHI = ("--volume {data}/lucchi/Train_In@0:110 --label {data}/lucchi/Train_Out
 METHODS = {"supervised": "--method supervised --batch-size {labelled}",     # as many labelled crops
            "cps": "--no-cutmix --batch-size {batch}", "cps + cutmix": "--batch-size {batch}"}
 ONE_SLICE = {name: f"--label-slices n=1 {flags}" for name, flags in METHODS.items()}
-CPS = ("train_cps.py --model resunet --schedule linear --clip 1 --normalize equalize --epochs 10 "
+CPS = ("train_cps.py --model resunet --schedule linear --clip 1 --epochs 10 "
        "--steps-per-epoch {steps} {flags} ")
 CPS_LUCCHI = CPS + LUCCHI + "--unlabeled-volume {data}/lucchi/Train_In@110:165 "
 CPS_CPU = dict(flags="--width 16 --downsample 4 --patch-size 64 64 --lr 3e-3", steps=100, batch=8,
@@ -89,7 +89,7 @@ EXPERIMENTS = {
         CPS + "--volume {data}/lucchi/Train_In@0:12 --label {data}/lucchi_organelles/PSD@0:12 "
         "--label-map 128:256=1,*=0 --classes background PSD "
         "--test-volume {data}/lucchi/Train_In@14:20 "
-        "--test-label {data}/lucchi_organelles/PSD@14:20 "
+        "--test-label {data}/lucchi_organelles/PSD@14:20 --normalize equalize "
         "--unlabeled-volume {data}/lucchi/Train_In@20:165 --voxel-size 5 5 5 --cps-warmup 2 5",
         {**{f"2 labelled, {name}": f"--label-slices n=2 {METHODS[name]}" for name in METHODS},
          "12 labelled, supervised (ceiling)": METHODS["supervised"]},
