@@ -18,7 +18,7 @@ import train_seget
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ROOT = Path(emseg.__file__).resolve().parent
-NETWORKS = {**train_2d3d.MODELS, **train_seget.MODELS, **emseg.NETWORKS_3D,
+NETWORKS = {**train_2d3d.MODELS, **train_seget.MODELS, **emseg.NETWORKS, **emseg.NETWORKS_3D,
             "unet-valid": train_2d3d.MODELS["unet"]}
 SCRIPTS = {"train_cps": 0.7, "train_partial": 0.4, "train_seget": 0.5, "train_2d3d": 0.4,
            "train_sparse": 0.6}                 # and the mean Dice that its demo surpasses
