@@ -3139,16 +3139,20 @@ def predict_by_slabs(predict, image, shape, context=1, pixels=2**20, rank=0, wor
         yield slab, prob
 
 
-def predict_by_windows(predict, image, depth, overlap=1 / 3, rank=0, world=1):
+def predict_by_windows(predict, image, depth, overlap=1 / 3, rank=0, world=1, slices=None):
     """Yield (slab, probabilities (n, C, H, W)) of a 3D network, blended along z.
 
     predict: uint8 tensor (depth, H, W) -> (depth, C, H, W); a volume with fewer slices is one
     window. Windows overlap by `overlap` or more; only as many slices as a window has are held at a
-    time. Ranks share the slices in equal parts.
+    time. Ranks share the slices in equal parts. slices: the only z that are needed; windows
+    without one of them are left out.
     """
     depth = min(depth, len(image))
     starts = tile_starts(len(image), depth, overlap)
-    ends = [*starts[1:], len(image)]                # slices start:end are done after their window
+    if slices is not None:
+        starts = [z for z in starts if np.any((z <= slices) & (slices < z + depth))]
+    ends = [min(z + depth, above)                   # slices start:end are done after their window
+            for z, above in zip(starts, [*starts[1:], len(image)])]
     first, last = [rank_ * len(starts) // world for rank_ in (rank, rank + 1)]
     total = None
     for start, end in list(zip(starts, ends))[:last]:
@@ -3233,22 +3237,23 @@ def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=
     """Confusion counts (N, K, K) of the N annotated slices of a lazy image and its Labels.
 
     predict: uint8 tensor (context, H, W) around a slice -> probabilities (n, C, H, W), of which the
-    middle one is the slice's. depth: of the windows of a 3D network, (depth, H, W) -> (depth, C, H,
-    W), which stay inside of the volume.
+    middle one is the slice's. depth: of the windows of a 3D network, see predict_by_windows.
     """
+    def middles():
+        padded = with_context(image, context)
+        for z in label.slices[rank::world]:
+            prob = predict(torch.from_numpy(padded[z : z + context]))
+            yield slice(z, z + 1), prob[len(prob) // 2][None]
+
     counts = np.zeros((len(label.slices), len(classes), len(classes)), dtype=np.int64)
-    depth = depth and min(depth, len(image))
-    image = image if depth else with_context(image, context)
-    last = None
-    for row in range(rank, len(label.slices), world):
-        z = label.slices[row]
-        start = min(max(z - depth // 2, 0), len(image) - depth) if depth else z
-        if start != last:                           # else it is in the same window as the last one
-            prob = predict(torch.from_numpy(image[start : start + (depth or context)]))
-            last = start
-        pred = class_ids(prob[z - start if depth else len(prob) // 2][None], threshold)
-        counts[row] = confusion(pred.to(torch.uint8).cpu().numpy(), label[z][None],
-                                len(classes))[0]
+    stream = middles() if depth is None else predict_by_windows(
+        predict, image, depth, rank=rank, world=world, slices=label.slices)
+    for slab, prob in stream:
+        for row, z in enumerate(label.slices):
+            if slab.start <= z < slab.stop:
+                pred = class_ids(prob[z - slab.start][None], threshold)
+                counts[row] = confusion(pred.to(torch.uint8).cpu().numpy(), label[z][None],
+                                        len(classes))[0]
     if world > 1:
         total = torch.from_numpy(counts)
         torch.distributed.all_reduce(total)
