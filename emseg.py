@@ -32,6 +32,7 @@ import datetime
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -150,7 +151,7 @@ class Volume(LazyArray):
 
     def read(self, z, y, x):
         shape = [part.stop - part.start for part in (z, y, x)]
-        with readable(self.path):
+        with _readable(self.path):
             box = self.reader(*(slice(c.start + part.start, c.start + part.stop)
                                 for c, part in zip(self.crop, (z, y, x))))
             return np.array(box, self.dtype, order="C").reshape(shape)
@@ -168,7 +169,7 @@ def open_volume(path):
     file, crop = _split_crop(path)
     if not os.path.exists(file):
         raise InputError(f"{path}: no such file or folder")
-    with readable(path):
+    with _readable(path):
         volume = _open_folder(file) if os.path.isdir(file) else _open_file(file)
     volume = volume.cropped(_parse_crop(path, crop, volume.shape), path)
     for z in (0, -1):       # a missing codec, or a file cut off, shows here, not in mid-training
@@ -177,8 +178,8 @@ def open_volume(path):
 
 
 @contextlib.contextmanager
-def readable(path):
-    """Whatever the file libraries raise inside, on files that they cannot read, becomes one line."""
+def _readable(path):
+    """Whatever the file libraries raise inside, on what they cannot read, becomes one line."""
     try:
         yield
     except InputError:
@@ -229,9 +230,9 @@ def _parse_range(text, size, what):
 # Readers of a box (z, y, x) of a file. They hold nothing open: each process reads for itself.
 
 def _read_mapped(file, dtype, offset, shape, axes, z, y, x):
-    """Voxels as they lie in the file, stored axes in the order `axes`. Mapped for each box anew: the
-    pages of a map that stays add up, in the memory of the process, to the whole file."""
-    return np.array(np.memmap(file, dtype, "r", offset, shape).transpose(axes)[z, y, x])
+    """Voxels as they lie in the file, stored axes in the order `axes`. Mapped for each box anew:
+    the pages of a map that stays add up, in the memory of the process, to the whole file."""
+    return np.memmap(file, dtype, "r", offset, shape).transpose(axes)[z, y, x]
 
 
 def _read_pages(decode, z, y, x):
@@ -240,7 +241,7 @@ def _read_pages(decode, z, y, x):
 
 
 def _read_folder(slices, z, y, x):
-    return [slices[i].read(slice(0, 1), y, x)[0] for i in range(z.start, z.stop)]
+    return [slices[i].reader(slice(0, 1), y, x)[0] for i in range(z.start, z.stop)]
 
 
 _kept = OrderedDict()           # (decode, z) -> slice, the latest last
@@ -345,8 +346,8 @@ def _open_mrc(file):
         with mrcfile.mmap(file, "r", permissive=True) as mrc:
             header, data = mrc.header, mrc.data
     if data is None:
-        raise InputError(f"{file}: MRC mode {header.mode} cannot be read (IMOD: newstack -mode), or "
-                         "the file is truncated")
+        raise InputError(f"{file}: MRC mode {header.mode} cannot be read (IMOD: newstack -mode), "
+                         "or the file is truncated")
     stored, dtype = (math.prod(data.shape[:-2]), *data.shape[-2:]), data.dtype
     axes, order = (0, 1, 2), [int(header[name]) for name in ("maps", "mapr", "mapc")]
     if sorted(order) == [1, 2, 3]:
@@ -369,7 +370,7 @@ def _open_mrc(file):
 
 
 def _open_png(file):
-    """The one slice of a PNG file; Pillow, with which Matplotlib reads it, gives palette indices."""
+    """The one slice of a PNG file. Matplotlib reads PNG by Pillow, which gives palette indices."""
     with PIL.PngImagePlugin.PngImageFile(file) as image:
         dtype = np.dtype(np.uint16 if image.mode.startswith("I") else np.uint8)
         return Volume(file, "slices", (1, image.height, image.width), dtype, partial(
@@ -512,7 +513,8 @@ def check_finite(volume, first=0, path=None):
     """
     for z in range(len(volume) if volume.dtype.kind == "f" else 0):
         if not np.isfinite(volume[z]).all():
-            raise InputError(f"{path or volume.path}: slice {first + z} holds NaN or infinite values")
+            path = path or volume.path
+            raise InputError(f"{path}: slice {first + z} holds NaN or infinite values")
 
 
 def _count_values(array):
@@ -564,15 +566,17 @@ def _read_blocks(n, reduce, array, z, y, x):
     box = array.read(z, slice(y.start * n, min(y.stop * n, Y)),
                      slice(x.start * n, min(x.stop * n, X)))
     _, h, w = box.shape
-    box = np.pad(box, ((0, 0), (0, H * n - h), (0, W * n - w)), mode="edge")
+    if (h, w) != (H * n, W * n):
+        box = np.pad(box, ((0, 0), (0, H * n - h), (0, W * n - w)), mode="edge")
 
     def sums(box, dtype):                       # far faster than over both axes at once
         rows = sum(box[:, k::n].astype(dtype) for k in range(n))
         return sum(rows[..., k::n] for k in range(n))
 
     if reduce == "majority":
-        values = np.unique(box)                 # ascending, so that a tie stays with the lower id
-        return values[np.argmax([sums(box == value, np.int32) for value in values], axis=0)]
+        values = np.flatnonzero(_count_values(box)).astype(box.dtype)
+        votes = [sums(box == value, np.int32) for value in values]
+        return values[np.argmax(votes, axis=0)]             # the first, lower one at a tie
     mean = sums(box, np.int32 if box.itemsize == 1 else np.float64) / n**2
     return (np.floor(mean + 0.5) if box.dtype.kind in "iu" else mean).astype(box.dtype)
 
@@ -583,9 +587,15 @@ def resize(array, shape, linear):
     linear=True interpolates between the two nearest voxels along each axis (images; integers are
     rounded), else the nearest voxel counts (class ids). Voxel centres are what is aligned.
     """
-    widths = [old / new for old, new in zip(array.shape, shape)]
-    return array if array.shape == tuple(shape) else Resampled(
-        array, shape, widths, partial(_read_resized, shape, linear))
+    if array.shape == tuple(shape):
+        return array
+    places = []
+    for size, length in zip(array.shape, shape):
+        low, high, share = resampling(size, length)
+        nearest = low + (share >= 0.5)
+        places.append((low, high, share) if linear else (nearest, nearest, 0 * share))
+    widths = [size / length for size, length in zip(array.shape, shape)]
+    return Resampled(array, shape, widths, partial(_read_resized, places))
 
 
 def resampling(size, length):
@@ -596,15 +606,10 @@ def resampling(size, length):
     return low, np.ceil(place).astype(int), (place - low).astype(np.float32)
 
 
-def _read_resized(shape, linear, array, z, y, x):
-    axes = []
-    for size, length, part in zip(array.shape, shape, (z, y, x)):
-        low, high, share = (values[part] for values in resampling(size, length))
-        nearest = low + (share >= 0.5)
-        axes.append((low, high, share) if linear else (nearest, nearest, 0 * share))
-    depth, *sides = axes
+def _read_resized(places, array, z, y, x):
+    depth, *sides = ([values[part] for values in place] for place, part in zip(places, (z, y, x)))
     box = [slice(low[0], high[-1] + 1) for low, high, _ in sides]
-    out = np.empty([len(low) for low, *_ in axes], array.dtype)
+    out = np.empty([len(low) for low, *_ in (depth, *sides)], array.dtype)
     for i, (low, high, share) in enumerate(zip(*depth)):        # slices in between are not read
         pair = array.read(slice(low, high + 1), *box).astype(np.float32)
         page = pair[0] + (pair[-1] - pair[0]) * share
@@ -663,14 +668,29 @@ def parse_label_map(text):
 class Labels(LazyArray):
     """Class ids of a volume, uint8 (Z, Y, X), IGNORE where nobody annotated; see open_labels.
 
-    rows (Z,): the slice of `raw`, the file, for each z, -1 where no voxel is annotated. values,
+    raw, rows: from pair_labels, rows without the slices that hold no annotated voxel. values,
     sorted, are those in the file, ids (uint8) what they mean. counts (Z, n_classes) int64:
     annotated voxels of each class in each slice. slices: sorted int array of the annotated z.
     """
 
-    def __init__(self, raw, rows, voxel_size, values, ids, counts):
+    def __init__(self, raw, rows, voxel_size):
         super().__init__(raw.path, (len(rows), *raw.shape[1:]), np.uint8, voxel_size)
-        self.raw, self.rows, self.values, self.ids, self.counts = raw, rows, values, ids, counts
+        self.raw, self.rows, self.table = raw, rows, None
+        self.found = {z: _slice_values(raw, rows[z]) for z in self.slices}
+        self.values = np.unique(np.concatenate([[], *(own for own, _ in self.found.values())]
+                                               ).astype(np.int64))
+
+    def map_values(self, class_of, n_classes):
+        """Say what the values mean: {value: class id}; all others become IGNORE."""
+        self.ids = np.array([class_of.get(v, IGNORE) for v in self.values.tolist()], np.uint8)
+        self.counts = np.zeros((len(self), n_classes), np.int64)
+        for z, (own, voxels) in self.found.items():
+            ids = self.ids[np.searchsorted(self.values, own)]
+            self.counts[z] = np.bincount(ids, voxels, 256)[:n_classes]
+        self.rows[self.counts.sum(1) == 0] = -1
+        if self.raw.dtype.kind in "iu" and self.raw.dtype.itemsize <= 2:    # else searched: slower
+            self.table = np.full(2 ** (8 * self.raw.dtype.itemsize), IGNORE, np.uint8)
+            self.table[self.values % len(self.table)] = self.ids    # negative: its unsigned bits
 
     @property
     def slices(self):
@@ -688,7 +708,10 @@ class Labels(LazyArray):
         for i, row in enumerate(self.rows[z]):
             if row >= 0:
                 raw = self.raw.read(slice(row, row + 1), y, x)[0]
-                out[i] = self.ids[np.searchsorted(self.values, raw)]
+                if self.table is None:
+                    out[i] = self.ids[np.searchsorted(self.values, raw)]
+                else:
+                    out[i] = self.table[raw.view(f"u{raw.itemsize}")]
         return out
 
 
@@ -701,38 +724,25 @@ def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label
     label_slices: text for parse_slices, the annotated slices to use. merge: for each class, the one
     as which it was drawn. flag: the option that advice on the values names. Without a map, values
     0..K stand as they are and {0, v} is background and foreground (also where two labels are left
-    by the merge and v is no class id); other values are an InputError that lists them. For labels
-    in a folder of slices see pair_labels. A slice none of whose voxels is annotated is not labelled.
+    by the merge and v is no class id); other values are an InputError that lists them. Slices none
+    of whose voxels is annotated are not labelled; for folders of slices see pair_labels.
     """
     ignored = set(ignore_label if isinstance(ignore_label, tuple) else (ignore_label,))
-    paired = [pair_labels(path, volume, label_slices)
+    labels = [Labels(*pair_labels(path, volume, label_slices), volume.voxel_size)
               for path, volume in zip(label_paths, volumes, strict=True)]
-    found = [{z: _slice_values(raw, rows[z]) for z in np.flatnonzero(rows >= 0)}
-             for raw, rows in paired]
-    values = [np.unique(np.concatenate([np.empty(0, int), *(own for own, _ in each.values())]))
-              for each in found]
-    known = [sorted({*own.tolist()} - ignored) for own in values]
-    paths, union = [raw.path for raw, _ in paired], sorted(set().union(*known))
+    used = [sorted({*label.values.tolist()} - ignored) for label in labels]
+    union, paths = sorted(set().union(*used)), ", ".join(label.path for label in labels)
     n_classes = classes or max(2, len(union))
     if label_map:
         n_classes = classes or max([1, *(k for k in label_map.values() if k != IGNORE)]) + 1
-    if not classes:             # the values of all files together decide
-        paths, known = [", ".join(paths)] * len(paths), [union] * len(paths)
-    labels = []
-    for (raw, rows), path, own, each, tally, volume in zip(paired, paths, known, values, found,
-                                                           volumes):
-        class_of = class_of_values(path, own, n_classes, label_map, merge, flag)
-        ids = np.array([class_of.get(int(value), IGNORE) for value in each], np.uint8)
-        counts = np.zeros((len(rows), n_classes), np.int64)
-        for z, (own, voxels) in tally.items():
-            counts[z] = np.bincount(ids[np.searchsorted(each, own)], voxels, 256)[:n_classes]
-        rows[counts.sum(1) == 0] = -1
-        labels.append(Labels(raw, rows, volume.voxel_size, each, ids, counts))
-        if not counts.any():
-            raise InputError(f"{raw.path}: no voxel of {volume.path} is annotated")
+    for label, own in zip(labels, used):
+        path, values = (label.path, own) if classes else (paths, union)
+        label.map_values(class_of_values(path, values, n_classes, label_map, merge, flag), n_classes)
+        if not len(label.slices):
+            raise InputError(f"{label.path}: every voxel is ignored, none is annotated")
     if require_foreground and not any(label.counts[:, 1:].any() for label in labels):
-        raise InputError(f"{', '.join(paths)}: no foreground, all voxels are background or ignored "
-                         f"(values {listed(union)}); see {flag} and --label-slices")
+        raise InputError(f"{paths}: no foreground, all voxels are background or ignored (values "
+                         f"{_listed(union)}); see {flag} and --label-slices")
     return labels, n_classes
 
 
@@ -748,8 +758,8 @@ def pair_labels(path, volume, label_slices=None):
     label, depth = open_volume(file), volume.file_shape[0]
     fewer = label.format == "slices" and len(label) < depth
     if fewer and label.numbers is None:
-        raise InputError(f"{path}: {len(label)} label slices for {depth} image slices are paired by "
-                         "the numbers in their names; give each its own number")
+        raise InputError(f"{path}: {len(label)} label slices for {depth} image slices are paired "
+                         "by the numbers in their names; give each its own number")
     if fewer or label.numbers and volume.numbers and depth > 1:
         label, rows = _pair_by_number(path, label, crop, volume)
     else:
@@ -764,7 +774,7 @@ def pair_labels(path, volume, label_slices=None):
         missing = chosen[rows[chosen] < 0]
         if len(missing):
             raise InputError(f"{path}: --label-slices asks for slice {missing[0]}, which has no "
-                             f"label; labelled are {listed(np.flatnonzero(rows >= 0))}")
+                             f"label; labelled are {_listed(np.flatnonzero(rows >= 0))}")
         rows[np.setdiff1d(np.arange(len(rows)), chosen)] = -1
     return label, rows
 
@@ -780,8 +790,8 @@ def _pair_by_number(path, label, crop, volume):
                          f"{volume.path}, numbered {min(names)} to {max(names)}")
     z, *sides = _parse_crop(path, crop, (len(names), *label.shape[1:]))
     if not crop:
-        z, sides = volume.crop[0], (volume.crop[1:] if label.shape[1:] == volume.file_shape[1:]
-                                    else sides)
+        z = volume.crop[0]
+        sides = volume.crop[1:] if label.shape[1:] == volume.file_shape[1:] else sides
     rows = np.full(len(names), -1)
     rows[[z_of_number[number] for number in label.numbers]] = np.arange(len(label))
     return label.cropped([slice(0, len(label)), *sides], path), rows[z]
@@ -797,41 +807,40 @@ def _slice_values(volume, z):
         return found.astype(unsigned).view(page.dtype).astype(np.int64), counts[found]
     values, counts = np.unique(page, return_counts=True)
     if not ((values == np.rint(values)) & (np.abs(values.astype(float)) < 2.0**63)).all():
-        raise InputError(f"{volume.path}: slice {z} holds values that are not whole numbers; wanted "
-                         "class ids, not an image or a probability, of which a threshold makes ids")
+        raise InputError(f"{volume.path}: slice {z} holds values that are not whole numbers; "
+                         "wanted class ids, not an image or a probability")
     return values.astype(np.int64), counts
 
 
 def class_of_values(path, values, n_classes, label_map=None, merge=None, flag="--label-map"):
     """{value in a file of labels: class id} by the rules of open_labels."""
-    merged = dict(enumerate(merge or range(n_classes))) | {IGNORE: IGNORE}
+    merged = {**dict(enumerate(merge or range(n_classes))), IGNORE: IGNORE}
     if label_map:
-        wrong = [k for k in label_map.values() if k not in merged]
-        unmapped = [v for v in values if v not in label_map and "*" not in label_map]
-        if wrong or unmapped:
-            raise InputError(f"{path}: {flag} names class {wrong[0]}, there are {n_classes}" if wrong
-                             else f"{path}: label values {listed(unmapped)} are not in the label "
-                             f"map ({flag}); map them too, or add *=0 for all the rest")
-        return {v: merged[label_map.get(v, label_map.get("*"))] for v in values}
-    left, highest = sorted({*merged.values()} - {IGNORE}), max(values, default=0)
-    if (len(left) == 2 and left[0] == 0 and len({*values} - {0}) <= 1 and min(values, default=0) >= 0
-            and (n_classes == 2 or highest >= n_classes)):
-        return {v: left[v > 0] for v in values}                 # a mask
-    if 2 < n_classes <= IGNORE and all(0 <= v < n_classes for v in values):
+        class_of = {v: label_map.get(v, label_map.get("*")) for v in values}
+        for v, k in class_of.items():
+            if k not in merged:
+                raise InputError(f"{path}: value {v} is class {k} by {flag}; wanted one of the "
+                                 f"{n_classes} classes for each value, or *=0 for all the rest")
+        return {v: merged[k] for v, k in class_of.items()}
+    left, lowest, highest = sorted({*merged.values()}), min([0, *values]), max([0, *values])
+    is_mask = lowest == 0 and {*values} <= {0, highest} and left[0] == 0 and len(left) == 3
+    if is_mask and (n_classes == 2 or highest >= n_classes):
+        return {v: left[1] if v else 0 for v in values}
+    if n_classes > 2 and lowest == 0 and highest < n_classes <= IGNORE:
         return {v: merged[v] for v in values}
     background = 0 if 0 in values else min(values)
-    pairs = [background, *(v for v in values if v != background)]
-    advice = ",".join(f"{v}={k}" for k, v in enumerate(pairs))
-    if len(values) > 12 and 0 <= min(values) and highest <= IGNORE:
-        advice = "128:256=1,*=0"                                # the smooth borders of a 0/255 mask
+    order = [background, *(v for v in values if v != background)]
+    advice = ",".join(f"{v}={k}" for k, v in enumerate(order))
+    if len(values) > 12 and lowest == 0 and highest <= IGNORE:
+        advice = "128:256=1,*=0"                        # the smooth borders of a 0/255 mask
     elif len(values) > (2 if n_classes == 2 else 12):
-        advice = f"{background}=0,*=1"                          # the numbers of objects
-    raise InputError(f"{path}: values {listed(values)}: neither class ids 0 to {n_classes - 1} nor "
-                     f'a mask of 0 and one value; map them, for example {flag}="{advice}", name all '
-                     "classes with --classes, or see --ignore-label")
+        advice = f"{background}=0,*=1"                  # numbers of objects, say
+    raise InputError(f"{path}: label values {_listed(values)}: neither class ids 0 to "
+                     f"{n_classes - 1} nor a mask of 0 and one value; map them, for example "
+                     f'{flag}="{advice}", name all with --classes, or see --ignore-label')
 
 
-def listed(values, most=12):
+def _listed(values, most=12):
     shown = ", ".join(str(v) for v in list(values)[:most])
     return shown + (f", … ({len(values)} in all)" if len(values) > most else "")
 
@@ -914,7 +923,8 @@ def _create_tiff(file, shape, dtype, voxel_size, max_value):
 
 
 def _create_mrc(file, shape, dtype, voxel_size, like):
-    """Header and room for the voxels; of a crop of an MRC file, where it lies in that file's space."""
+    """Header and room for the voxels; a crop of an MRC file lies where it is in that file's space.
+    """
     mode = {"int8": 0, "int16": 1, "float32": 2, "uint16": 6}[dtype.name]
     with mrcfile.new_mmap(file, shape, mrc_mode=mode, overwrite=True) as mrc:
         if voxel_size:
@@ -1031,12 +1041,12 @@ def grow_cells(shape, voxel_size, soma, radius, noise, rng):
     lift = np.append(0, rng.uniform(0, 300, len(points) - 1))
     voxels = np.pad(position.reshape(-1, 3), ((0, 0), (0, 1)))
     distance, nearest = cKDTree(np.c_[points, lift]).query(voxels, k=2, workers=-1)
-    apart = np.linalg.norm(points[nearest[:, 0]] - points[nearest[:, 1]], axis=1)
-    border = np.float32(np.diff(distance**2)[:, 0] / (2 * apart)).reshape(shape)
+    apart = 2 * np.linalg.norm(points[nearest[:, 0]] - points[nearest[:, 1]], axis=1)
+    border = np.float32(np.diff(distance**2)[:, 0] / apart).reshape(shape)      # nm
     cell = nearest[:, 0].reshape(shape)
 
     tone = rng.normal(0, 7, len(points)) - 25 * (rng.random(len(points)) < 0.12)    # dark glia
-    grey = 172 + np.float32(tone)[cell] - 36 * np.maximum(noise(11) - 0.8, 0)                   # ribosomes
+    grey = 172 + np.float32(tone)[cell] - 36 * np.maximum(noise(11) - 0.8, 0)       # ribosomes
     stain = np.exp(-(((border - 6 - 4 * noise(120)) / 7) ** 2))     # either side of a thin cleft
     label = np.where(border < 13, MEMBRANE, BACKGROUND).astype(np.uint8)
     return Tissue(voxel_size, position, cell, border - 13, grey + (DARK - grey) * stain, label)
@@ -1053,13 +1063,12 @@ def add_mitochondria(tissue, rng):
             along = offset @ np.float32(axis / np.linalg.norm(axis))
             beyond = np.maximum(np.abs(along) - half_length, 0)
             depth = radius - np.sqrt((offset**2).sum(-1) - along**2 + beyond**2)
-            cristae = np.sin(along * (np.pi / 42)) ** 4
-            grey = rng.normal(128, 6) - 44 * cristae
+            grey = rng.normal(128, 6) - 44 * np.sin(along * (np.pi / 42)) ** 4          # cristae
             wanted -= tissue.draw(box, depth, tissue.cell[voxel], grey, MITOCHONDRION)
 
 
 def add_vesicles(tissue, noise, rng):
-    """Clusters of small balls with a bright lumen, 1.4 % of the volume where there is room."""
+    """Clusters of small balls with a bright lumen, 1.4 % of the volume."""
     wanted = 0.014 * tissue.cell.size
     density = np.where(tissue.free > 50, noise(150), -9)
     where = np.argwhere(density > np.quantile(density, 0.9))
@@ -1067,9 +1076,8 @@ def add_vesicles(tissue, noise, rng):
         radius = rng.uniform(20, 30)
         if wanted > 0 and tissue.free[voxel] > radius + CLEARANCE:
             box = tissue.around(voxel, 60)
-            squares = [((axis - at) * step) ** 2 for axis, at, step in
-                       zip(np.ogrid[box], voxel, tissue.voxel_size)]
-            depth = radius - np.sqrt(sum(squares))
+            offset = tissue.position[box] - tissue.position[voxel]
+            depth = radius - np.sqrt((offset**2).sum(-1))
             wanted -= tissue.draw(box, depth, tissue.cell[voxel], 188, VESICLE)
 
 
@@ -1087,8 +1095,8 @@ def phantom(shape, voxel_size=(20, 8, 8), seed=0):
     soma, radius = extent * rng.uniform(0.3, 0.7, 3), 0.21 * extent[1:].min()
     tissue = grow_cells(shape, voxel_size, soma, radius, noise, rng)
     depth = radius - np.sqrt(((tissue.position - np.float32(soma)) ** 2).sum(-1))
-    chromatin = np.clip(2 * noise(55) - 0.5, 0, 1)
-    tissue.draw(np.s_[:, :, :], depth, 0, 160 - 52 * chromatin, NUCLEUS)
+    grey = 160 - 52 * np.clip(2 * noise(55) - 0.5, 0, 1)                        # chromatin
+    tissue.draw(np.s_[:, :, :], depth, 0, grey, NUCLEUS)
     add_mitochondria(tissue, rng)
     add_vesicles(tissue, noise, rng)
 
@@ -2415,15 +2423,16 @@ def tile_side(side, grid):
     return OVERLAP + math.ceil((side - OVERLAP) / count / grid) * grid
 
 
-def tiles(side, tile, grid=1):
+def tiles(side, tile, grid=1, power=2):
     """[(start, weights (tile,) float32)] of the fewest tiles that cover `side`, weights adding up
-    to 1 everywhere: squared sines, largest in the centre of a tile. Tiles share OVERLAP pixels, a
-    third of a tile at most; starts are evenly spaced multiples of `grid`, as is side - tile."""
+    to 1 everywhere. Tiles share OVERLAP pixels, a third of a tile at most; starts are evenly spaced
+    multiples of `grid`, as is side - tile. Weights are a half-wave of the sine to a power: the
+    higher, the less the borders count, where a network sees less."""
     count = 1
     if side > tile:
         count += math.ceil((side - tile) / max(1, tile - min(OVERLAP, tile / 3)))
     starts = (np.linspace(0, (side - tile) / grid, count).round() * grid).astype(int).tolist()
-    window = np.sin(np.pi * (np.arange(tile) + 0.5) / tile) ** 2
+    window = np.sin(np.pi * (np.arange(tile) + 0.5) / tile) ** power
     total = np.zeros(max(side, tile))
     for start in starts:
         total[start : start + tile] += window
@@ -2440,14 +2449,16 @@ def predict_slices(network, image, tile=None):
     pooled in other groups than in the whole slice, pixels differ everywhere, not only at seams.
     """
     (H, W), margin = image.shape[-2:], network.margin
-    grid = 1 if tile else network.stride if network.stride > 1 else 32      # of networks any_size
+    grid, power = 1, 2
+    if not tile:
+        grid, power = network.stride if network.stride > 1 else 32, 6       # 32: of any_size
     tile_h, tile_w = [network_side(network, min(sides)) for sides in
                       zip((H, W), tile or (tile_side(H, grid), tile_side(W, grid)))]
     bottom, right = [max(most - side, (most - side) % grid)
                      for side, most in ((H, tile_h), (W, tile_w))]
     image = mirror_pad(image, margin, bottom + margin, margin, right + margin)
-    places = [(*row, *column) for row in tiles(H + bottom, tile_h, grid)
-              for column in tiles(W + right, tile_w, grid)]
+    places = [(*row, *column) for row in tiles(H + bottom, tile_h, grid, power)
+              for column in tiles(W + right, tile_w, grid, power)]
     at_once = max(1, 2**22 // image[..., :tile_h, :tile_w].numel()) if image.is_cuda else 1
     total = None
     for some in (places[i : i + at_once] for i in range(0, len(places), at_once)):
@@ -2707,12 +2718,13 @@ def volume_scores(counts, label, classes, organelles=None):
 CLASS_COLORS = ["#e69f00", "#cc79a7", "#f0e442", "#56b4e9", "#d55e00", "#009e73", "#0072b2"]
 ERROR_COLORS = {"true positive": "#2ca02c", "false negative": "#d62728",
                 "false positive": "#1f77b4"}
+VIEWS = ((-90, 90), (-60, 30), (30, 30))    # azimuth and elevation of the eye, in degrees
 
 
-def new_figure(**options):
+def new_figure(dpi=120, **options):
     """A matplotlib figure that needs no screen and no global state."""
     import matplotlib.figure
-    return matplotlib.figure.Figure(layout="constrained", **options)
+    return matplotlib.figure.Figure(layout="constrained", dpi=dpi, **options)
 
 
 def save_figure(figure, path):
@@ -2738,7 +2750,7 @@ def overlay(image, masks, colors, alpha=0.45):
 def class_overlay(image, label, classes, colors=CLASS_COLORS, alpha=0.45):
     """The image with every foreground class of `label` in its fixed colour."""
     masks = [label == k for k in range(1, len(classes))]
-    return overlay(image, masks, list(colors) * (1 + len(classes) // len(colors)), alpha)
+    return overlay(image, masks, itertools.cycle(colors), alpha)
 
 
 def error_overlay(image, label, pred, alpha=0.45):
@@ -2755,43 +2767,44 @@ def error_overlay(image, label, pred, alpha=0.45):
 def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768):
     """figure.png: slices as image | truth | prediction | errors, without truth image | prediction.
 
-    items: list of (name, image or None, label or None, {stage: prediction}), lazy volumes. Of a
-    method in stages, the errors of each stage are shown side by side. The rows are spread evenly
-    over the items and over the slices that are annotated. Without an image, paper is white. colors:
-    of the foreground classes.
+    items: list of (name, image or None, label or None, {stage: prediction}, Dice (Z, K) or None);
+    lazy volumes; Dice as from dice_of_slices, of the last stage. The rows are shared among the
+    items. They show the annotated slices with the lowest mean Dice, worst first; without Dice,
+    slices at even distances. Without an image, paper is white. colors: of the foreground classes.
     """
     panels = []
-    for name, image, label, predictions in items:
+    for name, image, label, predictions, dice in items:
         like = next(iter(predictions.values())) if image is None else image
-        for z in _spread(like, label, rows // len(items)):
-            shown = _panels(z, image, label, predictions, classes, colors,
-                            step=max(1, math.ceil(max(like.shape[1:]) / max_side)))
-            panels.append((f"{name}  z = {z}", like, shown))
+        step = math.ceil(max(like.shape[1:]) / max_side)
+        for z, score in _choose_slices(like, label, dice, max(1, rows // len(items))):
+            title = f"{name}  z = {z}" + ("" if np.isnan(score) else f"  Dice {score:.3f}")
+            shown = _panels(z, image, label, predictions, classes, colors, step)
+            panels.append((title, like, step, shown))
     titles = max((list(shown) for *_, shown in panels), key=len)
-    height = 3.1 * np.mean([min(1.6, i.shape[1] / i.shape[2]) for _, i, _ in panels]) + 0.25
-    figure = new_figure(figsize=(3.1 * len(titles), height * len(panels) + 0.4), dpi=120)
+    height = 3.1 * np.mean([np.clip(like.shape[1] / like.shape[2], 0.2, 1.6)
+                            for _, like, *_ in panels]) + 0.25
+    figure = new_figure(figsize=(3.1 * len(titles), height * len(panels) + 0.4))
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
     for title, axis in zip(titles, axes[0]):
-        axis.set_title(title)
-    for row, (name, image, shown) in zip(axes, panels):
+        axis.set_title(plain(title))
+    for row, (name, like, step, shown) in zip(axes, panels):
         for axis, title in zip(row, titles):
             axis.set(xticks=[], yticks=[], frame_on="image" not in titles)
             if title in shown:
                 axis.imshow(shown[title], interpolation="antialiased")
-        row[0].text(0.02, 0.97, plain(name), transform=row[0].transAxes, fontsize=7, va="top",
-                    color="white", bbox={"facecolor": "black", "alpha": 0.6, "pad": 1.5,
-                                         "edgecolor": "none"})
-        shrunk = image.shape[2] / shown[titles[0]].shape[1]
-        _scale_bar(row[0], image.voxel_size, shrunk)
+        caption(row[0], name)
+        _scale_bar(row[0], like.voxel_size, step)
     legend(figure, classes, "truth" in titles, colors)
     save_figure(figure, path)
 
 
-def _spread(image, label, count):
-    """The z of `count` slices, at least one, spread evenly over those that are annotated."""
-    zs = label.slices if label is not None else np.arange(len(image))
-    count = min(len(zs), max(1, count))
-    return zs[((np.arange(count) + 0.5) * len(zs) / count).astype(int)]
+def _choose_slices(image, label, dice, count):
+    """(z, mean Dice of the foreground or NaN) of the slices to show; see save_slices."""
+    zs = np.asarray(label.slices if label is not None else range(len(image)))
+    score = np.full(len(image), np.nan) if dice is None else _nanmean(dice[:, 1:], 1)
+    worst = zs[score[zs].argsort(kind="stable")]                    # NaN last
+    even = zs[((np.arange(count) + 0.5) * len(zs) / count).astype(int)]
+    return [(z, score[z]) for z in (dict.fromkeys(even) if dice is None else worst[:count])]
 
 
 def _panels(z, image, label, predictions, classes, colors, step):
@@ -2803,20 +2816,26 @@ def _panels(z, image, label, predictions, classes, colors, step):
     else:
         grey = image[z][::step, ::step]
         shown["image"] = overlay(grey, [], [])
+    colored = {name: class_overlay(grey, pred, classes, colors, alpha)
+               for name, pred in preds.items()}
     if label is None:
-        return shown | {name: class_overlay(grey, pred, classes, colors, alpha)
-                        for name, pred in preds.items()}
+        return shown | colored
     truth = label[z][::step, ::step]
     shown["truth"] = class_overlay(grey, truth, classes, colors, alpha)
     if len(preds) == 1:
-        shown |= {name: class_overlay(grey, pred, classes, colors, alpha)
-                  for name, pred in preds.items()}
-        return shown | {"errors": error_overlay(grey, truth, *preds.values(), alpha)}
+        return shown | colored | {"errors": error_overlay(grey, truth, *preds.values(), alpha)}
     return shown | {f"{name}: errors": error_overlay(grey, truth, pred, alpha)
                     for name, pred in preds.items()}
 
 
-def _scale_bar(axis, voxel_size, step, on_white=False):
+def caption(axis, text):
+    """White on black in the upper left corner of a picture."""
+    axis.text(0.02, 0.97, plain(text), transform=axis.transAxes, fontsize=7, va="top",
+              color="white", bbox={"facecolor": "black", "alpha": 0.6, "pad": 1.5,
+                                   "edgecolor": "none"})
+
+
+def _scale_bar(axis, voxel_size, step):
     """A bar of a round length, about a quarter of the panel wide, where the voxel size is known."""
     if not voxel_size:
         return
@@ -2828,354 +2847,86 @@ def _scale_bar(axis, voxel_size, step, on_white=False):
     length = power * max(f for f in (1, 2, 5) if f * power <= length)
     y, x = y1 - 0.06 * (y1 - y0), x0 + 0.05 * (x1 - x0)
     text = f"{length:g} nm" if length < 1000 else f"{length / 1000:g} µm"
-    outline = [] if on_white else [withStroke(linewidth=2, foreground="black")]
-    axis.plot([x, x + length / nm], [y, y], color="black", linewidth=2.5 if on_white else 4)
-    if not on_white:
-        axis.plot([x, x + length / nm], [y, y], color="white", linewidth=2.5)
-    axis.text(x, y - 0.02 * (y1 - y0), text, color="black" if on_white else "white",
-              fontsize=9 if on_white else 7, va="bottom", path_effects=outline)
+    axis.plot([x, x + length / nm], [y, y], color="white", linewidth=2.5,
+              path_effects=[withStroke(linewidth=4, foreground="black")])
+    axis.text(x, y - 0.02 * (y1 - y0), text, color="white", fontsize=7, va="bottom",
+              path_effects=[withStroke(linewidth=2, foreground="black")])
 
 
-def legend(figure, classes, errors, colors, unknown=False):
-    """Class colours and, where truth is known, error colours below the panels; unknown: what grey
-    means, too."""
+def legend(figure, classes, errors, colors):
+    """Class colours and, where truth is known, error colours below the panels."""
     from matplotlib.patches import Patch
-    handles = [Patch(facecolor=colors[k % len(colors)], label=plain(name), edgecolor="0.6")
-               for k, name in enumerate(classes[1:])]
-    if unknown:
-        handles.append(Patch(facecolor=UNKNOWN_COLOR, label="not scored", edgecolor="0.6"))
+    handles = [Patch(facecolor=color, label=plain(name), edgecolor="0.6")
+               for name, color in zip(classes[1:], itertools.cycle(colors))]
     if errors:
         handles += [Patch(color=color, label=name) for name, color in ERROR_COLORS.items()]
-    columns = math.ceil(len(handles) / math.ceil(len(handles) / 6))     # rows of equal length
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8,
-                  frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)),
+                  fontsize=8, frameon=False)
 
 
-INSET, ZOOM = 0.4, 2.5                  # side of the inset in a panel; its magnification
-UNKNOWN_COLOR = "0.45"                  # IGNORE in a truth
+def save_surfaces(path, rows, classes, colors=CLASS_COLORS, max_side=200):
+    """surfaces.png: structures in 3D as shaded reliefs from three sides, all and each by itself.
 
-
-def save_maps(path, items, classes, colors=CLASS_COLORS, rows=2, max_side=768):
-    """maps.png: slices as image | prediction | truth, every structure in its colour on black, with
-    the busiest place of each slice enlarged in the upper left corner (Zhang 2018, figure 4).
-
-    items: list of (name, image, label or None, prediction), lazy volumes; colors: of the foreground
-    classes. The rows are spread evenly over the items and their annotated slices. IGNORE is grey.
+    rows: {title: lazy class ids (Z, Y, X)} of one volume, such as its truth and its prediction,
+    which are shown side by side, as cubes, max_side along the longest side of the volume.
     """
-    import matplotlib.colors
-    palette = np.zeros((IGNORE + 1, 3))
-    for k in range(1, len(classes)):
-        palette[k] = matplotlib.colors.to_rgb(colors[(k - 1) % len(colors)])
-    palette[IGNORE] = matplotlib.colors.to_rgb(UNKNOWN_COLOR)
-    panels, unknown = [], False
-    for name, image, label, prediction in items:
-        step = max(1, math.ceil(max(image.shape[1:]) / max_side))
-        for z in _spread(image, label, rows // len(items)):
-            slices = {"image": image[z], "prediction": prediction[z]}
-            if label is not None:
-                slices["truth"] = label[z]
-                unknown |= bool((slices["truth"] == IGNORE).any())
-            whole = {title: ids[::step, ::step] for title, ids in slices.items()}
-            place = _busiest(list(whole.values())[-1], len(classes))
-            y, x, height, width = [step * n for n in place]
-            shown = {title: [palette[ids] if title != "image" else overlay(ids, [], [])
-                             for ids in (whole[title], ids[y : y + height, x : x + width])]
-                     for title, ids in slices.items()}
-            panels.append((f"{name}  z = {z}", image, shown, place, step))
-    titles = max((list(shown) for _, _, shown, *_ in panels), key=len)
-    height = np.mean([np.clip(i.shape[1] / i.shape[2], 0.2, 1.6) for _, i, *_ in panels])
-    figure = new_figure(figsize=(4 * len(titles), (4 * height + 0.1) * len(panels) + 0.5), dpi=120)
-    axes = figure.subplots(len(panels), len(titles), squeeze=False)
-    for row, (name, image, shown, place, step) in zip(axes, panels):
-        for axis, title in zip(row, titles):
+    names = ["all", *classes[1:]] if len(classes) > 2 else classes[1:]
+    shown = [range(len(classes) - 1), *([k] for k in range(len(classes) - 1))][-len(names):]
+    grids = {title: _cubes(volume, max_side) for title, volume in rows.items()}
+    columns = [(title, side, _first_hits(ids, len(classes), view))
+               for view in VIEWS for title, (ids, side) in grids.items()]
+    height = max(depth.shape[1] / depth.shape[2] for *_, depth in columns)
+    figure = new_figure(figsize=(2.8 * len(columns), 2.8 * height * len(names)))
+    axes = figure.subplots(len(names), len(columns), squeeze=False)
+    for (title, side, depth), column in zip(columns, axes.T):
+        for axis, name, chosen in zip(column, names, shown):
+            axis.imshow(_relief(depth[chosen], [colors[k % len(colors)] for k in chosen]))
             axis.set_axis_off()
-            if title not in shown:
-                continue
-            axis.set_title(title)
-            picture, enlarged = shown[title]
-            axis.imshow(picture, interpolation="antialiased")
-            _inset(axis, enlarged, place)
-        row[0].text(0.98, 0.03, name, transform=row[0].transAxes, fontsize=8, ha="right",
-                    color="white", bbox={"facecolor": "black", "alpha": 0.6, "pad": 1.5,
-                                         "edgecolor": "none"})
-        _scale_bar(row[0], image.voxel_size, step)
-    legend(figure, classes, False, colors, unknown)
-    figure.get_layout_engine().set(h_pad=0.08)
+            caption(axis, f"{title}: {name}")
+        _scale_bar(column[0], side and (side,) * 3, 1)
     save_figure(figure, path)
 
 
-def _busiest(ids, n_classes):
-    """Where to enlarge a slice of class ids: (y, x, height, width) of the place with the largest
-    share of all its structures, each of which counts alike."""
-    height, width = [max(1, round(side * INSET / ZOOM)) for side in ids.shape]
-    share = np.zeros(ids.shape)
-    for k in range(1, n_classes):
-        share += (ids == k) / max(1, (ids == k).sum())
-    total = ndimage.uniform_filter(share, (height, width), mode="constant")
-    y, x = np.unravel_index(total.argmax(), ids.shape)
-    return (int(np.clip(y - height // 2, 0, ids.shape[0] - height)),
-            int(np.clip(x - width // 2, 0, ids.shape[1] - width)), height, width)
+def _cubes(volume, max_side):
+    """Class ids (Z, Y, X) at the centres of cubes, and the cubes' side in nm or None."""
+    size = np.array(volume.voxel_size or (1, 1, 1))
+    side = max(size * volume.shape) / max_side
+    z, y, x = [((np.arange(max(1, round(n * step / side))) + 0.5) * side / step).clip(0, n - 1)
+               .astype(int) for n, step in zip(volume.shape, size)]
+    return np.stack([volume[i][y][:, x] for i in z]), side if volume.voxel_size else None
 
 
-def _inset(axis, enlarged, place):
-    """What is at a place (y, x, height, width) of an axis's picture, enlarged in its upper left
-    corner; both framed in grey."""
-    from matplotlib.patches import Rectangle
-    y, x, height, width = place
-    inset = axis.inset_axes((0, 1 - INSET, INSET, INSET))
-    inset.imshow(enlarged, interpolation="nearest", aspect="auto")
-    inset.set(xticks=[], yticks=[])
-    for spine in inset.spines.values():
-        spine.set(edgecolor="0.6", linewidth=1.5)
-    axis.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor="0.6",
-                             linewidth=1))
+def _first_hits(ids, n_classes, view):
+    """Z-buffer of the foreground classes, float32 (n_classes - 1, P, Q): how near their surface is,
+    in cubes, -inf where there is none. view: see VIEWS; slice 0 lies on top, and seen from there
+    slices look as on a screen."""
+    a, e = np.deg2rad(view)
+    right, down, near = eye = np.array(
+        [[0, -np.cos(a), -np.sin(a)],
+         [np.cos(e), -np.sin(e) * np.sin(a), np.sin(e) * np.cos(a)],
+         [-np.sin(e), -np.cos(e) * np.sin(a), np.cos(e) * np.cos(a)]])      # of z, y, x
+    height, width = np.ceil(np.abs(eye[1::-1]) @ ids.shape).astype(int) + 1
+    depth = np.full((n_classes - 1, height, width), -np.inf, np.float32)
+    parts = np.array(list(itertools.product((0.25, 0.75), repeat=3)))       # of a cube: no holes
+    for k, buffer in enumerate(depth, 1):
+        inside = ids == k
+        surface = np.argwhere(inside & ~ndimage.binary_erosion(inside))
+        points = (surface[:, None] + parts - np.array(ids.shape) / 2).reshape(-1, 3)
+        y, x = points @ down + height / 2, points @ right + width / 2
+        np.maximum.at(buffer, (y.astype(int), x.astype(int)), points @ near)
+    return depth
 
 
-VIEWS = ((-60, 25), (30, 40))           # azimuth and elevation of the eye, in degrees
-LIGHT = (-0.45, 0.55, 0.7)              # to the right, up, towards the eye
-
-
-def save_surfaces(path, items, classes, max_side=128, pixels=300):
-    """surfaces.png: the segmented structures as shaded surfaces in 3D, cut open at the border.
-
-    items: {title: lazy class ids (Z, Y, X)} of one volume, such as its truth and its prediction: a
-    row each. Columns: all classes together from two sides, then each by itself; see see_surfaces.
-    """
-    seen, glass, side, _ = see_surfaces(items, classes, VIEWS, max_side, pixels)
-    rows = {name: [compose(surfaces, range(len(surfaces)), glass) for surfaces in views]
-            + [compose([surface], [k], [False]) for k, surface in enumerate(views[0])]
-            for name, views in seen.items()}
-    save_pictures(path, rows, ["all", "turned", *classes[1:]], side)
-
-
-def see_surfaces(items, classes, views, max_side, pixels):
-    """What is seen of the foreground classes of volumes, all in one frame, to be composed.
-
-    items: {name: lazy class ids (Z, Y, X)}; views: (azimuth, elevation) each, see cast_rays. Voxels
-    are averaged in blocks until no side is longer than max_side; their sizes are respected (cubes
-    where the file does not say). Returns {name: [what cast_rays returns of each class, of each
-    view]}; which classes enclose others, to be drawn like glass; the side of a pixel in nm, or
-    None; and for each view the edges of the volume (12, 2, 2): edge, end, x and y in pixels.
-    """
-    blocks = [class_shares(volume, len(classes), max_side) for volume in items.values()]
-    filled = sum(shares.sum(0) for shares, _ in blocks) > 0
-    objects = ndimage.find_objects(filled.astype(int))
-    box = objects[0] if objects else (slice(None),) * 3                 # the same in all rows
-    seen = {name: [[cast_rays(share[box], block, *view, pixels) for share in shares]
-                   for view in views] for name, (shares, block) in zip(items, blocks)}
-    size = np.array(filled[box].shape) * blocks[0][1]
-    side = float(np.linalg.norm(size)) / pixels
-    corners = np.array([[z, y, x] for z in (-1, 1) for y in (-1, 1) for x in (-1, 1)])
-    edges = np.array([(a, b) for a in corners for b in corners if (b - a).sum() == 2
-                      and (b != a).sum() == 1])
-    edges = (edges * size / 2)[..., ::-1] @ np.stack([_eye_frame(*view) for view in views])[
-        :, None, :2].swapaxes(-1, -2)
-    edges = edges * (1, -1) / side + pixels / 2 - 0.5
-    known = all(volume.voxel_size for volume in items.values())
-    return (seen, _enclosing(next(iter(seen.values()))[0]), side if known else None, edges)
-
-
-def _eye_frame(azimuth, elevation):
-    """Directions to the right, up and to the eye (in degrees: see cast_rays) in x, y, z of the
-    volume: (3, 3)."""
-    a, e = np.deg2rad([azimuth, elevation])
-    return np.array([[-np.sin(a), np.cos(a), 0],
-                     [-np.sin(e) * np.cos(a), -np.sin(e) * np.sin(a), np.cos(e)],
-                     [np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)]]) * (1, -1, -1)
-
-
-def save_pictures(path, rows, titles, side, edges=None, classes=(), inches=2.2, dpi=120):
-    """A grid of square pictures on white, without the margin that all of them have.
-
-    rows: {name: [RGB float (P, P, 3), one for each title]}; side: of a pixel in nm, for a scale
-    bar, or None; edges: lines behind the pictures, for each title (n, 2, 2), see see_surfaces;
-    classes: those that a legend shall name, background first; inches, dpi: of a picture.
-    """
-    pictures = np.array([*rows.values()])
-    pixels = pictures.shape[2]
-    ink = np.argwhere((pictures < 1).any(axis=(0, 1, 4)))
-    if edges is not None:
-        ink = np.concatenate([ink, edges[..., ::-1].reshape(-1, 2)])
-    ink = ink if len(ink) else np.array([[0, 0], [pixels, pixels]])
-    (top, left), (bottom, right) = ink.min(0) - pixels / 40, ink.max(0) + pixels / 40
-    height = inches * (bottom - top) / (right - left)
-    figure = new_figure(figsize=(inches * len(titles), height * len(rows) + 0.2
-                                 + 0.3 * any(titles) + 0.4 * bool(classes)), dpi=dpi)
-    axes = figure.subplots(len(rows), len(titles), squeeze=False)
-    for (name, pictures), axes_of_row in zip(rows.items(), axes):
-        for number, (picture, axis) in enumerate(zip(pictures, axes_of_row)):
-            axis.set_axis_off()
-            if edges is not None:
-                for (x, y) in edges[number].swapaxes(1, 2):
-                    axis.plot(x, y, color="0.8", linewidth=0.8, zorder=0)
-                picture = np.concatenate([picture, (picture < 1).any(-1, keepdims=True)], -1)
-            axis.imshow(picture, zorder=1)
-            axis.set(xlim=(left, right), ylim=(bottom, top))
-        axes_of_row[0].text(0.02, 0.98, name, transform=axes_of_row[0].transAxes,
-                            fontsize=8 if inches < 3 else 12, va="top")
-        _scale_bar(axes_of_row[0], side and (side,) * 3, 1, on_white=True)
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(plain(title), fontsize=9)
-    if classes:
-        legend(figure, classes, False, CLASS_COLORS)
-    save_figure(figure, path)
-
-
-def class_shares(volume, n_classes, max_side):
-    """How much of each block of voxels each foreground class fills, read slab by slab.
-
-    Returns float32 (n_classes - 1, z, y, x), no side above max_side, and the sides (z, y, x) of a
-    block in nm, or in voxels where the volume has no voxel size.
-    """
-    steps = [math.ceil(side / max_side) for side in volume.shape]
-    edges = [np.arange(0, side, step) for side, step in zip(volume.shape, steps)]
-    shares = np.zeros((n_classes - 1, *map(len, edges)), np.float32)
-    for i, start in enumerate(edges[0]):
-        slab = volume[start : start + steps[0]]
-        for k in range(1, n_classes):
-            count = np.add.reduceat((slab == k).sum(0, dtype=np.float32), edges[1], axis=0)
-            shares[k - 1, i] = np.add.reduceat(count, edges[2], axis=1)
-    for axis, (step, edge, side) in enumerate(zip(steps, edges, volume.shape)):
-        sizes = np.minimum(edge + step, side) - edge
-        shares /= np.expand_dims(sizes, [other for other in range(3) if other != axis])
-    return shares, np.array(volume.voxel_size or (1.0, 1.0, 1.0)) * steps
-
-
-def cast_rays(share, block, azimuth, elevation, pixels):
-    """What parallel rays meet of a class: float32 (3, pixels, pixels).
-
-    share (z, y, x), block (3,): see class_shares. azimuth, elevation: direction to the eye in
-    degrees; slice 0 lies on top, and seen from straight above, (-90, 90), slices look as on a
-    screen. A surface lies where the class fills half of a block, or less where thin sheets would
-    vanish: it encloses as much as the class fills. Outside of the volume everything is empty.
-    Returns the way to the first hit, infinite where there is none, the brightness there, and the
-    cosine between the surface's normal and the ray.
-    """
-    extent = np.array(share.shape[::-1]) * block[::-1]
-    frame = _eye_frame(azimuth, elevation)
-    frame = torch.from_numpy(frame * 2 / extent).float()            # in x, y, z from -1 to 1
-    field = ndimage.gaussian_filter(share, 0.7)
-    level = min(np.quantile(field, 1 - share.mean()), 0.7 * field.max())
-    level = float(np.clip(level, 0.05, 0.5))
-    field = torch.from_numpy(field * (0.5 / level))[None, None]
-    half, fine = float(np.linalg.norm(extent)) / 2, float(min(block))   # whole from any side
-    step = fine / 2                     # along a ray: no sheet is stepped over
-    across = (torch.arange(pixels) + 0.5) * (2 * half / pixels) - half
-    up, right = (part.reshape(-1, 1) for part in torch.meshgrid(-across, across, indexing="ij"))
-
-    def place(right, up, toward):
-        return torch.stack(torch.broadcast_tensors(right, up, toward), -1) @ frame
-
-    def sample(right, up, toward, grid=field, **how):
-        return F.grid_sample(grid, place(right, up, toward)[None, None], **how,
-                             align_corners=False)[0, 0, 0]
-
-    result = torch.full((3, pixels**2), math.inf)
-    if field.max() <= 0.5:
-        return result.view(3, pixels, pixels).numpy()
-    # where each ray enters and leaves the box around the class, one block wider
-    filled = [np.flatnonzero(share.any(others)) for others in ((0, 1), (0, 2), (1, 2))]
-    size = torch.tensor(share.shape[::-1])
-    box = torch.tensor([[part[0] - 1, part[-1] + 2] for part in filled]) * 2.0
-    box = (box / size[:, None] - 1).T[:, None]                                      # (2, 1, 3)
-    slope = torch.where(frame[2].abs() < 1e-9, 1e-9, frame[2])
-    ends = (box - place(right, up, torch.zeros(()))[:, 0]) / slope                  # (2, rays, 3)
-    enter, leave = ends.amax(0).amin(-1, keepdim=True), ends.amin(0).amax(-1, keepdim=True)
-    rays = torch.nonzero(enter[:, 0] > leave[:, 0])[:, 0]
-    x, y, start, last = right[rays], up[rays], enter[rays], (enter - leave)[rays] / step + 1
-    leaps = _leaps(field, block, (frame[2].abs() * size / 2 * step).tolist()[::-1])
-    first = _first_inside(sample, leaps, x, y, start, last, step)                   # (rays, 1)
-    rays, x, y, start, first = (part[first[:, 0] < math.inf]
-                                for part in (rays, x, y, start, first))
-    there, before = (sample(x, y, start - step * number)
-                     for number in (first, (first - 1).clamp(min=0)))
-    back = ((there - 0.5) / (there - before).clamp(min=1e-6)).clamp(0, 1)
-    toward = start - step * first + back * step                         # (rays, 1)
-    nudge = torch.tensor([-1.5 * fine, 1.5 * fine])
-    normal = -torch.cat([sample(x + nudge, y, toward).diff(),
-                         sample(x, y + nudge, toward).diff(),
-                         sample(x, y, toward + nudge).diff()], -1)
-    normal = F.normalize(normal, dim=-1)
-    light = 0.3 + 0.7 * (normal @ F.normalize(torch.tensor(LIGHT), dim=0)).clamp(min=0)
-    result[:, rays] = torch.stack([half - toward[:, 0], light, normal[:, 2].clamp(0, 1)])
-    return result.view(3, pixels, pixels).numpy()
-
-
-def _first_inside(sample, leaps, x, y, start, last, step, few=4):
-    """Which of a ray's samples, one every step from `start` on, is the first above 0.5, infinite
-    where none of the `last` ones is: float (rays, 1), as x, y, start and last are.
-
-    In each round a ray either leaps over many samples that cannot be or takes a few.
-    """
-    first, going = torch.zeros_like(x), torch.arange(len(x))
-    while len(going):
-        now, toward = first[going], start[going]
-        leap = sample(x[going], y[going], toward - step * now, leaps, mode="nearest",
-                      padding_mode="border")
-        near = torch.nonzero(leap[:, 0] < few)[:, 0]
-        along = sample(x[going[near]], y[going[near]],
-                       toward[near] - step * (now[near] + torch.arange(few)))       # (near, few)
-        leap[near] = (along <= 0.5).cumprod(-1).sum(-1, keepdim=True).float()
-        missed = (leap >= few) & (now + leap >= last[going])
-        first[going] = torch.where(missed, math.inf, now + leap)
-        going = going[((leap >= few) & ~missed)[:, 0]]
-    return first
-
-
-def _leaps(field, block, steps):
-    """After how many steps of a ray its next sample may be above 0.5, at the earliest.
-
-    field (1, 1, z, y, x); block (3,): see class_shares; steps (3,): one step of the ray in blocks.
-    Returns float (1, 1, cells...), each number for a start anywhere in a cell.
-    """
-    size = field.shape[2:]                          # a cell is at least one block long on each axis
-    cells = [math.ceil(n * min(1, side / min(block) / 2)) for n, side in zip(size, block)]
-    empty = F.adaptive_max_pool3d(field[0], cells)[0] < 0.499           # not 0.5: rounding
-    free = torch.from_numpy(ndimage.distance_transform_cdt(empty, "chessboard"))
-    # From a cell to another that is free cells away there are at least free - 1 between their
-    # faces; interpolation feels blocks half a block, so at most half a cell, before their faces.
-    stride = max(step * m / n for step, m, n in zip(steps, cells, size))        # a step in cells
-    return (((free - 1.5) / stride).floor() + 1)[None, None]
-
-
-def _enclosing(surfaces):
-    """Which of several classes hide at least half of what the others would show."""
-    depth = np.stack([surface[0] for surface in surfaces])
-    hidden = []
-    for k, own in enumerate(depth):
-        others = np.delete(depth, k, axis=0).min(0, initial=math.inf)
-        hidden.append((own < others)[np.isfinite(others)].mean() >= 0.5
-                      if np.isfinite(others).any() else False)
-    return hidden
-
-
-def compose(surfaces, classes, glass):
-    """RGB float (Y, X, 3) on white: what cast_rays returned for each class, nearest first.
-
-    classes: their numbers, for their colours; glass: which are see-through except at their rim.
-    """
+def _relief(depth, colors):
+    """RGB (P, Q, 3) of the nearest surfaces in a Z-buffer (K, P, Q), lit from the upper left."""
     import matplotlib.colors
-    depth, light, facing = np.stack(surfaces, axis=1)                   # each (K, Y, X)
-    colors = np.array([matplotlib.colors.to_rgb(CLASS_COLORS[k % len(CLASS_COLORS)])
-                       for k in classes])
-    hit = np.isfinite(depth)
-    depth, light, facing = (np.where(hit, part, 0) for part in (depth, light, facing))
-    # what lies deeper than its surroundings gets less light
-    wide = hit.shape[1] / 40
-    blurred, weight = (ndimage.gaussian_filter(part.astype(np.float32), (0, wide, wide))
-                       for part in (depth, hit))
-    hollow = (depth - blurred / np.maximum(weight, 1e-6)) / (0.1 * max(float(depth.max()), 1e-6))
-    shade = colors[:, None, None] * (light * np.clip(1 - hollow, 0.6, 1.1))[..., None]
-    shade = np.clip(shade + 0.2 * (facing**40)[..., None], 0, 1)
-    alpha = hit * np.where(np.reshape(glass, (-1, 1, 1)), 0.12 + 0.5 * (1 - facing) ** 2, 1.0)
-    order = np.where(hit, depth, np.inf).argsort(axis=0)
-    shade, alpha = (np.take_along_axis(part, order.reshape(order.shape + (1,) * (part.ndim - 3)), 0)
-                    for part in (shade, alpha))
-    picture, through = np.zeros(shade.shape[1:]), np.ones(hit.shape[1:])
-    for color, a in zip(shade, alpha):
-        picture += (through * a)[..., None] * color
-        through = through * (1 - a)
-    return np.clip(picture + through[..., None], 0, 1)
+    nearest = depth.max(0)
+    hit = np.isfinite(nearest)
+    weight = ndimage.gaussian_filter(hit.astype(np.float32), 1)
+    smooth = ndimage.gaussian_filter(np.where(hit, nearest, 0), 1) / np.maximum(weight, 1e-6)
+    light = matplotlib.colors.LightSource(315, 50).hillshade(np.where(hit, smooth, 0))
+    rgb = np.array([matplotlib.colors.to_rgb(color) for color in colors])[depth.argmax(0)]
+    return np.where(hit[..., None], rgb * (0.3 + 0.7 * light[..., None]), 1)
 
 
 def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
@@ -3184,17 +2935,15 @@ def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
 
     items: list of (name, Dice (Z, K), NaN where it is undefined or not scored, marked z).
     """
-    figure = new_figure(figsize=(9, 2.6 * len(items) + 0.5), dpi=120)
+    figure = new_figure(figsize=(9, 2.6 * len(items) + 0.5))
     shown = {}                                  # label -> line, for the legend
     for axis, (name, dice, marked) in zip(figure.subplots(len(items), squeeze=False)[:, 0], items):
         for z in marked:
             shown["labelled slices"] = axis.axvline(z, color="0.4", linewidth=1, linestyle="--")
-        for k, class_name in enumerate(classes[1:], 1):
-            name_k = plain(class_name)
-            shown[name_k], = axis.plot(dice[:, k], ".-", color=colors[(k - 1) % len(colors)],
-                                       linewidth=1, markersize=4, label=name_k)
-        axis.set(title=plain(name), ylabel="Dice of the slice", ylim=(-0.03, 1.03),
-                 xlim=(-0.5, len(dice) - 0.5))
+        for k, (class_name, color) in enumerate(zip(classes[1:], itertools.cycle(colors)), 1):
+            shown[plain(class_name)], = axis.plot(dice[:, k], ".-", color=color, linewidth=1,
+                                                  markersize=4)
+        axis.set(title=plain(name), ylabel="Dice of the slice", xlim=(-0.5, len(dice) - 0.5))
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("z")
@@ -3204,27 +2953,22 @@ def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
 
 
 def save_histogram(path, panels, score):
-    """histogram.png: how the values of a score spread over trained networks, as the share of each
-    group (Guay 2021, figure 4).
+    """histogram.png: how a score spreads over trained networks, a dot for each, a line for each
+    group (Guay 2021, figure 4, shows shares; dots need no bins).
 
     panels: {title: {name of a group: [value, ...]}}, one below the other; score: what the values
     are.
     """
-    figure = new_figure(figsize=(6, sum(2.6 + 0.2 * len(groups) for groups in panels.values())),
-                        dpi=120)
+    figure = new_figure(figsize=(7, sum(1.1 + 0.3 * len(groups) for groups in panels.values())))
     for axis, (title, groups) in zip(figure.subplots(len(panels), squeeze=False)[:, 0],
                                      panels.items()):
-        values = np.concatenate([*groups.values()])
-        low, high = np.floor(values.min() * 50) / 50, np.ceil((values.max() + 1e-9) * 50) / 50
-        width = next(w for w in (0.01, 0.02, 0.05, math.inf) if (high - low) / w <= 24)
-        edges = low + width * np.arange(max(2, math.ceil((high - low) / width - 1e-6) + 1))
-        axis.hist([*groups.values()], edges, edgecolor="0.3",
-                  color=(CLASS_COLORS * len(groups))[: len(groups)],
-                  weights=[np.full(len(found), 1 / len(found)) for found in groups.values()],
-                  label=[plain(f"{name} ({len(found)})") for name, found in groups.items()])
-        axis.set(title=plain(title), xlabel=score, ylabel="share of instances")
-        axis.title.set_fontsize(9)
-        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), fontsize=8, frameon=False)
+        for line, values in enumerate(groups.values()):
+            axis.plot(values, [line] * len(values), "o", color=CLASS_COLORS[-1], alpha=0.5)
+        axis.set_yticks(range(len(groups)), [plain(f"{name} ({len(values)})")
+                                             for name, values in groups.items()])
+        axis.set(xlabel=score, ylim=(len(groups) - 0.5, -0.5))
+        axis.set_title(plain(title), fontsize=9)
+        axis.grid(alpha=0.3)
     save_figure(figure, path)
 
 
@@ -3236,21 +2980,17 @@ def save_curves(path, log):
         return
     stages = list(dict.fromkeys(row.get("stage", "") for row in rows))
     terms = [key for key in rows[0] if key.startswith("loss_")]     # the total moves with weights
-    groups = {"loss": terms or ["loss"],
-              "validation": [key for key in ("val_dice", "val_iou", "val_miou",
-                                              "val_miou_org") if key in rows[0]]}
-    groups = {title: keys for title, keys in groups.items() if keys}
-    figure = new_figure(figsize=(5 * len(groups), 3.5), dpi=120)
+    scores = [key for key in ("val_dice", "val_iou", "val_miou", "val_miou_org") if key in rows[0]]
+    groups = {"loss": terms or ["loss"], **({"validation": scores} if scores else {})}
+    figure = new_figure(figsize=(5 * len(groups), 3.5))
     for axis, (title, keys) in zip(figure.subplots(1, len(groups), squeeze=False)[0],
                                    groups.items()):
-        for key in keys:
-            for stage in stages:
-                points = [(int(row["epoch"]), float(row[key] or "nan")) for row in rows
-                          if row.get("stage", "") == stage]
-                axis.plot(*zip(*points), marker=".", label=f"{key} {stage}".strip())
-        axis.set_xlabel("epoch")
+        for key, stage in itertools.product(keys, stages):
+            points = [(int(row["epoch"]), float(row[key] or "nan")) for row in rows
+                      if row.get("stage", "") == stage]
+            axis.plot(*zip(*points), marker=".", label=f"{key} {stage}".strip())
+        axis.set(xlabel="epoch", ylabel=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     save_figure(figure, path)
@@ -3389,6 +3129,9 @@ def parse(parser, argv, demo, settings=lambda args: {}, of_prediction=()):
     args = parser.parse_args(argv)
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, untyped))))
     typed = {name: value for name, value in typed.items() if value is not untyped}
+    for one, other in (("resume", "overwrite"), ("resume", "checkpoint"), ("demo", "checkpoint")):
+        if getattr(args, one) and getattr(args, other):
+            parser.error(f"--{one} and --{other} contradict each other")
     try:
         given = {**(demo if args.demo else {}), **typed}
         if args.checkpoint:
@@ -3463,9 +3206,6 @@ def check_args(parser, args, typed):
                          f"each volume")
     if len(args.classes or "ab") < 2:
         parser.error("--classes needs two names at least, the background's first")
-    for one, other in (("resume", "overwrite"), ("resume", "checkpoint"), ("demo", "checkpoint")):
-        if getattr(args, one) and getattr(args, other):
-            parser.error(f"--{one} and --{other} contradict each other")
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -3567,10 +3307,14 @@ def open_unlabelled(args, train, val):
 
 def open_test(args, used, train=(), val=()):
     """Items to predict: --test-volume, scored in slices that were not `used` (see used_slices); or
-    else the training volumes, of which the slices in `val` score."""
+    else the volumes of `train` and `val`, of which the slices in `val` score."""
     if not args.test_volume:
         truth = {id(item.volume): item.label for item in val}
-        return [dataclasses.replace(item, label=truth.get(id(item.volume))) for item in train]
+        items = [dataclasses.replace(item, label=truth.pop(id(item.volume), None))
+                 for item in train]
+        items += [item for item in val if id(item.volume) in truth]
+        names = unique_names([item.volume.path for item in items])
+        return [dataclasses.replace(item, name=name) for item, name in zip(items, names)]
     ignored = args.ignore_label, getattr(args, "test_ignore_label", None)
     items = open_items(args.test_volume, args.test_label, args, require_foreground=False,
                        ignore_label=ignored)
@@ -3612,8 +3356,8 @@ def describe_data(args, **groups):
                 line += (f"; {len(zs)} labelled slices " if len(zs) < len(item.image) else
                          "; all slices labelled")
                 if len(zs) < len(item.image):
-                    line += listed(zs)
-                    line += f" (files {listed([numbers[z] for z in zs])})" if numbers else ""
+                    line += _listed(zs)
+                    line += f" (files {_listed([numbers[z] for z in zs])})" if numbers else ""
                 share = item.label.counts.sum(0) / max(1, item.label.counts.sum())
                 line += "; " + ", ".join(f"{name} {100 * part:.2g} %"
                                          for name, part in zip(args.classes, share))
@@ -3866,7 +3610,8 @@ class Run:
             for key in ("normalization", "used", "best", "seconds"):
                 setattr(self, key, self.checkpoint[key])
         torch.manual_seed(args.seed)
-        print0(f"{self.folder}: {self.device}, {str(self.dtype)[6:]}"
+        print0(f"{self.folder}: " + ("is finished" if self.finished else
+                                     f"{self.device}, {str(self.dtype)[6:]}")
                + (f", {self.world} processes" if self.world > 1 else ""))
 
     # -- folder
@@ -3900,10 +3645,10 @@ class Run:
         self.config = {"script": self.script.name, "args": vars(self.args), "files": []}
         if self.rank == 0:
             with _disk_errors(self.folder):
-                if self.args.overwrite:
-                    remove_run(self.folder, inputs_of(self.args))
                 self.folder.mkdir(parents=True, exist_ok=True)
                 lock_folder(self.folder)
+                if self.args.overwrite:
+                    remove_run(self.folder, inputs_of(self.args))
             self.config |= provenance(self.script)
             self.config["device"] = (torch.cuda.get_device_name(self.device)
                                      if self.device.type == "cuda" else platform.machine())
@@ -4204,9 +3949,9 @@ def remove_run(folder, inputs):
         else:
             (folder / name).unlink(missing_ok=True)
     (folder / "config.json").unlink()
-    for path in {folder, *((folder / name).parent for name in files)}:
-        with contextlib.suppress(OSError):      # a person's files are in it
-            path.rmdir()
+    for name in files:
+        with contextlib.suppress(OSError):      # the folder itself, or a person's files are in it
+            (folder / name.rpartition("/")[0]).rmdir() if "/" in name else None
 
 
 def load_checkpoint(path):
@@ -4391,13 +4136,15 @@ def report(run, items, stages, parameters, colors=CLASS_COLORS, organelles=None,
             result = volume_scores(counts, item.label, run.args.classes, organelles)
             results[name].append(result)
             print_scores(Path(prediction.path).relative_to(run.folder), result)
+        dice = None
         if item.label is not None:
             entry |= result
-            curves.append((item.name, dice_of_slices(counts), used_in(item.volume, run.used)))
+            dice = dice_of_slices(counts)
+            curves.append((item.name, dice, used_in(item.volume, run.used)))
             if len(stages) > 1:
                 entry["stages"] = {name: each[-1] for name, each in results.items()}
         volumes.append(entry)
-        shown.append((Path(item.volume.path).name, as_uint8(item.volume), item.label, opened))
+        shown.append((Path(item.volume.path).name, as_uint8(item.volume), item.label, opened, dice))
     mean = {name: mean_scores(each) if each else None for name, each in results.items()}
     seconds = run.predict_seconds
     content = {

@@ -376,6 +376,8 @@ def make_network(args):
 def main(args):
     # run folder, seed, device
     run = emseg.Run(args, __file__)
+    if run.finished:
+        return
     if args.demo:
         emseg.write_demo(run, shape=(28, 256, 256))
     if args.checkpoint:
