@@ -737,7 +737,8 @@ def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label
         n_classes = classes or max([1, *(k for k in label_map.values() if k != IGNORE)]) + 1
     for label, own in zip(labels, used):
         path, values = (label.path, own) if classes else (paths, union)
-        label.map_values(class_of_values(path, values, n_classes, label_map, merge, flag), n_classes)
+        class_of = class_of_values(path, values, n_classes, label_map, merge, flag)
+        label.map_values(class_of, n_classes)
         if not len(label.slices):
             raise InputError(f"{label.path}: every voxel is ignored, none is annotated")
     if require_foreground and not any(label.counts[:, 1:].any() for label in labels):
@@ -2395,8 +2396,7 @@ OVERLAP = 96                # pixels that tiles share: a U-Net of 4 levels sees 
 
 def network_side(network, side):
     """The smallest side >= `side` that the network predicts (its margin already taken off)."""
-    stride, offset, margin = network.stride, network.offset, network.margin
-    return side + (offset - side - 2 * margin) % stride
+    return side + (network.offset - side - 2 * network.margin) % network.stride
 
 
 def check_patch_size(network, patch_size, name):
@@ -2404,8 +2404,8 @@ def check_patch_size(network, patch_size, name):
     stride, offset, smallest = network.stride, network.offset, 2 * network.margin + 1
     given = f"--patch-size {format_shape(patch_size)}: {name}"
     if len(patch_size) != network.dims:
-        raise InputError(f"{given} takes "
-                         f"{'two sides, Y X' if network.dims == 2 else 'three sides, Z Y X'}")
+        sides = "two sides, Y X" if network.dims == 2 else "three sides, Z Y X"
+        raise InputError(f"{given} takes {sides}")
     if network.dims == 3 and patch_size[0] < network.min_depth:
         raise InputError(f"{given} needs {network.min_depth} slices or more")
     for side in patch_size[-2:]:
@@ -2462,9 +2462,9 @@ def predict_slices(network, image, tile=None):
     at_once = max(1, 2**22 // image[..., :tile_h, :tile_w].numel()) if image.is_cuda else 1
     total = None
     for some in (places[i : i + at_once] for i in range(0, len(places), at_once)):
-        crops = [image[..., y : y + tile_h + 2 * margin, x : x + tile_w + 2 * margin]
-                 for y, _, x, _ in some]
-        prob = probabilities(network(torch.cat(crops)))
+        prob = probabilities(network(torch.cat([
+            image[..., y : y + tile_h + 2 * margin, x : x + tile_w + 2 * margin]
+            for y, _, x, _ in some])))
         if total is None:
             total = prob.new_zeros(len(image), *prob.shape[1:-2], H + bottom, W + right)
         for (y, along_y, x, along_x), part in zip(some, prob.chunk(len(some))):
@@ -2535,8 +2535,8 @@ def predict_by_windows(predict, image, depth, rank=0, world=1):
     """Yield (slab, probabilities (n, C, H, W)) of a 3D network, blended along z.
 
     predict: uint8 tensor (depth, H, W) -> (depth, C, H, W); a volume with fewer slices is one
-    window. Only as many slices as a window has are held at a time. Ranks share the windows in equal
-    parts; each also predicts those before that reach into its own slices.
+    window. Ranks share the windows in equal parts; each also predicts those before that reach into
+    its own slices.
     """
     depth = min(depth, len(image))
     windows = tiles(len(image), depth)
@@ -2558,11 +2558,10 @@ def predict_by_windows(predict, image, depth, rank=0, world=1):
 def predict_volume(stream, writers, shape, downsample=1, probability=None, progress=None):
     """Write a stream of predictions: memory depends on its slabs, not on the volume.
 
-    stream: yields (slab, probabilities (n, C, H, W)), see predict_by_slabs and predict_by_windows,
-    which are enlarged linearly: by `downsample`, and cut, or else to (Y, X) of the prediction's
-    `shape`. writers: {VolumeWriter: probabilities (1, C, Y, X) -> class ids (1, Y, X)}, for example
-    class_ids; probability: VolumeWriter of the probabilities, (Z, Y, X) of the one channel or
-    (Z, C, Y, X). progress: called with the slices done and the slices of the volume.
+    stream: yields (slab, probabilities (n, C, H, W)), which are enlarged linearly by `downsample`
+    and cut, or else to (Y, X) of `shape` (Z, Y, X), the prediction's. writers: {VolumeWriter:
+    probabilities (1, C, Y, X) -> class ids (1, Y, X)}; probability: a VolumeWriter, too, of (Z, Y,
+    X) or (Z, C, Y, X). progress: called with the slices done and the slices of the volume.
     """
     done, (Z, Y, X) = 0, shape
     for slab, prob in stream:
@@ -2704,10 +2703,13 @@ def confusion_volume(prediction, label, classes, pixels=2**24):
 
 
 def volume_scores(counts, label, classes, organelles=None):
-    """`scores` of confusion counts (Z, K, K), with the voxels of the label and those ignored."""
-    voxels = math.prod(label.shape)
+    """`scores` of confusion counts (Z, K, K), with the voxels of the label, those ignored, and the
+    2D Dice of each slice: {class name: [...]}, None where it is undefined."""
+    voxels, dice = math.prod(label.shape), dice_of_slices(counts)
     return {"voxels": voxels, "ignored": voxels - int(counts.sum()),
-            **scores(counts, classes, organelles)}
+            **scores(counts, classes, organelles),
+            "dice_of_slices": {name: [_plain(value) for value in dice[:, k]]
+                               for k, name in enumerate(classes) if k > 0}}
 
 
 # ==================================================================================================
@@ -2738,7 +2740,7 @@ def plain(text):
     return text.replace("$", r"\$")
 
 
-def overlay(image, masks, colors, alpha=0.45):
+def overlay(image, masks=(), colors=(), alpha=0.45):
     """RGB float (Y, X, 3) of a grey uint8 image (Y, X) with coloured masks on top."""
     import matplotlib.colors
     rgb = np.repeat(image[..., None] / 255.0, 3, axis=2)
@@ -2767,16 +2769,16 @@ def error_overlay(image, label, pred, alpha=0.45):
 def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768):
     """figure.png: slices as image | truth | prediction | errors, without truth image | prediction.
 
-    items: list of (name, image or None, label or None, {stage: prediction}, Dice (Z, K) or None);
-    lazy volumes; Dice as from dice_of_slices, of the last stage. The rows are shared among the
-    items. They show the annotated slices with the lowest mean Dice, worst first; without Dice,
-    slices at even distances. Without an image, paper is white. colors: of the foreground classes.
+    items: list of (name, image or None, label or None, {stage: prediction}, Dice (Z, K) or None),
+    lazy volumes, Dice see dice_of_slices. The rows are shared among them: the annotated slices with
+    the lowest mean Dice, worst first; without Dice, slices at even distances. Without an image,
+    paper is white. colors: of the foreground classes.
     """
     panels = []
     for name, image, label, predictions, dice in items:
         like = next(iter(predictions.values())) if image is None else image
         step = math.ceil(max(like.shape[1:]) / max_side)
-        for z, score in _choose_slices(like, label, dice, max(1, rows // len(items))):
+        for z, score in _slices_to_show(like, label, dice, max(1, rows // len(items))):
             title = f"{name}  z = {z}" + ("" if np.isnan(score) else f"  Dice {score:.3f}")
             shown = _panels(z, image, label, predictions, classes, colors, step)
             panels.append((title, like, step, shown))
@@ -2792,19 +2794,21 @@ def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768)
             axis.set(xticks=[], yticks=[], frame_on="image" not in titles)
             if title in shown:
                 axis.imshow(shown[title], interpolation="antialiased")
-        caption(row[0], name)
+        row[0].text(0.02, 0.97, plain(name), transform=row[0].transAxes, fontsize=7, va="top",
+                    color="white", bbox={"color": "black", "alpha": 0.6, "pad": 1.5})
         _scale_bar(row[0], like.voxel_size, step)
     legend(figure, classes, "truth" in titles, colors)
     save_figure(figure, path)
 
 
-def _choose_slices(image, label, dice, count):
+def _slices_to_show(image, label, dice, count):
     """(z, mean Dice of the foreground or NaN) of the slices to show; see save_slices."""
     zs = np.asarray(label.slices if label is not None else range(len(image)))
-    score = np.full(len(image), np.nan) if dice is None else _nanmean(dice[:, 1:], 1)
-    worst = zs[score[zs].argsort(kind="stable")]                    # NaN last
-    even = zs[((np.arange(count) + 0.5) * len(zs) / count).astype(int)]
-    return [(z, score[z]) for z in (dict.fromkeys(even) if dice is None else worst[:count])]
+    if dice is None:
+        even = ((np.arange(count) + 0.5) * len(zs) / count).astype(int)
+        return [(z, np.nan) for z in dict.fromkeys(zs[even])]
+    mean = _nanmean(dice[:, 1:], 1)
+    return [(z, mean[z]) for z in zs[mean[zs].argsort(kind="stable")][:count]]      # NaN last
 
 
 def _panels(z, image, label, predictions, classes, colors, step):
@@ -2815,7 +2819,7 @@ def _panels(z, image, label, predictions, classes, colors, step):
         grey, alpha = np.full_like(next(iter(preds.values())), 255), 0.9
     else:
         grey = image[z][::step, ::step]
-        shown["image"] = overlay(grey, [], [])
+        shown["image"] = overlay(grey)
     colored = {name: class_overlay(grey, pred, classes, colors, alpha)
                for name, pred in preds.items()}
     if label is None:
@@ -2826,13 +2830,6 @@ def _panels(z, image, label, predictions, classes, colors, step):
         return shown | colored | {"errors": error_overlay(grey, truth, *preds.values(), alpha)}
     return shown | {f"{name}: errors": error_overlay(grey, truth, pred, alpha)
                     for name, pred in preds.items()}
-
-
-def caption(axis, text):
-    """White on black in the upper left corner of a picture."""
-    axis.text(0.02, 0.97, plain(text), transform=axis.transAxes, fontsize=7, va="top",
-              color="white", bbox={"facecolor": "black", "alpha": 0.6, "pad": 1.5,
-                                   "edgecolor": "none"})
 
 
 def _scale_bar(axis, voxel_size, step):
@@ -2880,9 +2877,10 @@ def save_surfaces(path, rows, classes, colors=CLASS_COLORS, max_side=200):
     axes = figure.subplots(len(names), len(columns), squeeze=False)
     for (title, side, depth), column in zip(columns, axes.T):
         for axis, name, chosen in zip(column, names, shown):
-            axis.imshow(_relief(depth[chosen], [colors[k % len(colors)] for k in chosen]))
+            axis.imshow(_relief(depth[chosen], [colors[k % len(colors)] for k in chosen]),
+                        interpolation="bilinear")
             axis.set_axis_off()
-            caption(axis, f"{title}: {name}")
+            axis.set_title(plain(f"{title}: {name}"), fontsize=8)
         _scale_bar(column[0], side and (side,) * 3, 1)
     save_figure(figure, path)
 
@@ -2890,7 +2888,7 @@ def save_surfaces(path, rows, classes, colors=CLASS_COLORS, max_side=200):
 def _cubes(volume, max_side):
     """Class ids (Z, Y, X) at the centres of cubes, and the cubes' side in nm or None."""
     size = np.array(volume.voxel_size or (1, 1, 1))
-    side = max(size * volume.shape) / max_side
+    side = max(min(size), *size * volume.shape / max_side)
     z, y, x = [((np.arange(max(1, round(n * step / side))) + 0.5) * side / step).clip(0, n - 1)
                .astype(int) for n, step in zip(volume.shape, size)]
     return np.stack([volume[i][y][:, x] for i in z]), side if volume.voxel_size else None
@@ -2953,11 +2951,10 @@ def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
 
 
 def save_histogram(path, panels, score):
-    """histogram.png: how a score spreads over trained networks, a dot for each, a line for each
-    group (Guay 2021, figure 4, shows shares; dots need no bins).
+    """histogram.png: the scores of trained networks, a dot for each, a line for each group (Guay
+    2021, figure 4, shows bars; dots also show few networks).
 
-    panels: {title: {name of a group: [value, ...]}}, one below the other; score: what the values
-    are.
+    panels: {title: {name of a group: [value, ...]}}, one below the other; score: its name.
     """
     figure = new_figure(figsize=(7, sum(1.1 + 0.3 * len(groups) for groups in panels.values())))
     for axis, (title, groups) in zip(figure.subplots(len(panels), squeeze=False)[:, 0],

@@ -69,7 +69,6 @@ import itertools
 import json
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -480,7 +479,7 @@ def merge_runs(run, runs, tests, reports, miou):
                  average={"miou": miou["average"]})
     if run.rank == 0:
         emseg.save_slices(run.path("maps.png"), [
-            (Path(item.volume.path).name, None, item.label, {"prediction": emseg.open_volume(path)})
+            (item.name, None, item.label, {"prediction": emseg.open_volume(path)}, None)
             for item, path in zip(test, predictions)], args.classes)            # figure 4
 
 

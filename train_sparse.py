@@ -20,12 +20,10 @@ Equations:
     figure 2 (neighbours)               --coarse RUN --context N
 
 Differences from the paper:
-    1. Crops of 512 x 512 instead of whole slices, of which half hold foreground (--foreground).
-       --patch-size 768 1024 are whole slices, which only half turns fit; the authors pad them with
-       zeros to squares of 1024.
-    2. Rotations are quarter turns; half of the crops are deformed. The authors deform and turn
-       copies of the slices in advance: about half of them deformed, a fifth also turned by 22 to
-       45 degrees.
+    1. Crops of 512 x 512, of which half hold foreground (--foreground), instead of whole slices,
+       which the authors pad with zeros to squares of 1024.
+    2. Rotations are quarter turns; half of the crops are deformed. The authors deform about half of
+       the slices in advance, and turn a fifth by 22 to 45 degrees.
     3. Both neighbouring labelled slices reach a slice by eq. 1, as in the authors' code, not only
        the closest. Erosions use the 3 x 3 cross, as theirs.
     4. Eqs. 2 and 3 hold for all slices at once, each from the slices as they were before; the
@@ -40,19 +38,19 @@ Differences from the paper:
     8. Without validation slices the last epoch counts; the authors keep that of the lowest training
        loss.
     9. Grey levels are normalised by the mean and spread of the training slices, the authors divide
-       by 255. --normalize equalize (not in paper) helps where brightness drifts along the stack.
+       by 255.
     10. An epoch of stage 3 has 16 crops of each slice, as many as the authors turn copies of a
         stack; one of unet3d as many windows as tile the annotated volumes.
     11. Several foreground classes go through the same stages: each class by itself in stage 2, and
         a set of masks for each class as input of stage 3.
 
-The folder of a run holds two more: coarse/ and scm/, the trainings of stages 1 and 3. Its stages/
-holds what passes between the stages. --coarse RUN begins with the network of another run, also of
-train_cps.py, so that another --context costs one training and not two.
+The run folder holds the trainings of stages 1 and 3, coarse/ and scm/, and what passes between the
+stages, stages/. --coarse RUN begins with the network of another run, also of train_cps.py.
 
 Run:
     GPU    python train_sparse.py --volume stack.tif --label drawn.tif --label-slices 0:165:5
     CPU    python train_sparse.py --demo
+    fig. 2 python train_sparse.py --coarse RUN --context 7 --volume stack.tif --label drawn.tif ...
 
 Expect:
     GPU    not run
@@ -118,7 +116,7 @@ def deformation(image, kind):
 
 def augment_slices(run, image, label):
     """Crops and labels (B, H, W) or (B, Z, H, W) uint8 -> network input and int64 labels, flipped,
-    turned and deformed (section 3.1)."""
+    turned and deformed alike (section 3.1)."""
     return emseg.augment(image, label, run.normalization, flip=True, rot90=True,
                          displacement=deformation(image, run.args.deform))
 
@@ -198,27 +196,25 @@ def refine(masks, truth, k, min_size):
     return masks
 
 
-def postprocess(coarse, label, slab, classes, rules):
+def postprocess(coarse, label, slab, args):
     """Stage 2 on some slices of a stack: class ids uint8 (n, Y, X) of the slices `slab`.
 
     coarse: lazy class ids (Z, Y, X); label: lazy annotation with IGNORE elsewhere and `slices`, or
-    None for a stack without any, where eqs. 2 and 3 work alone; rules: {"erosions", "min_size"}, or
-    None to put the annotation in and leave all else. Each class is refined by itself; where two
-    then claim a pixel, its coarse class wins if it is one of them, else the lower id.
+    None for a stack without any, where eqs. 2 and 3 work alone. With --no-mpp the annotation is put
+    in and all else left. Each class is refined by itself; where two then claim a pixel, its coarse
+    class wins if it is one of them, else the lower id.
     """
-    halo = HALO if rules else 0
-    around = slice(max(0, slab.start - halo), min(len(coarse), slab.stop + halo))
-    inner = slice(slab.start - around.start, slab.stop - around.start)
-    ids = coarse[around]
-    truth = np.full_like(ids, emseg.IGNORE) if label is None else label[around]
-    if not rules:
-        return np.where(truth == emseg.IGNORE, ids, truth)
+    first, last = max(0, slab.start - HALO), min(len(coarse), slab.stop + HALO)
+    ids, inner = coarse[first:last], slice(slab.start - first, slab.stop - first)
+    truth = np.full_like(ids, emseg.IGNORE) if label is None else label[first:last]
+    if not args.mpp:
+        return np.where(truth == emseg.IGNORE, ids, truth)[inner]
     result = np.zeros_like(ids[inner])
-    for k in reversed(range(1, len(classes))):
+    for k in reversed(range(1, len(args.classes))):
         masks = ids == k
         if label is not None:
-            masks |= propagate(label, k, range(around.start, around.stop), rules["erosions"])   # eq. 1
-        claimed = refine(masks, truth, k, rules["min_size"])[inner]
+            masks |= propagate(label, k, range(first, last), args.erosions)             # eq. 1
+        claimed = refine(masks, truth, k, args.min_size)[inner]
         result[claimed & ((result == 0) | (result != ids[inner]))] = k
     return result
 
@@ -236,7 +232,7 @@ def neighbour_masks(ids, classes):
 
 
 def augment_masks(run, coarse, soft):
-    """Masks and soft labels, class ids (B, context, H, W) uint8 -> network input and the middle soft
+    """Masks and soft labels, class ids (B, context, H, W) uint8 -> network input and the middle
     label (B, H, W) int64; flipped in z, y and x, turned and deformed, all alike (section 3.1)."""
     grid = emseg.sampling_grid(len(coarse), coarse.shape[-2:], coarse.device, flip=True, rot90=True,
                                displacement=deformation(coarse, run.args.deform))
@@ -246,22 +242,20 @@ def augment_masks(run, coarse, soft):
     return neighbour_masks(coarse, run.args.classes), soft[:, soft.shape[1] // 2].long()
 
 
-def see_masks(run, network, ids):
-    """Class ids (B + context - 1, H, W) uint8 -> probabilities (B, C, H, W)."""
-    return emseg.see(run, network, ids, prepare=lambda ids: neighbour_masks(
-        ids.unfold(0, run.args.context, 1).permute(0, 3, 1, 2), run.args.classes))
-
-
 # -- the command -----------------------------------------------------------------------------------
 
 
 def settings(args):
-    """Defaults that depend on other flags; --coarse brings those of its network along."""
-    saved = emseg.load_checkpoint(args.coarse)["args"] if args.coarse else {}
-    volumetric = saved.get("model", args.model) in emseg.NETWORKS_3D
-    return {"patch_size": [16, 128, 128] if volumetric else [512, 512], "scm_epochs": args.epochs,
-            "scm_width": saved.get("width", args.width),
-            **{name: saved[name] for name in (*OF_STAGE_1, "patch_size") if name in saved}}
+    """Defaults that depend on other flags."""
+    sides = [16, 128, 128] if args.model in emseg.NETWORKS_3D else [512, 512]
+    defaults = {"scm_epochs": args.epochs, "patch_size": sides}
+    if args.coarse:
+        checkpoint = emseg.load_checkpoint(args.coarse)
+        if checkpoint["script"] not in ("train_sparse.py", "train_cps.py"):
+            raise emseg.InputError(f"--coarse {args.coarse}: a run of {checkpoint['script']}; "
+                                   f"wanted one of train_sparse.py or train_cps.py")
+        defaults |= {name: checkpoint["args"][name] for name in (*OF_STAGE_1, "patch_size")}
+    return defaults
 
 
 def parse_args(argv=None):
@@ -269,8 +263,8 @@ def parse_args(argv=None):
     parser = emseg.Parser(__file__, __doc__)
     emseg.add_common_args(parser, MODELS, sources={
         "model": "in stage 1: unet is the paper's, unet3d its baseline", "epochs": "section 3.1",
-        "steps_per_epoch": "default: 48 crops of each annotated slice, authors' code; as many windows "
-        "as tile the volumes for unet3d; 16 crops of each slice in stage 3",
+        "steps_per_epoch": "default: 48 crops of each annotated slice, authors' code; unet3d: as "
+        "many windows as tile the volumes; stage 3: 16 crops of each slice",
         "batch_size": "section 3.1", "lr": "section 3.1", "tta": "section 3.1",
         "patch_size": "default: 512 512, or 16 128 128 for unet3d; paper: whole slices",
         "unlabeled_volume": "segmented too, and used in stage 3 (not in paper)"})
@@ -288,20 +282,18 @@ def parse_args(argv=None):
     method("--min-size", type=emseg.nonnegative, default=300, metavar="N",
            help="smaller objects of a slice are removed in stage 2, in pixels (authors' code)")
     method("--coarse", metavar="RUN", help="a finished stage 1 in place of training one: a run of "
-           "this script, or of train_cps.py, whose network, classes and grey levels are used")
+           "this script or of train_cps.py, whose network, classes and grey levels are used")
     method("--context", type=emseg.positive(int), default=15, metavar="N",
            help="neighbouring masks that stage 3 sees, an odd number (section 2.4, fig. 2)")
     method("--scm-epochs", type=emseg.positive(int), metavar="N",
            help="epochs of stage 3; default: --epochs")
-    method("--scm-width", type=emseg.positive(int), metavar="N",
-           help="filters of the first level in stage 3; default: --width")
     method("--threshold", type=emseg.share, default=0.5, metavar="P",
            help="probability above which a pixel is foreground, in stages 1 and 3; for two classes "
            "only (authors' code: 0.2)")
     method("--foreground", type=emseg.share, default=0.5, metavar="P",
            help="share of crops that must hold foreground (not in paper)")
     parser.set_defaults(model="unet", epochs=100, batch_size=16, lr=5e-4, tta=True,
-                        average_branches=False)         # what --coarse may bring
+                        average_branches=False)         # True comes with --coarse
     demo = dict(width=8, epochs=16, scm_epochs=14, steps_per_epoch=20, batch_size=8,
                 patch_size=[128, 128], downsample=2, label_slices="0:30:5", lr=1e-3, min_size=30,
                 erosions=6, normalize="equalize", label_map="3=1,2=2,*=0",
@@ -316,66 +308,63 @@ def parse_args(argv=None):
     return args
 
 
-def coarse_network(args):
-    """The network of stage 1, of the command line or of a checkpoint."""
+def make_networks(args):
+    """The networks by their names in checkpoints: `network` of stage 1, `scm` of stage 3."""
+    channels = emseg.out_channels(args.classes)
     options = {"average_branches": True} if args.average_branches else {}
-    return MODELS[args.model](1, emseg.out_channels(args.classes), args.width, **options)
+    networks = {"network": MODELS[args.model](1, channels, args.width, **options)}
+    if args.scm:
+        masks = args.context * (len(args.classes) - 1)
+        networks["scm"] = emseg.UNet(masks, channels, args.width)
+    return networks
 
 
-def scm_network(args):
-    """The network of stage 3 (section 2.4)."""
-    masks = args.context * (len(args.classes) - 1)
-    return emseg.UNet(masks, emseg.out_channels(args.classes), args.scm_width)
+def see_slices(run, image):
+    """uint8 slices (B, H, W), or a window of unet3d -> probabilities (B, C, H, W) of stage 1."""
+    return emseg.see(run, run.modules["network"], image)
 
 
-def open_coarse(args):
-    """The checkpoint of --coarse. Raises InputError where the command line asks for another
-    network."""
-    checkpoint = emseg.load_checkpoint(args.coarse)
-    if checkpoint["script"] not in ("train_sparse.py", "train_cps.py"):
-        raise emseg.InputError(f"--coarse {args.coarse}: a run of {checkpoint['script']}; wanted "
-                               f"one of train_sparse.py or train_cps.py")
-    for name, value in checkpoint["args"].items():
-        if name in OF_STAGE_1 and value != vars(args)[name]:
-            raise emseg.InputError(f"--coarse {args.coarse}: its {emseg.flag_name(name)} is {value}, "
-                                   f"not {vars(args)[name]}; leave the flag out")
-    return checkpoint
+def see_masks(run, ids):
+    """Class ids (B + context - 1, H, W) uint8 -> probabilities (B, C, H, W) of stage 3."""
+    return emseg.see(run, run.modules["scm"], ids, prepare=lambda ids: neighbour_masks(
+        ids.unfold(0, run.args.context, 1).permute(0, 3, 1, 2), run.args.classes))
 
 
 def window_depth(args):
-    """The slices of a window of a 3D network, None for the others."""
+    """The slices that stage 1 sees at once: those of the crops of a 3D network, else None."""
     return args.patch_size[0] if len(args.patch_size) == 3 else None
 
 
 def stage_file(run, item, stage):
-    """The name of a file between the stages, one for all Items of a volume."""
+    """The name of a file between the stages, the same for all Items of a volume."""
     args = run.args
-    paths = [*dict.fromkeys([*args.volume, *args.unlabeled_volume, *args.val_volume,
-                             *args.test_volume])]
+    paths = [*dict.fromkeys(args.volume + args.unlabeled_volume + args.val_volume
+                            + args.test_volume)]
     return f"stages/{emseg.unique_names(paths)[paths.index(item.volume.path)]}_{stage}.tif"
 
 
-def write_coarse(run, network, item):
+def write_coarse(run, item):
     """Stage 1 of an Item into a file unless it is there: lazy class ids (Z, Y, X)."""
     name = stage_file(run, item, "coarse")
     if not run.path(name).exists():
         emseg.print0(f"stage 1 of {item.volume.path}")
-        emseg.write_prediction(run, functools.partial(emseg.see, run, network), item, name,
+        emseg.write_prediction(run, functools.partial(see_slices, run), item, name,
                                depth=window_depth(run.args))
     return emseg.open_volume(run.path(name))
 
 
 def write_refined(run, item, coarse, label, name):
-    """Stage 2 of an Item, or with --no-mpp its annotation alone, into a file unless it is there:
-    lazy class ids (Z, Y, X). coarse, label: see postprocess. All processes share the work."""
-    args, path = run.args, run.path(name)
-    rules = dict(erosions=args.erosions, min_size=args.min_size) if args.mpp else None
+    """Stage 2 of an Item into a file unless it is there: lazy class ids (Z, Y, X).
+
+    coarse, label: see postprocess. All processes share the work.
+    """
+    path = run.path(name)
     if not path.exists():
         emseg.print0(f"stage 2 of {item.volume.path}")
         with emseg.writers_of(run, item, [(path, coarse.shape, np.uint8)]) as (writer,):
             pixels = max(2**24, 2 * HALO * math.prod(coarse.shape[1:]))
             for slab in emseg.slabs(coarse.shape, pixels)[run.rank :: run.world]:
-                writer[slab] = postprocess(coarse, label, slab, args.classes, rules)
+                writer[slab] = postprocess(coarse, label, slab, run.args)
     return emseg.open_volume(path)
 
 
@@ -388,84 +377,80 @@ def main(args):
     if args.demo:
         emseg.write_demo(run, shape=(30, 256, 256))
     if args.checkpoint:
-        network = run.load(coarse_network(args))
-        scm = run.load(scm_network(args), "scm") if args.scm else None
-        return finish(run, network, scm, emseg.open_test(args, run.used), {})
+        run.modules = {key: run.load(each, key) for key, each in make_networks(args).items()}
+        return finish(run, emseg.open_test(args, run.used))
 
     # data
-    checkpoint = open_coarse(args) if args.coarse else {"used": []}
     items, val = emseg.open_training(args)
     unlabelled = emseg.open_items(args.unlabeled_volume, [], args)
-    run.used = emseg.used_slices(items + val) + checkpoint["used"]
+    coarse = emseg.load_checkpoint(args.coarse) if args.coarse else None
+    run.used = emseg.used_slices(items + val) + (coarse["used"] if coarse else [])
     test = emseg.open_test(args, run.used, items)
     emseg.describe_data(args, train=items, validate=val, unlabelled=unlabelled, test=test)
     emseg.check_annotation(items, args)
     if len(args.classes) > 2 and args.threshold != 0.5:
         raise emseg.InputError("--threshold is for two classes; of several the likeliest wins")
+    for name in OF_STAGE_1 if coarse else ():
+        if coarse["args"][name] != vars(args)[name]:
+            raise emseg.InputError(f"--coarse {args.coarse} has {emseg.flag_name(name)} "
+                                   f"{coarse['args'][name]}; leave the flag out")
     images, targets, slices = zip(*[(item.image, item.target, item.slices) for item in items])
     patches = emseg.Patches(images, targets, args.patch_size, slices, args.foreground,
                             seed=(args.seed, 0))
     if args.patch_size[-2] != args.patch_size[-1]:
-        emseg.print0(f"note: crops of {emseg.format_shape(args.patch_size[-2:])} are turned by half "
-                     f"turns only; square ones by quarter turns too")
+        emseg.print0(f"note: crops of {emseg.format_shape(args.patch_size[-2:])} are turned by "
+                     f"half turns only; square ones by quarter turns too")
 
     # networks
-    network = run.prepare(coarse_network(args))
-    scm = run.prepare(scm_network(args)) if args.scm else None
-    emseg.check_patch_size(network, args.patch_size, args.model)
+    run.modules = {key: run.prepare(each) for key, each in make_networks(args).items()}
+    emseg.check_patch_size(run.modules["network"], args.patch_size, args.model)
     if args.scm:
-        emseg.check_patch_size(scm, args.patch_size[-2:], "stage 3")
+        emseg.check_patch_size(run.modules["scm"], args.patch_size[-2:], "stage 3")
 
     # stage 1
-    if args.coarse:
-        emseg.load_weights(network, checkpoint, "network", args.coarse)
-        run.normalization = checkpoint["normalization"]
+    if coarse:
+        emseg.load_weights(run.modules["network"], coarse, "network", args.coarse)
+        run.normalization = coarse["normalization"]
     else:
         run.normalization = emseg.measure_normalization(images, slices, args.normalize)
         depth = window_depth(args)
         crops = 48 * len(patches.slices) if depth is None else sum(
             math.prod(math.ceil(s / p) for s, p in zip(image.shape, args.patch_size))
             for image in images)
-        train(run.args_of("coarse", mpp=False, scm=False), run, network, patches, crops, val,
-              augment_slices, emseg.see, depth=depth)
+        train(run.args_of("coarse", mpp=False, scm=False), run, "network", patches, crops,
+              augment_slices, see_slices, val, depth=depth)
 
-    # stage 2 of what stage 3 learns from, stage 3
+    # stages 2 and 3
     if args.scm:
         stacks = []
         for item in items + unlabelled:
-            coarse = write_coarse(run, network, item)
-            soft = write_refined(run, item, coarse, item.label,
+            ids = write_coarse(run, item)
+            soft = write_refined(run, item, ids, item.label,
                                  stage_file(run, item, "mpp" if args.mpp else "annotated"))
-            stacks.append([emseg.WithContext(emseg.shrink(ids, args), args.context)
-                           for ids in (coarse, soft)])
+            stacks.append([emseg.WithContext(emseg.shrink(stack, args), args.context)
+                           for stack in (ids, soft)])
         patches = emseg.Patches(*zip(*stacks), [args.context, *args.patch_size[-2:]],
                                 foreground=args.foreground, seed=(args.seed, 1))
-        val = [dataclasses.replace(item, image=emseg.shrink(write_coarse(run, network, item), args))
+        val = [dataclasses.replace(item, image=emseg.shrink(write_coarse(run, item), args))
                for item in val]
-        crops = 16 * sum(len(item.volume) for item in items + unlabelled)
-        train(run.args_of("scm", epochs=args.scm_epochs), run, scm, patches, crops, val,
-              augment_masks, see_masks, context=args.context)
+        train(run.args_of("scm", epochs=args.scm_epochs), run, "scm", patches,
+              16 * sum(len(item.volume) for item in items + unlabelled), augment_masks, see_masks,
+              val, context=args.context)
 
     # predict and evaluate
-    run.modules = {"network": network, "scm": scm}          # for --checkpoint and --coarse
     run.save("best.pt")
-    finish(run, network, scm, test, {item.volume.path: item.label for item in items})
+    finish(run, test, {item.volume.path: item.label for item in items})
 
 
-def train(args, parent, network, patches, crops, val, augment, see, **view):
-    """The training of stage 1 or 3 (section 3.1), a complete run; `network` becomes its best one.
+def train(args, whole, key, patches, crops, augment, see, val, **options):
+    """The training of a stage (section 3.1), a complete run: network `key` of the Run `whole`.
 
-    crops: of an epoch; augment: (run, crops, their labels) -> network input, label; see: (run,
-    network, what `val` shows) -> probabilities; view: for emseg.validate. The run that this one is
-    a part of, `parent`, lends its normalisation, and takes over how long and how well it trained.
+    crops: of an epoch; augment, see: functions of this script for what the network learns from and
+    what it then sees of `val`, Items; options: of emseg.validate.
     """
     # run folder, seed, device
     run = emseg.Run(args, __file__)
-    run.normalization, run.used = parent.normalization, parent.used
-
-    def predict(image):
-        """What `val` shows -> probabilities (B, C, H, W)."""
-        return see(run, network, image)
+    run.normalization, run.used, network = whole.normalization, whole.used, whole.modules[key]
 
     # optimiser
     optimizer = torch.optim.RMSprop(network.parameters(), lr=args.lr)
@@ -480,28 +465,28 @@ def train(args, parent, network, patches, crops, val, augment, see, **view):
             image, label = augment(run, *next(batches))
             with run.autocast():
                 logits = network(image)
-            loss = emseg.soft_dice_loss(logits, label, smooth=1.0)          # as the authors smooth
+            loss = emseg.soft_dice_loss(logits, label, smooth=1.0)      # as the authors smooth it
             run.update(loss, args.lr, (network, optimizer))
             run.log(lr=args.lr, loss=loss)
-        run.end_epoch(emseg.validate(run, predict, val, **view))
+        run.end_epoch(emseg.validate(run, functools.partial(see, whole), val, **options))
 
     # evaluate
     run.use_best(network=network)
     emseg.report(run, [], [], emseg.count_parameters(network))
-    parent.best, parent.seconds = run.best, parent.seconds + run.seconds
+    whole.best, whole.seconds = run.best, whole.seconds + run.seconds
 
 
-def finish(run, network, scm, test, annotation):
-    """Predict the test volumes with the networks of stages 1 and 3 and score each stage.
+def finish(run, test, annotation={}):
+    """Predict the test volumes through all stages and score each of them.
 
-    annotation: {path of a volume: its Labels}, for stage 2.
+    annotation: {path of a volume: its Labels}, what stage 2 may use.
     """
     args = run.args
     if args.mpp or args.scm:
-        coarse = [write_coarse(run, network, item) for item in test]
+        coarse = [write_coarse(run, item) for item in test]
         stages = {"coarse": [ids.path for ids in coarse]}
     else:
-        stages = {"coarse": emseg.predict_all(run, functools.partial(emseg.see, run, network), test,
+        stages = {"coarse": emseg.predict_all(run, functools.partial(see_slices, run), test,
                                               depth=window_depth(args))}
     if args.mpp:
         names = [stage_file(run, item, "mpp") if args.scm else
@@ -512,10 +497,9 @@ def finish(run, network, scm, test, annotation):
     if args.scm:
         masks = [dataclasses.replace(item, image=emseg.shrink(ids, args))
                  for item, ids in zip(test, coarse)]
-        stages["scm"] = emseg.predict_all(run, functools.partial(see_masks, run, scm), masks,
+        stages["scm"] = emseg.predict_all(run, functools.partial(see_masks, run), masks,
                                           context=args.context)
-    parameters = [emseg.count_parameters(each) for each in (network, scm) if each is not None]
-    emseg.report(run, test, stages, sum(parameters))
+    emseg.report(run, test, stages, sum(map(emseg.count_parameters, run.modules.values())))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def train(cells, out, *more, fine=False, **crops):
 def trained(cells, tmp_path_factory):
     """Three instances, of which the best two are averaged."""
     return train(cells, tmp_path_factory.mktemp("2d3d") / "run", "--instances", "3", "--top-k", "2",
-                 "--organelles", "3", "4", "--seed", "5", fine=True)
+                 "--organelles", "3", "4", "--seed", "5")
 
 
 def peak(folder):
