@@ -2585,19 +2585,21 @@ def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=
     """Confusion counts (N, K, K) of the N annotated slices of a lazy image and its Labels.
 
     predict: uint8 tensor (context, H, W) around a slice -> probabilities (n, C, H, W), of which the
-    middle one is the slice's. depth: of the windows of a 3D network, (depth, H, W) -> (depth, C, H,
-    W), which stay inside of the volume.
+    middle one is the slice's. depth: of the windows of a 3D network, blended as in a prediction,
+    see predict_by_windows.
     """
+    def middles():
+        padded = WithContext(image, context)
+        for z in label.slices[rank::world]:
+            prob = predict(torch.from_numpy(padded[z : z + context]))
+            yield slice(z, z + 1), prob[len(prob) // 2][None]
+
     counts = np.zeros((len(label.slices), len(classes), len(classes)), dtype=np.int64)
-    depth = depth and min(depth, len(image))
-    image = image if depth else WithContext(image, context)
-    for row in range(rank, len(label.slices), world):
-        z = label.slices[row]
-        start = min(max(z - depth // 2, 0), len(image) - depth) if depth else z
-        prob = predict(torch.from_numpy(image[start : start + (depth or context)]))
-        pred = class_ids(prob[z - start if depth else len(prob) // 2][None], threshold)
-        pred = pred.to(torch.uint8).cpu().numpy()
-        counts[row] = confusion(pred, label[z][None], len(classes))[0]
+    for slab, prob in predict_by_windows(predict, image, depth, rank, world) if depth else middles():
+        for row in np.flatnonzero((label.slices >= slab.start) & (label.slices < slab.stop)):
+            z = label.slices[row]
+            pred = class_ids(prob[z - slab.start][None], threshold).to(torch.uint8).cpu().numpy()
+            counts[row] = confusion(pred, label[z][None], len(classes))[0]
     if world > 1:
         torch.distributed.all_reduce(torch.from_numpy(counts))      # in place
     return counts
@@ -2783,9 +2785,9 @@ def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768)
             shown = _panels(z, image, label, predictions, classes, colors, step)
             panels.append((title, like, step, shown))
     titles = max((list(shown) for *_, shown in panels), key=len)
-    height = 3.1 * np.mean([np.clip(like.shape[1] / like.shape[2], 0.2, 1.6)
-                            for _, like, *_ in panels]) + 0.25
-    figure = new_figure(figsize=(3.1 * len(titles), height * len(panels) + 0.4))
+    heights = [3.1 * np.clip(like.shape[1] / like.shape[2], 0.2, 1.6) + 0.25
+               for _, like, *_ in panels]
+    figure = new_figure(figsize=(3.1 * len(titles), sum(heights) + 0.4))
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
     for title, axis in zip(titles, axes[0]):
         axis.set_title(plain(title))
@@ -2820,16 +2822,16 @@ def _panels(z, image, label, predictions, classes, colors, step):
     else:
         grey = image[z][::step, ::step]
         shown["image"] = overlay(grey)
-    colored = {name: class_overlay(grey, pred, classes, colors, alpha)
-               for name, pred in preds.items()}
-    if label is None:
-        return shown | colored
-    truth = label[z][::step, ::step]
-    shown["truth"] = class_overlay(grey, truth, classes, colors, alpha)
-    if len(preds) == 1:
-        return shown | colored | {"errors": error_overlay(grey, truth, *preds.values(), alpha)}
-    return shown | {f"{name}: errors": error_overlay(grey, truth, pred, alpha)
-                    for name, pred in preds.items()}
+    if label is not None:
+        truth = label[z][::step, ::step]
+        shown["truth"] = class_overlay(grey, truth, classes, colors, alpha)
+    for name, pred in preds.items():
+        if label is None or len(preds) == 1:
+            shown[name] = class_overlay(grey, pred, classes, colors, alpha)
+        if label is not None:
+            title = "errors" if len(preds) == 1 else f"{name}: errors"
+            shown[title] = error_overlay(grey, truth, pred, alpha)
+    return shown
 
 
 def _scale_bar(axis, voxel_size, step):
@@ -2857,8 +2859,9 @@ def legend(figure, classes, errors, colors):
                for name, color in zip(classes[1:], itertools.cycle(colors))]
     if errors:
         handles += [Patch(color=color, label=name) for name, color in ERROR_COLORS.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)),
-                  fontsize=8, frameon=False)
+    columns = math.ceil(len(handles) / math.ceil(len(handles) / 6))     # rows of equal length
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8,
+                  frameon=False)
 
 
 def save_surfaces(path, rows, classes, colors=CLASS_COLORS, max_side=200):
@@ -2933,20 +2936,18 @@ def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
 
     items: list of (name, Dice (Z, K), NaN where it is undefined or not scored, marked z).
     """
-    figure = new_figure(figsize=(9, 2.6 * len(items) + 0.5))
-    shown = {}                                  # label -> line, for the legend
+    figure = new_figure(figsize=(9, 2.9 * len(items)))
     for axis, (name, dice, marked) in zip(figure.subplots(len(items), squeeze=False)[:, 0], items):
-        for z in marked:
-            shown["labelled slices"] = axis.axvline(z, color="0.4", linewidth=1, linestyle="--")
         for k, (class_name, color) in enumerate(zip(classes[1:], itertools.cycle(colors)), 1):
-            shown[plain(class_name)], = axis.plot(dice[:, k], ".-", color=color, linewidth=1,
-                                                  markersize=4)
-        axis.set(title=plain(name), ylabel="Dice of the slice", xlim=(-0.5, len(dice) - 0.5))
+            axis.plot(dice[:, k], ".-", color=color, linewidth=1, label=plain(class_name))
+        if len(marked):
+            axis.vlines(marked, 0, 1, color="0.4", linewidth=1, linestyle="--",
+                        transform=axis.get_xaxis_transform(), label="labelled slices")
+        axis.set(title=plain(name), xlabel="z", ylabel="Dice of the slice",
+                 xlim=(-0.5, len(dice) - 0.5))
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_xlabel("z")
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=6, fontsize=8,
-                  frameon=False)
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
@@ -3660,10 +3661,11 @@ class Run:
         """The path of a file of this run. It is noted in config.json: --overwrite deletes what is
         noted there and nothing else. A name that ends in / is a run in a subfolder."""
         self.create()
-        if self.rank == 0 and name not in self.config["files"]:
-            self.config["files"].append(name)
-            self._write_config()
+        if self.rank == 0:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if name not in self.config["files"]:
+                self.config["files"].append(name)
+                self._write_config()
         return self.folder / name
 
     def args_of(self, name, **changes):

@@ -378,7 +378,7 @@ def main(args):
         emseg.write_demo(run, shape=(30, 256, 256))
     if args.checkpoint:
         run.modules = {key: run.load(each, key) for key, each in make_networks(args).items()}
-        return finish(run, emseg.open_test(args, run.used))
+        return finish(run, emseg.open_test(args, run.used), {})
 
     # data
     items, val = emseg.open_training(args)
@@ -476,7 +476,7 @@ def train(args, whole, key, patches, crops, augment, see, val, **options):
     whole.best, whole.seconds = run.best, whole.seconds + run.seconds
 
 
-def finish(run, test, annotation={}):
+def finish(run, test, annotation):
     """Predict the test volumes through all stages and score each of them.
 
     annotation: {path of a volume: its Labels}, what stage 2 may use.

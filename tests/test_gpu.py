@@ -18,11 +18,12 @@ import train_seget
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ROOT = Path(emseg.__file__).resolve().parent
-NETWORKS = {**train_2d3d.MODELS, **train_seget.MODELS, **emseg.NETWORKS_3D,
+NETWORKS = {**train_2d3d.MODELS, **train_seget.MODELS, **emseg.NETWORKS, **emseg.NETWORKS_3D,
             "unet-valid": train_2d3d.MODELS["unet"]}
 SCRIPTS = {"train_cps": 0.7, "train_partial": 0.4, "train_seget": 0.5, "train_2d3d": 0.4,
            "train_sparse": 0.6}                 # and the mean Dice that its demo surpasses
 SHORT = ("--epochs", "2", "--steps-per-epoch", "4")
+MORE = {"train_cps": ("--cps-warmup", "0", "1")}
 
 
 def example(name):
@@ -67,7 +68,7 @@ def test_networks_agree_with_the_cpu(name, exact):
     single, half = [distance(outputs(network, image, dtype), wanted)
                     for dtype in (torch.float32, torch.bfloat16)]
     print(f"{name}: float32 {single:.1e}, bf16 {half:.1e}")
-    assert single < 1e-2 and half < 0.5
+    assert single < 3e-2 and half < 0.5
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -113,7 +114,8 @@ def test_a_few_steps(script, kind, tmp_path):
     if kind == "float16":                       # what older GPUs get, with scaled gradients
         before = "import torch, emseg; emseg.choose_precision = lambda *_: torch.float16"
         flags = []
-    out = finish(start(script, tmp_path / "run", "--demo", *SHORT, *flags, before=before))
+    out = finish(start(script, tmp_path / "run", "--demo", *SHORT, *MORE.get(script, ()),
+                       *flags, before=before))
     assert {"compile": "bfloat16", "no-amp": "float32"}.get(kind, kind) in out
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["mean"]["dice"] >= 0
 

@@ -822,28 +822,6 @@ def test_score_slices_takes_the_middle_of_a_predicted_window(depth):
         found, confusion_by_loops((image.array > 127)[zs].astype(int), label.array[zs], 2))
 
 
-@pytest.mark.parametrize("world", [1, 3])
-@pytest.mark.parametrize("zs", [range(21), [0, 4, 5, 20], [11], []], ids=str)
-def test_windows_validate_as_they_predict(zs, world, monkeypatch):
-    """Blended along z; of a long volume only the windows that hold an annotated slice are seen."""
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
-    image, calls = InMemory(random_ids((21, 9, 8), 256)), []
-    label = InMemory(random_ids((21, 9, 8), 2, ignore=0.2, seed=1), slices=np.array(zs, int))
-
-    def predict(window):
-        calls.append(1)
-        return predict_window(window)
-
-    found = sum(emseg.score_slices(predict, image, label, CLASSES[:2], depth=5, rank=rank,
-                                   world=world) for rank in range(world))
-    pred = windows_at_once(image.array, 5, 1 / 3).argmax(1)
-    np.testing.assert_array_equal(found, confusion_by_loops(pred[list(zs)], label.array[list(zs)],
-                                                            2))
-    if world == 1:
-        starts = emseg.tile_starts(21, 5, 1 / 3)
-        assert len(calls) == sum(any(a <= z < a + 5 for z in zs) for a in starts)
-
-
 def test_score_slices_at_another_threshold():
     image, label = InMemory(random_ids((4, 9, 8), 256)), InMemory(random_ids((4, 9, 8), 2))
     found = emseg.score_slices(predict_grey, image, label, CLASSES[:2], threshold=0.2)

@@ -1,0 +1,364 @@
+"""The claims of the five papers, tried on public volumes: python tests/replicate.py --list
+
+    EMSEG_DATA=DATA python tests/replicate.py cps --minutes 60     run what is not in results.csv
+    python tests/replicate.py --table                              the README's table of results
+
+Every finished run adds a row to tests/results.csv, or one for each stage of its method. A run that
+was interrupted goes on the next time. Budgets: "cpu" are small networks, at most about 15 minutes
+on one thread in float32; "gpu" are the papers' settings, as far as 8 minutes of an H100 carry.
+"""
+
+import argparse
+import csv
+import fnmatch
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "tests/results.csv"
+COLUMNS = ("experiment variant seed budget score scores steps minutes gib hardware precision torch "
+           "commit").split()
+KEPT = "best.pt", "metrics.json", "log.csv"
+
+# command: script and flags; variants: {name: more flags}; cpu, gpu: what {name} in these stands for
+# on a budget, and the minutes of the longest variant; score: of metrics.json; paper: the paper's
+# number of a variant.
+Experiment = namedtuple("Experiment", "source claim command variants cpu gpu score seeds paper")
+
+LUCCHI = ("--volume {data}/lucchi/Train_In@0:110 --label {data}/lucchi/Train_Out@0:110 "
+          "--test-volume {data}/lucchi/Train_In@120:165 "
+          "--test-label {data}/lucchi/Train_Out@120:165 --normalize equalize "
+          "--classes background mitochondrion ")
+METHODS = {"supervised": "--method supervised --batch-size {labelled}",     # as many labelled crops
+           "cps": "--no-cutmix --batch-size {batch}", "cps + cutmix": "--batch-size {batch}"}
+ONE_SLICE = {name: f"--label-slices n=1 {flags}" for name, flags in METHODS.items()}
+CPS = ("train_cps.py --model resunet --schedule linear --clip 1 --epochs 10 "
+       "--steps-per-epoch {steps} {flags} ")
+CPS_LUCCHI = CPS + LUCCHI + "--unlabeled-volume {data}/lucchi/Train_In@110:165 "
+CPS_CPU = dict(flags="--width 16 --downsample 4 --patch-size 128 128 --lr 3e-3 --workers 0",
+               steps=100, batch=8, labelled=4, minutes=28)
+CPS_GPU = dict(flags="--width 64 --downsample 1 --patch-size 512 512 --lr 1e-3", steps=180,
+               batch=20, labelled=10, minutes=8)
+CPS_SOURCE = "Pagano 2023, table 4: nucleoli of volume 3 from 7 slices, ResUNet, Dice"
+
+VNC_TEST = ("--label-map 0=1,32=1,64=1,96=1,128=1,159=2,191=3,223=4,255=0 "
+            "--classes intracellular membrane glia mitochondrion synapse "
+            "--test-volume {data}/vnc/raw@15:20 --test-label {data}/vnc/labels@15:20 ")
+VNC_2D3D = ("train_2d3d.py --volume {data}/vnc/raw@0:12 --label {data}/vnc/labels@0:12 "
+            "--val-volume {data}/vnc/raw@12:15 --val-label {data}/vnc/labels@12:15 " + VNC_TEST +
+            "--organelles 3 4 --voxel-size 50 4.6 4.6 --weight-terms 0.3 1 1 --l2-2d 0 --l2-3d 0 "
+            "--l2-p 0 --batch-size 5 --stop-miou 0 --decay-steps 500 --epochs 8 {flags} ")
+# Five places a step for every network: 2d3d predicts five slices of each, a 2D network one. The
+# valid U-Net needs 252 pixels to predict 68; unet5 is padded and cannot look beyond its window.
+CPU_2D3D = dict(flags="--downsample 4 --width 8 --spacing 2 32 32 --elastic 3 --lr 2e-3",
+                window="5 68 68", valid="252 252", padded="64 64", steps=45, minutes=15)
+GPU_2D3D = dict(flags="--downsample 2 --spacing 2 100 100 --elastic 10 --lr 1e-3",
+                window="5 300 300", valid="572 572", padded="304 304", steps=250, minutes=8)
+
+EXPERIMENTS = {
+    "cps": Experiment(
+        CPS_SOURCE, "unlabelled slices and CutMix help where few slices are labelled",
+        CPS_LUCCHI + "--cps-warmup 2 5",
+        {**{f"{n} labelled, {name}": f"--label-slices n={n} {flags}"
+            for n in (1, 2, 4, 7) for name, flags in METHODS.items()},
+         "110 labelled, supervised (ceiling)": METHODS["supervised"]},
+        CPS_CPU, CPS_GPU, "iou", (0, 1, 2),
+        {"7 labelled, supervised": "0.705", "7 labelled, cps": "0.671",
+         "7 labelled, cps + cutmix": "0.776"}),
+    "cps-warmup": Experiment(
+        CPS_SOURCE, "lambda grows once the networks have learnt something from the labels",
+        CPS_LUCCHI,
+        {f"{name}, warm-up {warmup}": f"{ONE_SLICE[name]} --cps-warmup {warmup}"
+         for warmup in ("0.5 2", "2 5", "4 8") for name in ("cps", "cps + cutmix")},
+        CPS_CPU, CPS_GPU, "iou", (0,), {}),
+    "cps-long": Experiment(
+        CPS_SOURCE, "CutMix is ahead of plain CPS in longer trainings",
+        CPS_LUCCHI + "--cps-warmup 2 5", ONE_SLICE,
+        {**CPS_CPU, "steps": 300, "minutes": 84}, {**CPS_GPU, "steps": 540, "minutes": 24},
+        "iou", (0, 1, 2), {}),
+    "cps-rare": Experiment(
+        CPS_SOURCE, "rare structures (postsynaptic densities) gain most from unlabelled slices",
+        CPS + "--volume {data}/lucchi/Train_In@0:12 --label {data}/lucchi_organelles/PSD@0:12 "
+        "--label-map 128:256=1,*=0 --classes background PSD "
+        "--test-volume {data}/lucchi/Train_In@14:20 "
+        "--test-label {data}/lucchi_organelles/PSD@14:20 --normalize equalize "
+        "--unlabeled-volume {data}/lucchi/Train_In@20:165 --voxel-size 5 5 5 --cps-warmup 2 5",
+        {**{f"2 labelled, {name}": f"--label-slices n=2 {METHODS[name]}" for name in METHODS},
+         "12 labelled, supervised (ceiling)": METHODS["supervised"]},
+        {**CPS_CPU, "flags": "--width 16 --downsample 2 --patch-size 96 96 --lr 3e-3", "steps": 60,
+         "minutes": 13}, CPS_GPU, "iou", (0, 1, 2), {}),
+    # next-slice, not built: is the slice on which both CPS networks agree least the one to label?
+    "sparse": Experiment(
+        "ISBI 2022 (sparse slices), table 2: EPFL, 32 slices, IoU",
+        "deformed crops, then stage 2 (mpp), then stage 3 (scm) each improve a sparse annotation",
+        "train_sparse.py " + LUCCHI + "{flags}",
+        {"every 5th": "--label-slices 0:110:5", "every slice (ceiling)": "--no-mpp --no-scm",
+         "every 5th, not deformed": "--label-slices 0:110:5 --deform none",
+         "every 10th": "--label-slices 0:110:10", "every 20th": "--label-slices 0:110:20"},
+        dict(flags="--width 16 --patch-size 128 128 --batch-size 8 --epochs 10 --scm-epochs 6 "
+             "--steps-per-epoch 50 --no-tta", minutes=15),
+        dict(flags="--width 64 --patch-size 512 512 --batch-size 16 --epochs 12 --scm-epochs 8 "
+             "--steps-per-epoch 120", minutes=8),
+        "iou", (0, 1, 2),
+        {"every 5th: coarse": "0.869", "every 5th: mpp": "0.880", "every 5th: scm": "0.890",
+         "every 5th, not deformed: coarse": "0.826"}),
+    "partial": Experiment(
+        "Francis 2020, table 1: beta cells, 12 full and 12 partial, Dice",
+        "volumes in which organelles were not told apart improve all classes",
+        "train_partial.py --volume {data}/vnc/raw@0:3 --label {data}/vnc/labels@0:3 "
+        + VNC_TEST + "--epochs 8 {flags}",
+        {f"{name}, {kind} steps": f"--steps-per-epoch {{{kind}}}{more}"
+         for kind in ("few", "many") for name, more in {
+             "baseline": "",
+             "mixed": " --partial {data}/vnc/raw@3:14 {data}/vnc/labels@3:14 3=0,4=0"}.items()},
+        # as many passes over the full labels: mixed with `many`, baseline with `few` (14 / 3 times)
+        dict(flags="--model unet --width 16 --downsample 2 --patch-size 128 128 --batch-size 4 "
+             "--lr 5e-3", few=75, many=350, minutes=14),
+        dict(flags="--model unet5 --patch-size 512 512 --batch-size 8 --lr 1e-3", few=160, many=747,
+             minutes=8),
+        "dice", (0, 1, 2), {"baseline, few steps": "0.639", "mixed, many steps": "0.706"}),
+    "seget": Experiment(
+        "Zhang 2018, table 1: immunological synapse, five structures, mIoU",
+        "dilated context beats other networks; weights and copies help rare structures",
+        "train_seget.py --volume {data}/lucchi/Train_In@0:20 "
+        "--label vesicles={data}/lucchi_organelles/vesicles PSD={data}/lucchi_organelles/PSD "
+        "mitochondrion={data}/lucchi_organelles/mitochondrion --label-map 128:256=1,*=0 "
+        "--voxel-size 5 5 5 --augment {flags}",
+        {"seget": "--model seget --weight-cap 0 --copies 0", "unet": "--model unet",
+         "seget, weights and copies": "--model seget --weight-cap 1000 --copies 2",
+         **{name: f"--model {name}" for name in ("deeplabv3plus", "fcn8s", "segnet")}},
+        dict(flags="--width 8 --downsample 2 --patch-size 256 256 --batch-size 2 --epochs 12 "
+             "--steps-per-epoch 30 --lr 4e-3 --decay 4e-3", minutes=15),
+        dict(flags="--patch-size 512 512 --batch-size 12 --epochs 16 --steps-per-epoch 40 "
+             "--lr 1e-3 --decay 1e-5", minutes=8),
+        "miou", (0, 1, 2), {"seget": "0.874", "unet": "0.777", "fcn8s": "0.771", "segnet": "0.763",
+                            "deeplabv3plus": "0.794"}),
+    "2d3d": Experiment(
+        "Guay 2021, table 1: platelets, test MIoU(org)",
+        "neighbouring slices and the 3D pyramid help a 2D network",
+        VNC_2D3D + "--steps-per-epoch {steps}",
+        {"2d3d": "--model 2d3d --patch-size {window}",
+         "unet, sees the surroundings": "--model unet --patch-size {valid}",
+         "unet5, sees its window only": "--model unet5 --patch-size {padded}",
+         "2d3d-no-3x3x3": "--model 2d3d-no-3x3x3 --patch-size {window}",
+         "2d3d-no-pyramid": "--model 2d3d-no-pyramid --patch-size {window}",
+         "2d3d, one window of 132": "--model 2d3d --patch-size 5 132 132 --batch-size 1"},
+        CPU_2D3D, GPU_2D3D, "miou_org", (0, 1),
+        {"2d3d": "0.417", "2d3d-no-3x3x3": "0.358", "2d3d-no-pyramid": "0.376",
+         "unet, sees the surroundings": "0.334"}),
+    "ensemble": Experiment(
+        "Guay 2021, table 1: platelets, test MIoU(org)",
+        "a few of the best instances, averaged, beat the best one",
+        VNC_2D3D + "--model unet5 --patch-size {padded} --instances 4 --steps-per-epoch {steps}",
+        {f"top {k}": f"--top-k {k}" for k in (4, 2, 3)},
+        {**CPU_2D3D, "steps": 150}, GPU_2D3D, "miou_org", (0,),
+        {"top 4: single best": "0.417", "top 4: ensemble": "0.446"}),
+}
+
+
+class Job(namedtuple("Job", "name variant seed budget device folder")):
+    """A command: an experiment's variant with a seed on a budget; folder: of all runs."""
+
+    def out_dir(self):
+        name = f"{self.variant}-{self.budget}-seed{self.seed}"
+        return Path(self.folder, self.name, re.sub(r"[^\w.]+", "-", name))
+
+    def command(self):
+        """The command line, a list that begins with the script's name."""
+        experiment = EXPERIMENTS[self.name]
+        text = f"{experiment.command} {experiment.variants[self.variant]}"
+        text = text.format(data=os.environ.get("EMSEG_DATA"), **getattr(experiment, self.budget))
+        return [*text.split(), "--seed", str(self.seed), "--device", self.device,
+                "--out-dir", str(self.out_dir())]
+
+    def is_done(self):
+        wanted = self.name, self.variant, str(self.seed), self.budget, self.device == "cuda"
+        return any(wanted == (row["experiment"], variant_of(row), row["seed"], row["budget"],
+                              row["hardware"].startswith("GPU")) for row in read_rows())
+
+
+def read_rows():
+    with open(RESULTS, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def variant_of(row):
+    """The variant of a row without its stage: "every 5th" of "every 5th: mpp"."""
+    return row["variant"].rpartition(": ")[0] or row["variant"]
+
+
+def rows_of(job):
+    """The rows of a finished run, one for each of its stages."""
+    metrics, config = [json.loads((job.out_dir() / f"{name}.json").read_text())
+                       for name in ("metrics", "config")]
+    logs = [list(csv.DictReader(file.open())) for file in job.out_dir().rglob("log.csv")]
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    common = dict(
+        experiment=job.name, seed=job.seed, budget=job.budget,
+        steps=sum(int(log[-1]["step"]) for log in logs), gib=metrics["peak_memory_gib"],
+        minutes=round((metrics["train_seconds"] + (metrics["predict_seconds"] or 0)) / 60, 1),
+        hardware=f"GPU {config['device']}" if job.device == "cuda" else f"CPU {cpu[1]}, 1 thread",
+        precision=config["precision"], torch=config["versions"]["torch"],
+        commit=(config["git"] or "")[:9])
+    stages = metrics.get("stages", {})
+    if "single_best" in metrics:
+        stages = {"single best": metrics["single_best"]["mean"], "ensemble": metrics["mean"]}
+    elif len(stages) < 2:
+        stages = {"": metrics.get("average", metrics["mean"])}
+    rows = []
+    for stage, block in stages.items():
+        classes = metrics.get("structures") or block["per_class"]
+        scores = [" ".join([name, *(f"{own[key]:.4f}" for key in ("dice", "iou", "miou")
+                                    if own.get(key) is not None)]) for name, own in classes.items()]
+        rows.append({**common, "variant": f"{job.variant}: {stage}" if stage else job.variant,
+                     "score": round(block[EXPERIMENTS[job.name].score], 4),
+                     "scores": "; ".join(scores)})
+    return rows
+
+
+def start(job):
+    """Start or resume a job's command; what it prints goes into a file beside its folder."""
+    folder, environment = job.out_dir(), {**os.environ}
+    if job.device == "cpu":
+        environment["OMP_NUM_THREADS"] = "1"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    script, *flags = job.command()
+    mode = "--resume" if (folder / "last.pt").exists() else "--overwrite"
+    print(f"{job.name}, {job.variant}, seed {job.seed}: {mode}", flush=True)
+    with folder.with_name(f"{folder.name}.txt").open("a") as log:
+        # in a session of its own, so that Ctrl-C reaches it once, from here
+        return subprocess.Popen([sys.executable, str(ROOT / script), *flags, mode], stdout=log,
+                                stderr=log, env=environment, start_new_session=True)
+
+
+def finish(job, status, keep):
+    """Note the result of a command that has ended."""
+    folder = job.out_dir()
+    log = folder.with_name(f"{folder.name}.txt")
+    if status:
+        last = log.read_text().strip().splitlines()[-1:]
+        print(f"{job.name}, {job.variant}, seed {job.seed}: status {status}", *last, flush=True)
+        return
+    rows = rows_of(job)
+    with open(RESULTS, "a", newline="") as file:        # one write, so several may append
+        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerows(rows)
+    for row in rows:
+        print(f"{job.name}, {row['variant']}, seed {job.seed}: {row['score']}", flush=True)
+    log.unlink()
+    for file in [] if keep else [file for file in folder.rglob("*") if file.is_file()]:
+        if file.name not in KEPT:
+            file.unlink()
+
+
+def run(jobs, args):
+    """Run jobs side by side until all are done or the time is over."""
+    end = time.monotonic() + 60 * args.minutes
+    waiting, running, stopping = list(jobs), {}, False
+    while running or (waiting and not stopping):
+        try:
+            if time.monotonic() > end and not stopping:
+                raise KeyboardInterrupt
+            while waiting and len(running) < args.jobs and not stopping:
+                job = waiting.pop(0)
+                if not job.is_done():                   # by another process meanwhile
+                    running[job] = start(job)
+            for job in [job for job, process in running.items() if process.poll() is not None]:
+                finish(job, running.pop(job).returncode, args.keep)
+            time.sleep(0.2)
+        except KeyboardInterrupt:                       # each command saves its state and ends
+            stopping = True
+            for process in running.values():
+                process.send_signal(signal.SIGINT)
+    print(f"{len(waiting)} not begun")
+
+
+def list_experiments(names):
+    rows = read_rows()
+    for name in names:
+        each = EXPERIMENTS[name]
+        done = {(variant_of(row), row["seed"]) for row in rows if row["experiment"] == name}
+        print(f"{name}: {each.claim}\n    {each.source}\n    minutes a run: {each.cpu['minutes']} "
+              f"on one CPU thread, {each.gpu['minutes']} on a GPU; {len(done)} of "
+              f"{len(each.seeds) * len(each.variants)} runs done", *each.variants, sep="\n      ")
+
+
+def table():
+    """The README's table: mean and spread over seeds of each variant, stage, budget and machine."""
+    lines = ["| experiment | variant | score | ours (seeds) | paper | steps | minutes | hardware |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    rows = read_rows()
+    for name, experiment in EXPERIMENTS.items():
+        own = [row for row in rows if row["experiment"] == name]
+        if not own:
+            lines.append(f"| {name} | all | {experiment.score} | not run | | | | |")
+        for variant in experiment.variants if own else []:
+            groups = {}
+            for row in [row for row in own if variant_of(row) == variant]:
+                hardware = f"{row['hardware']}, {row['precision']}"
+                key = row["variant"], row["budget"], row["steps"], hardware
+                groups.setdefault(key, []).append(row)
+            for (label, _, steps, hardware), group in groups.items():
+                scores = [float(row["score"]) for row in group]
+                spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
+                minutes = statistics.mean(float(row["minutes"]) for row in group)
+                lines.append(f"| {name} | {label} | {experiment.score} | "
+                             f"{statistics.mean(scores):.3f}{spread} ({len(scores)}) | "
+                             f"{experiment.paper.get(label, '')} | {steps} | {minutes:.0f} | "
+                             f"{hardware} |")
+            if not groups:
+                lines.append(f"| {name} | {variant} | {experiment.score} | not run | | | | |")
+    return "\n".join(lines)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("names", nargs="*", metavar="NAME", help=f"experiments: {', '.join(EXPERIMENTS)}")
+    flag("--list", action="store_true", help="show the experiments")
+    flag("--table", action="store_true", help="print the README's table of results")
+    flag("--minutes", type=float, default=float("inf"), help="stop after this time; what was "
+         "interrupted goes on the next time")
+    flag("--device", choices=("cpu", "cuda"), default="cpu")
+    flag("--budget", choices=("cpu", "gpu"), help="default: that of the device")
+    flag("--jobs", type=int, help="commands side by side; default: 2 on a CPU, 1 on a GPU")
+    flag("--seeds", type=int, nargs="+", help="default: the experiment's")
+    flag("--variants", nargs="+", default=["*"], metavar="PATTERN", help="such as '1 labelled*'")
+    flag("--folder", default=str(ROOT / "runs/replicate"), help="where the runs go")
+    flag("--keep", action="store_true", help="keep predictions and figures of finished runs")
+    args = parser.parse_args(argv)
+    args.jobs = args.jobs or {"cpu": 2, "cuda": 1}[args.device]
+    args.folder = str(Path(args.folder).resolve())
+    if not {*args.names} <= {*EXPERIMENTS}:
+        parser.error(f"the experiments are {', '.join(EXPERIMENTS)}")
+    if not (args.list or args.table) and not (args.names and os.environ.get("EMSEG_DATA")):
+        parser.error("name experiments, and set EMSEG_DATA to the folder of lucchi and vnc")
+    return args
+
+
+def main(args):
+    if args.table:
+        print(table())
+    elif args.list:
+        list_experiments(args.names or EXPERIMENTS)
+    else:
+        budget = args.budget or {"cpu": "cpu", "cuda": "gpu"}[args.device]
+        run([job for name in args.names for seed in args.seeds or EXPERIMENTS[name].seeds
+             for variant in EXPERIMENTS[name].variants
+             if any(fnmatch.fnmatch(variant, pattern) for pattern in args.variants)
+             and not (job := Job(name, variant, seed, budget, args.device, args.folder)).is_done()],
+            args)
+
+
+if __name__ == "__main__":
+    for number in signal.SIGINT, signal.SIGTERM:        # also where a shell ignores the first
+        signal.signal(number, signal.default_int_handler)
+    main(parse_args())
