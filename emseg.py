@@ -771,7 +771,10 @@ def pair_labels(path, volume, label_slices=None):
         raise InputError(f"{path}: labels of shape {shape} do not fit {volume.path} of shape "
                          f"{volume.shape}; wanted (Z, Y, X) in both, cropped alike: @z0:z1,y0:y1")
     if label_slices is not None:
-        chosen = parse_slices(label_slices, len(rows))
+        try:
+            chosen = parse_slices(label_slices, len(rows))
+        except InputError as error:
+            raise InputError(f"--label-slices, of {path}: {error}")
         missing = chosen[rows[chosen] < 0]
         if len(missing):
             raise InputError(f"{path}: --label-slices asks for slice {missing[0]}, which has no "
@@ -861,9 +864,8 @@ class VolumeWriter:
             raise ValueError(f"{self.path}: slab of shape {slab.shape} for slices {start}:{stop} "
                              f"of a volume of shape {self.shape}")
         self.stream.seek(self.offset + start * self.nbytes // self.shape[0])
-        with _disk_errors(self.path):
-            self.stream.write(slab.data.cast("B") if slab.size else b"")
-            self.stream.flush()
+        self.stream.write(slab.data.cast("B") if slab.size else b"")
+        self.stream.flush()
 
 
 @contextlib.contextmanager
@@ -887,7 +889,7 @@ def create_volume(path, shape, dtype, voxel_size=None, max_value=None, like=None
         dtype = np.dtype(np.int8 if max_value is not None and max_value <= 127 else np.uint16)
     voxel_size = voxel_size or like and like.voxel_size
     temporary = _temporary(path)
-    with contextlib.nullcontext() if attach else replacing(path):
+    with _disk_errors(path) if attach else replacing(path):
         if not attach:
             free = shutil.disk_usage(os.path.dirname(path) or ".").free
             need = math.prod(shape) * dtype.itemsize + promised
@@ -2376,6 +2378,7 @@ def cross_entropy(logits, label, weight=None):
     A batch without an annotated voxel gives 0, not NaN.
     """
     valid = label != IGNORE
+    weight = torch.ones(1, device='cpu') if weight is None else weight
     target = label.masked_fill(~valid, 0)
     if logits.shape[1] == 1:
         loss = F.binary_cross_entropy_with_logits(

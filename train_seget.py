@@ -22,7 +22,7 @@ Equations:
     section 3.2 (weights, copies, settings)     foreground_weight, SlidingWindows, PRESETS
     section 3.2 (integrated score maps)         merge_structures
     section 3.3 (rival networks)                unet; emseg.FCN8s, SegNet, DeepLabV3Plus
-    figure 4, table 1                           emseg.save_slices, table_1
+    figure 4, table 1                           save_maps, table_1
 
 Widths that the paper leaves open: the third convolution of an encoder block halves the channels,
 and the skip is what it returns; all seven convolutions of the center have 16 times the width (256);
@@ -72,6 +72,7 @@ import os
 
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from torch import nn
 
 import emseg
@@ -346,6 +347,31 @@ class MergedLabels(emseg.LazyArray):
 # -- the command -----------------------------------------------------------------------------------
 
 
+def save_maps(path, items, classes):
+    """maps.png (figure 4): the image, and prediction and truth in colours on black, IGNORE in grey,
+    of the middle annotated slice of each volume. items: (Item, lazy prediction) of each."""
+    palette, items = np.zeros((256, 3)), list(items)
+    palette[1 : len(classes)] = [to_rgb(emseg.CLASS_COLORS[k % len(emseg.CLASS_COLORS)])
+                                 for k in range(len(classes) - 1)]
+    palette[emseg.IGNORE] = 0.45
+    figure = emseg.new_figure(figsize=(12, 4.3 * len(items)))
+    axes = figure.subplots(len(items), 3, squeeze=False)
+    for row, (item, prediction) in zip(axes, items):
+        zs = range(len(prediction)) if item.label is None else item.label.slices
+        z = zs[len(zs) // 2]
+        panels = {f"{item.name}  z = {z}": emseg.overlay(emseg.as_uint8(item.volume)[z]),
+                  "prediction": palette[prediction[z]]}
+        if item.label is not None:
+            panels["truth"] = palette[item.label[z]]
+        for axis in row:
+            axis.set_axis_off()
+        for axis, (title, rgb) in zip(row, panels.items()):
+            axis.set_title(emseg.plain(title))
+            axis.imshow(rgb)
+    emseg.legend(figure, classes, False, emseg.CLASS_COLORS)
+    emseg.save_figure(figure, path)
+
+
 def table_1(model, scored, miou):
     """The paper's table 1 as Markdown. scored: what was; miou: {column: mIoU or None}."""
     cells = ["undefined" if value is None else f"{value:.4f}" for value in miou.values()]
@@ -478,9 +504,7 @@ def merge_runs(run, runs, tests, reports, miou):
                  structures={name: report["mean"] for name, report in reports.items()},
                  average={"miou": miou["average"]})
     if run.rank == 0:
-        emseg.save_slices(run.path("maps.png"), [
-            (item.name, None, item.label, {"prediction": emseg.open_volume(path)}, None)
-            for item, path in zip(test, predictions)], args.classes)            # figure 4
+        save_maps(run.path("maps.png"), zip(test, map(emseg.open_volume, predictions)), args.classes)
 
 
 def train_structure(run, train, val, test, patches):

@@ -2,6 +2,8 @@
 larger ones."""
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -37,12 +39,13 @@ sys.exit(subprocess.run([sys.executable, {str(ROOT / "evaluate.py")!r}, "--predi
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory limits of Linux")
-@pytest.mark.background("-c", LIMITED)
-def test_training_prediction_and_scores_need_little_memory(finished):
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    prediction = emseg.open_volume(finished.folder / "run" / "prediction.tif")
+def test_training_prediction_and_scores_need_little_memory(tmp_path):
+    done = subprocess.run([sys.executable, "-c", LIMITED], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    prediction = emseg.open_volume(tmp_path / "run" / "prediction.tif")
     assert prediction.shape == (DEPTH, SIDE, SIDE)
-    content = json.loads((finished.folder / "scores" / "metrics.json").read_text())
+    content = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     assert content["volumes"][0]["voxels"] == DEPTH * SIDE**2
     assert content["volumes"][0]["ignored"] == 0
 
