@@ -2574,7 +2574,8 @@ def predict_volume(stream, writers, shape, downsample=1, probability=None, progr
                 large = bilinear(large.contiguous(memory_format=torch.channels_last), sides)
             large = large[..., :Y, :X]
             for writer, decide in writers.items():
-                writer[z : z + 1] = decide(large).to(torch.uint8).cpu().numpy()
+                parts = [decide(rows).to(torch.uint8) for rows in large.split(512, dim=2)]
+                writer[z : z + 1] = torch.cat(parts, dim=1).cpu().numpy()
             if probability is not None:
                 large = large[:, 0] if large.shape[1] == 1 else large
                 probability[z : z + 1] = large.cpu().numpy()
@@ -3363,6 +3364,23 @@ def describe_data(args, **groups):
                 line += "; " + ", ".join(f"{name} {100 * part:.2g} %"
                                          for name, part in zip(args.classes, share))
             print0(line)
+            for note in gap_notes([item.volume]):
+                print0(note)
+
+
+def gap_notes(volumes):
+    """Lines to print: notes of files, and folders of slices whose numbers leave one out."""
+    notes = []
+    for volume in volumes:
+        if volume.note:
+            notes.append(f"note: {volume.path}: {volume.note}")
+        numbers = (volume.numbers or ())[volume.crop[0]]
+        steps = np.diff(numbers)
+        if len(steps) and steps.max() != steps.min():
+            place = int(steps.argmax())
+            notes.append(f"note: {volume.path}: no slice between {numbers[place]} and "
+                         f"{numbers[place + 1]}, which are taken for neighbours")
+    return notes
 
 
 def network_input(volume, args):

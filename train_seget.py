@@ -347,16 +347,16 @@ class MergedLabels(emseg.LazyArray):
 # -- the command -----------------------------------------------------------------------------------
 
 
-def save_maps(path, items, classes):
+def save_maps(path, items, predictions, classes):
     """maps.png (figure 4): the image, and prediction and truth in colours on black, IGNORE in grey,
-    of the middle annotated slice of each volume. items: (Item, lazy prediction) of each."""
-    palette, items = np.zeros((256, 3)), list(items)
-    palette[1 : len(classes)] = [to_rgb(emseg.CLASS_COLORS[k % len(emseg.CLASS_COLORS)])
-                                 for k in range(len(classes) - 1)]
+    of the middle annotated slice of each Item. predictions: their paths."""
+    palette = np.zeros((256, 3))
+    palette[1 : len(classes)] = [to_rgb(color) for color, _ in
+                                 zip(itertools.cycle(emseg.CLASS_COLORS), classes[1:])]
     palette[emseg.IGNORE] = 0.45
     figure = emseg.new_figure(figsize=(12, 4.3 * len(items)))
     axes = figure.subplots(len(items), 3, squeeze=False)
-    for row, (item, prediction) in zip(axes, items):
+    for row, item, prediction in zip(axes, items, map(emseg.open_volume, predictions)):
         zs = range(len(prediction)) if item.label is None else item.label.slices
         z = zs[len(zs) // 2]
         panels = {f"{item.name}  z = {z}": emseg.overlay(emseg.as_uint8(item.volume)[z]),
@@ -504,7 +504,7 @@ def merge_runs(run, runs, tests, reports, miou):
                  structures={name: report["mean"] for name, report in reports.items()},
                  average={"miou": miou["average"]})
     if run.rank == 0:
-        save_maps(run.path("maps.png"), zip(test, map(emseg.open_volume, predictions)), args.classes)
+        save_maps(run.path("maps.png"), test, predictions, args.classes)
 
 
 def train_structure(run, train, val, test, patches):

@@ -54,8 +54,8 @@ Run:
 
 Expect:
     GPU    not run
-    CPU    test Dice of coarse, mpp, scm 0.74, 0.71, 0.79 (mitochondria) and 0.89, 0.89, 0.93
-           (nucleus), seed 0, 78 s on two cores
+    CPU    test Dice of coarse, mpp, scm 0.86, 0.88, 0.87 (mitochondria) and 0.94, 0.94, 0.94
+           (nucleus), seed 0, 330 s of one thread on a busy machine
     EPFL mitochondria from 22 slices (command in the README), unet of width 16, 1200 + 1200 steps:
     test IoU of coarse, mpp, scm 0.871, 0.893, 0.900 (seed 0) and 0.863, 0.884, 0.890 (seed 1), 21
     minutes and 1.8 GiB on two CPU cores beside other work

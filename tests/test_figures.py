@@ -7,7 +7,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 import emseg
-import train_seget
 from conftest import InMemory
 from emseg import IGNORE
 
@@ -108,29 +107,6 @@ def test_scale_bar_has_the_length_that_it_names(side, step, nm, text):
 
 
 # -- class maps of train_seget.py
-
-
-def test_maps_show_classes_and_enlarge_a_busy_place(tmp_path, figures):
-    name, image, label, preds, _ = item((1, 100, 100))
-    label.array[0, :30] = IGNORE
-    train_seget.save_maps(tmp_path / "maps.png", [(name, image, label, *preds.values())], CLASSES,
-                          ["red", "blue"])
-    _, pred, truth = figures[0].axes
-    palette = np.array([[0, 0, 0], [1, 0, 0], [0, 0, 1]])
-    np.testing.assert_allclose(picture(pred), palette[preds["prediction"].array[0]])
-    np.testing.assert_allclose(picture(truth)[30:], palette[label.array[0, 30:]])
-    assert (picture(truth)[:30] == 0.45).all()
-    (x, y), (inset,) = pred.patches[0].get_xy(), pred.child_axes
-    np.testing.assert_allclose(picture(inset), picture(pred)[y : y + 16, x : x + 16])
-
-
-def test_the_inset_shows_where_small_structures_are():
-    ids = np.zeros((200, 300), np.uint8)
-    ids[:150, :200] = 1                         # large: little of it fits
-    ids[170:174, 250:254] = 2
-    y, x, height, width = train_seget.busiest(ids, 3)
-    assert (height, width) == (32, 48)
-    assert y <= 170 and y + height >= 174 and x <= 250 and x + width >= 254
 
 
 # -- surfaces

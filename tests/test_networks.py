@@ -17,7 +17,7 @@ import train_seget
 from conftest import enlarged, normalised, random_statistics
 
 IGNORE = emseg.IGNORE
-NETWORKS = {**train_2d3d.MODELS, **train_seget.MODELS, **emseg.NETWORKS_3D}
+NETWORKS = {**train_2d3d.MODELS, **train_seget.MODELS, **emseg.NETWORKS, **emseg.NETWORKS_3D}
 
 
 # -- what all networks share

