@@ -17,7 +17,7 @@ Equations:
     Network training (augmentation)         augment
     Validation and performance metrics      emseg.scores: miou, miou_org
     Validation ... (rival networks)         SameUNet3D, DeepVess, emseg.UNet, DeepLabV3
-    ensembles                               main: see_ensemble
+    ensembles                               see_ensemble, ensemble
     figure 2, bottom; figure 4; table 1     save_instances, emseg.save_histogram, table_1
 
 Differences from the paper:
@@ -67,9 +67,10 @@ Expect:
 """
 
 import argparse
-import dataclasses
+import copy
+import json
 import math
-import re
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -370,78 +371,56 @@ def voxel_weights(label, edges, class_weights, w):
     return (table[label] + edges) * (label != emseg.IGNORE)
 
 
-def training_weights(run):
-    """W of every training volume, lazy float32 arrays of the shapes that the network sees.
+class Weights(emseg.LazyArray):
+    """W of a volume (eq. 1), lazy float32: see voxel_weights, whose `edges` are those of a file,
+    times `scale`."""
 
-    Computed once for a run, by all processes together: the files weights.tif (weights_NAME.tif of
-    several volumes) are W, weights.png shows it.
+    def __init__(self, label, edges, scale, class_weights, w):
+        super().__init__(edges.path, label.shape, np.float32, label.voxel_size)
+        self.label, self.edges, self.scale = label, edges, scale
+        self.class_weights, self.w = class_weights, w
+
+    def read(self, z, y, x):
+        edges = self.edges.read(z, y, x) * self.scale
+        return voxel_weights(self.label.read(z, y, x), edges, self.class_weights, self.w)
+
+
+def training_weights(run, train):
+    """W of every training volume, lazy arrays of the shapes that the network sees.
+
+    W_ep is computed once for a run, by all processes together, into edges.tif (edges_NAME.tif of
+    several volumes); weights.png shows W.
     """
-    data, (w, balance, _) = run.data, run.args.weight_terms
-    counts = np.zeros(len(data.classes), dtype=np.int64)
-    for label in data.labels:
-        for z in label.slices:
-            counts += np.bincount(label[z].ravel(), minlength=256)[: len(counts)]
+    w, balance, edge = run.args.weight_terms
+    counts = sum(np.bincount(item.target[z].ravel(), minlength=256)[: len(run.args.classes)]
+                 for item in train for z in item.slices)
     class_weights = balance * counts[counts > 0].min() / np.maximum(counts, 1)          # W_cb
-    names = emseg.unique_names([item.volume.path for item in data.train])
-    paths = [run.folder / (f"weights_{name}.tif" if len(names) > 1 else "weights.tif")
-             for name in names]
-    edge_paths = [run.folder / f"{path.stem}.edges.tif" for path in paths]
-    picture = run.folder / "weights.png"
-    if not all(path.exists() for path in paths):        # else they are those of a resumed run
-        write_weights(run, paths, edge_paths, class_weights)
+    paths = [run.folder / emseg.result_name("edges", item, train) for item in train]
+    for item, path in zip(train, paths):
+        if path.exists():                               # of a resumed run
+            continue
+        emseg.print0(f"weights of {item.volume.path}")
+        output = run.path(path.name), item.target.shape, np.float32
+        with emseg.writers_of(run, item, [output]) as (writer,):
+            for slab in emseg.slabs(item.target.shape, 2**19)[run.rank :: run.world]:
+                writer[slab] = edge_weights(item.target[slab], run.device)
+    edges = [emseg.open_volume(path) for path in paths]
+    highest = max(float(each[slab].max()) for each in edges
+                  for slab in emseg.slabs(each.shape, 2**22))
+    weights = [Weights(item.target, each, edge / highest if highest else 0.0, class_weights, w)
+               for item, each in zip(train, edges)]
     if run.rank == 0:
-        for path in edge_paths:
-            path.unlink(missing_ok=True)
-        if not picture.exists():
-            save_weights(picture, data, emseg.open_volume(str(paths[0])), class_weights + w)
-    run.barrier()
-    return [emseg.open_volume(str(path)) for path in paths]
-
-
-def write_weights(run, paths, edge_paths, class_weights):
-    """Compute W of the training volumes into `paths`, and W_ep before it is scaled, to which all
-    volumes contribute, into edge_paths."""
-    data, (w, _, edge) = run.data, run.args.weight_terms
-    run.say(f"weights of {sum(len(label.slices) for label in data.labels)} slices")
-    highest = 0.0
-    slabs = [emseg.slabs(label.shape, 2**19) for label in data.labels]
-    done, total = 0, sum(map(len, slabs))
-    for item, label, path, mine in zip(data.train, data.labels, edge_paths, slabs):
-        with run.writers(item, (path, label.shape, np.float32)) as (writer,):
-            for slab in mine[run.rank :: run.world]:
-                edges = edge_weights(label[slab], run.device)
-                writer[slab], highest = edges, max(highest, float(edges.max()))
-                done += run.world
-                run.progress("weights  slab", min(done, total), total)
-    if run.world > 1:
-        shared = torch.tensor(highest, device=run.device)
-        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-        highest = shared.item()
-    for item, label, edge_path, path, mine in zip(data.train, data.labels, edge_paths, paths,
-                                                  slabs):
-        edges = emseg.open_volume(str(edge_path))
-        with run.writers(item, (path, label.shape, np.float32)) as (writer,):
-            for slab in mine[run.rank :: run.world]:
-                scaled = edges[slab] * (edge / highest if highest else 0.0)
-                writer[slab] = voxel_weights(label[slab], scaled, class_weights, w)
+        save_weights(run.path("weights.png"), train[0], weights[0], run.args.classes)
+    return weights
 
 
 def open_weights(path, item, args):
     """A file of --weights, at the resolution that the network sees. Raises InputError."""
-    weights, shapes = emseg.open_volume(path), (item.volume.shape, item.image.shape)
-    if weights.shape not in shapes:
-        wanted = " or ".join(dict.fromkeys(map(emseg.format_shape, shapes)))
+    weights = emseg.open_volume(path)
+    if weights.shape not in (item.volume.shape, item.image.shape):
         raise emseg.InputError(f"{path}: the weights have {emseg.format_shape(weights.shape)} "
-                               f"voxels, {item.volume.path} {wanted}")
-    highest = 0.0
-    for slab in emseg.slabs(weights.shape, 2**24):
-        values = np.asarray(weights[slab], np.float32)
-        if not (np.isfinite(values).all() and values.min() >= 0):
-            raise emseg.InputError(f"{path}: weights must be numbers of 0 or more; slices "
-                                   f"{slab.start} to {slab.stop - 1} hold others")
-        highest = max(highest, float(values.max()))
-    if not highest:
-        raise emseg.InputError(f"{path}: all weights are 0, which teaches nothing")
+                               f"voxels, {item.volume.path} "
+                               f"{emseg.format_shape(item.volume.shape)}")
     if weights.shape == item.image.shape:
         return weights
     return emseg.downsample(weights, args.downsample, "mean")
@@ -590,145 +569,111 @@ def augment(batch, windows, field, normalization, args):
 # -- instances -------------------------------------------------------------------------------------
 
 
-def open_ensemble(paths, script):
-    """One checkpoint with the instances of several runs as its parts. Raises InputError.
-
-    paths: run folders, or their best.pt. The runs must agree on classes, grey levels and the depth
-    of windows; networks may differ. What any of them has seen is not scored.
-    """
-    parts = {}
-    for path in map(Path, paths):
-        file = path / "best.pt" if path.is_dir() else path
-        content = emseg.load_checkpoint(file, script)
-        name = re.sub(r"[^\w.-]+", "_", file.resolve().parent.name)
-        found = {f"{name}-{part}": each for part, each in content.get("parts", {}).items()}
-        found = found or {name: content}
-        for part, each in found.items():
-            if not each["modules"]:
-                raise emseg.InputError(f"{file}: holds no network; is the run finished?")
-            if part in parts:
-                raise emseg.InputError(f"--ensemble: two runs are named {part}; name each run "
-                                       f"once, or rename a folder")
-            parts[part] = each
-    (first_name, first), *others = parts.items()
-    for name, each in others:
-        for what, mine, theirs in (
-                ("classes", first["classes"], each["classes"]),
-                *((key, first["args"][key], each["args"][key])
-                  for key in ("normalize", "downsample")),
-                ("window depth", window_depth(first["args"]), window_depth(each["args"]))):
-            if mine != theirs:
-                raise emseg.InputError(f"--ensemble: the runs {first_name} and {name} differ in "
-                                       f"{what}: {mine} and {theirs}")
-    seen = [place for each in parts.values() for place in each["seen"]]
-    return {**first, "seen": seen, "parts": parts}
+def load_members(run, paths):
+    """The networks of finished runs (folders, or their best.pt), for prediction: copies of `run`,
+    each with its own name, network, arguments and grey levels. Raises InputError where they differ
+    in what they see or in their classes."""
+    members = []
+    for path in paths:
+        checkpoint = emseg.load_checkpoint(path)
+        own = argparse.Namespace(**{**checkpoint["args"], "tta": run.args.tta})
+        for name in ("classes", "normalize", "downsample"):
+            if vars(own)[name] != vars(run.args)[name]:
+                raise emseg.InputError(f"{path}: its {emseg.flag_name(name)} is {vars(own)[name]}, "
+                                       f"that of the other instances {vars(run.args)[name]}")
+        member = copy.copy(run)
+        member.args, member.normalization = own, checkpoint["normalization"]
+        member.checkpoint, member.best = checkpoint, checkpoint["best"]
+        folder = Path(path) if os.path.isdir(path) else Path(path).parent
+        member.name, member.report = folder.resolve().name, report_of(folder)
+        member.network = member.load(make_network(own))
+        members.append(member)
+    return members
 
 
-def window_depth(args):
-    """Slices of the windows of a run, from its saved arguments, in words."""
-    depth = args["patch_size"][0] if len(args["patch_size"]) == 3 else 1
-    return f"{depth}, of which one is predicted" if args["model"] == "deepvess" else str(depth)
+def report_of(folder):
+    """The metrics.json of a run, or {}."""
+    path = Path(folder) / "metrics.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def instances_of(run):
-    """{name: Run} of the networks: the run itself, or its parts, one for each instance."""
-    args = run.args
-    parts = (run.checkpoint or {}).get("parts", {})
-    if not parts and (args.checkpoint or args.instances == 1):
-        return {f"seed{args.seed}": run}
-    if run.training:
-        seeds = range(args.seed, args.seed + args.instances)
-        runs = {f"seed{seed}": run.part(f"seed{seed}", seed=seed) for seed in seeds}
-    else:
-        runs = {name: run.part(name, **{key: each["args"][key] for key in (
-            "seed", "model", "width", "patch_size")}) for name, each in parts.items()}
-    for each in runs.values():
-        own = each.checkpoint or {"normalization": run.data.normalization}
-        each.data = dataclasses.replace(run.data, normalization=own["normalization"], test=[
-            item for item in run.data.test if item.label is not None])
-    return runs
+def see(member, image):
+    """uint8 slices, or the window of a 3D network -> probabilities (B, C, H, W) of an instance."""
+    network, sides = member.network, member.args.patch_size[-2:]
+    tile = getattr(network, "tile", [side - 2 * network.margin for side in sides])
+    return emseg.see(member, network, image, tile=tile)
+
+
+@torch.inference_mode()
+def see_ensemble(members, image):
+    """Mean of the members' probabilities."""
+    first, *others = members
+    total = see(first, image)
+    for member in others:
+        total += see(member, image)
+    return total.div_(len(members))
+
+
+def slices_at_once(*members):
+    """What a prediction must see together: options of emseg.validate and predict_all. Windows as
+    deep as the deepest do for all members. Raises InputError for DeepVess beside others."""
+    margins = {getattr(member.network, "depth_margin", 0) for member in members}
+    depths = [member.args.patch_size[0] for member in members if member.network.dims == 3]
+    if len(margins) > 1:
+        raise emseg.InputError("--ensemble: deepvess averages with itself only")
+    if margins != {0}:
+        return {"context": 2 * margins.pop() + 1}
+    return {"depth": max(depths)} if depths else {}
 
 
 def choose_best(peaks, top_k):
     """Names of the top_k instances (all, if None) by peak validation MIoU {name: value or None}."""
-    if top_k is None or len(peaks) == 1:
-        return list(peaks)
-    if None in peaks.values():
+    if top_k and None in peaks.values():
         raise emseg.InputError("--top-k: the instances were not validated, so none is known to be "
                                "better; give --val-volume or --val-slices when they are trained")
-    if top_k > len(peaks):
-        raise emseg.InputError(f"--top-k {top_k}: there are {len(peaks)} instances")
-    return sorted(peaks, key=lambda name: -peaks[name])[:top_k]
+    return sorted(peaks, key=lambda name: -(peaks[name] or 0))[:top_k]
 
 
-def make_windows(run, network):
-    """Windows of the training volumes for a network. Raises InputError."""
-    args, data = run.args, run.data
-    emseg.check_patch_size(network, args.patch_size, args.model)
-    depth = args.patch_size[0] if network.dims == 3 else 1
-    margin = getattr(network, "depth_margin", 0), network.margin
-    size = [depth - 2 * margin[0], *(side - 2 * margin[1] for side in args.patch_size[-2:])]
-    return Windows(data.images, data.labels, data.slices, size, margin, args.spacing,
-                   math.ceil(args.elastic), args.seed)
+def ensemble(run, folders, test, val):
+    """Predict with the best instances together (their mean), score, draw and print table 1.
 
-
-def slices_at_once(network, patch_size):
-    """What a prediction must see together: options of Run.validate and Run.predict."""
-    if network.dims == 2:
-        return {}
-    if getattr(network, "depth_margin", 0):
-        return {"context": 2 * network.depth_margin + 1}
-    return {"depth": patch_size[0]}
-
-
-def failed_to_start(history, args):
-    """Whether a network that has not reached --stop-miou by --stop-epoch is given up (Network
-    training)."""
-    return len(history) >= args.stop_epoch and max(history) < args.stop_miou
-
-
-def report_all(run, runs, members, predictions, own_predictions, reports, validated):
-    """metrics.json, figures and table 1 of the ensemble and of its instances.
-
-    predictions: paths of the run; own_predictions, reports: of each instance, where it is not the
-    run itself; validated: see Run.validate, of each instance and the ensemble.
+    folders: of finished runs; val: Items on which the top 1, 2, … of them are scored.
     """
-    peaks = {name: each.best for name, each in runs.items()}
-    best = None if None in peaks.values() else max(peaks, key=peaks.get)
-    blocks = {name: {"model": runs[name].args.model, "seed": runs[name].args.seed,
-                     "val_miou": peaks[name], "member": name in members,
-                     "validation": validated[name], "mean": report["mean"]}
-              for name, report in reports.items()}
-    more = {"instances": blocks, "single_best": best and {"instance": best, **blocks[best]},
-            "ensemble": {"members": members, "validation": validated["ensemble"]}} if blocks else {}
-    labelled = [item for item in run.data.test if item.label is not None and blocks]
-
-    def draw(content):
-        """histogram.png, and instances.png of every labelled volume."""
-        if blocks and best:
-            models = dict.fromkeys(block["model"] for block in blocks.values())
-            groups = {model: [peaks[name] for name, block in blocks.items()
-                              if block["model"] == model] for model in models}
-            emseg.save_histogram(run.folder / "histogram.png", {"": groups},
-                                 "peak validation MIoU(all)")
-        score = "miou_org" if run.organelles else "miou"
-        scored = [entry for entry in content["volumes"] if entry["label"]]
-        for number, (item, entry) in enumerate(zip(labelled, scored)):
-            name = run.output(item).stem.replace("prediction", "instances", 1)
-            save_instances(run.folder / f"{name}.png", item, (entry["prediction"], entry[score]),
-                           {each: (paths[number], reports[each]["volumes"][number][score])
-                            for each, paths in own_predictions.items()}, members,
-                           run.data.classes, run.colors)
-
-    content = run.report(predictions, draw=draw, **more)
-    name = f"ensemble of {len(members)}" if blocks else run.args.model
-    rows = {name: {"eval": validated["ensemble"], "test": content["mean"]}}
-    for name in sorted(blocks, key=lambda name: -(peaks[name] or 0)):
-        rows[f"{blocks[name]['model']} {name}"] = {
-            "eval": validated[name] or {"miou": peaks[name]}, "test": blocks[name]["mean"]}
-    if any((block or {}).get("miou") is not None for row in rows.values()
-           for block in row.values()):
-        run.say(table_1(rows, bool(run.organelles)))
+    peaks = {folder: emseg.load_checkpoint(folder)["best"] for folder in folders}
+    chosen, ranked = choose_best(peaks, run.args.top_k), choose_best(peaks, None)
+    organelles = run.args.organelles
+    evals, members = {}, []
+    for k, folder in enumerate(ranked if val else [], 1):
+        members += load_members(run, [folder])
+        evals[k] = emseg.validate(run, partial(see_ensemble, members), val, organelles=organelles,
+                                  **slices_at_once(*members))
+    members = load_members(run, chosen)
+    run.used = [place for member in members for place in member.checkpoint["used"]]
+    run.best = peaks[chosen[0]]
+    test = [emseg.drop_used_slices(item, run.used) for item in test]
+    paths = emseg.predict_all(run, partial(see_ensemble, members), test, **slices_at_once(*members))
+    every = {member.name: member for member in load_members(run, ranked)}
+    blocks = {name: {"model": member.args.model, "seed": member.args.seed, "val_miou": member.best,
+                     "member": name in {m.name for m in members},
+                     "mean": member.report.get("mean")} for name, member in every.items()}
+    content = emseg.report(
+        run, test, paths, sum(emseg.count_parameters(member.network) for member in members),
+        organelles=organelles, instances=blocks,
+        ensemble={"members": [member.name for member in members],
+                  "top": {k: {key.removeprefix("val_"): value for key, value in block.items()}
+                          for k, block in evals.items()}})
+    if run.rank:
+        return
+    rows = {f"top {k}": {"eval": {"miou": block["val_miou"], "miou_org": block.get("val_miou_org")},
+                         "test": content["mean"] if k == len(members) else None}
+            for k, block in evals.items()} or {f"ensemble of {len(members)}":
+                                               {"test": content["mean"]}}
+    rows |= {f"{block['model']} {name}": {"eval": {"miou": block["val_miou"]},
+                                          "test": block["mean"]} for name, block in blocks.items()}
+    table = table_1(rows, bool(organelles))
+    emseg.write_text(run.path("table.md"), table + "\n")
+    emseg.print0(table)
+    draw_instances(run, test, paths, content, every)
 
 
 def table_1(rows, has_organelles):
@@ -743,41 +688,56 @@ def table_1(rows, has_organelles):
     lines = [f"| | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
     for name, row in rows.items():
         lines.append(f"| {name} | "
-                     f"{' | '.join(shown(row[kind], key) for kind, key in columns)} |")
+                     f"{' | '.join(shown(row.get(kind), key) for kind, key in columns)} |")
     return "\n".join(lines)
+
+
+def draw_instances(run, test, paths, content, every):
+    """histogram.png (figure 4), and instances.png of every labelled volume (figure 2, bottom)."""
+    groups = {}
+    for member in every.values():
+        if member.best is not None:
+            groups.setdefault(member.args.model, []).append(member.best)
+    if groups:
+        emseg.save_histogram(run.path("histogram.png"), {"": groups}, "peak validation MIoU(all)")
+    score = "miou_org" if run.args.organelles else "miou"
+    for item, path, entry in zip(test, paths, content["volumes"]):
+        if item.label is None:
+            continue
+        shown = {}
+        for name, member in every.items():
+            for own in member.report.get("volumes", []):
+                if own["volume"] == item.volume.path and own.get(score) is not None:
+                    shown[name] = own["prediction"], own[score]
+        name = emseg.result_name("instances", item, test).replace(".tif", ".png")
+        save_instances(run.path(name), item, (path, entry[score]), shown,
+                       content["ensemble"]["members"], run.args.classes)
 
 
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def save_weights(path, data, weights, class_weights):
-    """weights.png: image, label, w + W_cb, W_ep and W of the first volume's middle annotated slice.
-
-    weights: W of that volume; class_weights: w + W_cb of each class.
-    """
-    label = data.labels[0]
-    z = label.slices[len(label.slices) // 2]
-    ids = label[z]
-    known = ids != emseg.IGNORE
-    total = np.asarray(weights[z], np.float32)
-    balance = np.where(known, np.append(class_weights, np.zeros(256))[ids], 0)
+def save_weights(path, item, weights, classes):
+    """weights.png: image, label, w + W_cb, W_ep and W of a volume's middle annotated slice."""
+    z = int(item.slices[len(item.slices) // 2])
+    grey, ids, total = item.image[z], item.target[z], weights[z]
+    edges = weights.edges[z] * weights.scale * (ids != emseg.IGNORE)
     figure = emseg.new_figure(figsize=(15, 3.6), dpi=120)
     axes = figure.subplots(1, 5)
-    grey = data.images[0][z]
     axes[0].imshow(grey, cmap="gray", vmin=0, vmax=255)
-    axes[1].imshow(emseg.class_overlay(grey, ids, data.classes))
-    for axis, title, array in zip(axes, ("image", "label", "$w + W_{cb}$", "$W_{ep}$", "$W$"),
-                                  (None, None, balance, total - balance, total)):
-        axis.set_title(f"{title}  z = {z}" if title == "image" else title)
+    axes[1].imshow(emseg.class_overlay(grey, ids, classes))
+    for axis, title, array in zip(axes, (f"image  z = {z}", "label", "$w + W_{cb}$", "$W_{ep}$",
+                                         "$W$"), (None, None, total - edges, edges, total)):
+        axis.set_title(title)
         axis.set_axis_off()
         if array is not None:
-            shown = axis.imshow(np.maximum(array, 0), cmap="magma", norm="asinh"
-                                if array is total else "linear")
+            shown = axis.imshow(array, cmap="magma", norm="asinh" if title == "$W$" else "linear")
             figure.colorbar(shown, ax=axis, shrink=0.8)
     emseg.save_figure(figure, path)
 
 
-def save_instances(path, item, ensemble, instances, members, classes, colors):
+def save_instances(path, item, ensemble, instances, members, classes,
+                   colors=emseg.CLASS_COLORS):
     """instances.png: image, truth and ensemble, below them the instances (figure 2, bottom).
 
     ensemble, instances: (path, score) and {name: (path, score)}; a score is MIoU(org) where it was
@@ -846,200 +806,189 @@ def parse_args(argv=None):
            help="folders of finished runs: predict --test-volume with their average, no training")
     method("--weights", nargs="+", metavar="P", default=[],
            help="files of W, one for each training volume, in place of those computed")
-    method("--weight-terms", type=float, nargs=3, default=[0.01, 1.0, 25.0],
+    method("--weight-terms", type=emseg.nonnegative, nargs=3, default=[0.01, 1.0, 25.0],
            metavar=("w", "CB", "EP"), help="w, and the highest W_cb and W_ep (w: paper; the "
            "others: authors' code)")
     method("--organelles", type=emseg.positive(int), nargs="+", metavar="ID",
            help="class ids of MIoU(org) (paper: 2 3 4 5 6)")
     method("--test-ignore-label", type=int, metavar="V",
            help="value in the test labels of what nobody annotated, where only some cells are")
-    method("--elastic", type=float, default=20.0, metavar="PX",
+    method("--elastic", type=emseg.nonnegative, default=20.0, metavar="PX",
            help="highest elastic displacement, in pixels as the network sees them; 0: none")
     method("--reflect", action=flag, default=True, help="random reflections in z, y and x")
-    method("--brightness", type=float, default=0.12, metavar="F",
+    method("--brightness", type=emseg.nonnegative, default=0.12, metavar="F",
            help="random shift, +- this share of the grey range (Network training)")
-    method("--contrast", type=float, default=0.2, metavar="F", help="random factor 1 +- this "
+    method("--contrast", type=emseg.nonnegative, default=0.2, metavar="F", help="random factor 1 +- this "
            "(Network training)")
-    method("--c-2d", type=float, default=0.33, metavar="C", help="c_2D of eq. 1")
+    method("--c-2d", type=emseg.nonnegative, default=0.33, metavar="C", help="c_2D of eq. 1")
     for name, of in (("l2_2d", "the encoder-decoder"), ("l2_3d", "the pyramid"),
                      ("l2_p", "the layers that predict")):
-        method(emseg.flag_name(name), type=float, metavar="L",
+        method(emseg.flag_name(name), type=emseg.nonnegative, metavar="L",
                help=f"lambda of eq. 1 of {of}, for a mean loss; default {LAMBDAS[name]:.2g}")
-    method("--decay", type=float, default=0.75, metavar="D",
+    method("--decay", type=emseg.positive(float, 0, 1), default=0.75, metavar="D",
            help="factor of the rate every --decay-steps steps (Network training)")
     method("--decay-steps", type=emseg.positive(int), default=round(10**3.4), metavar="N",
            help="10^3.4, Network training")
-    method("--stop-miou", type=float, default=0.3, metavar="M",
+    method("--stop-miou", type=emseg.share, default=0.3, metavar="M",
            help="validation MIoU that an instance must reach (Network training)")
     method("--stop-epoch", type=emseg.positive(int), default=10, metavar="N",
            help="within so many epochs, else its training ends (Network training)")
     parser.set_defaults(model="2d3d", normalize="volume")
     demo = dict(width=8, patch_size=[3, 44, 44], spacing=[2, 8, 8], epochs=5, steps_per_epoch=120,
-                lr=1.5e-3, decay_steps=200, downsample=4, instances=2, top_k=2, elastic=2.0,
+                lr=3e-3, decay_steps=200, downsample=4, instances=2, top_k=2, elastic=2.0,
                 brightness=0.03, contrast=0.1, weight_terms=[0.5, 0.5, 0.5], val_slices="24:30",
                 organelles=[1, 2], label_map="2=1,3=2,*=0",
                 classes=["background", "nucleus", "mitochondrion"])
-    typed = parser.parse_args(argv)
-    if typed.ensemble:
-        argv = as_checkpoint(parser, typed, argv)
-    args = emseg.parse(parser, argv, demo)
-    for name, value in {**LAMBDAS, **settings_of(args.model)}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    check_method(parser, args)
-    return args
-
-
-def as_checkpoint(parser, typed, argv):
-    """The command line of --ensemble: a prediction from a checkpoint, the first run's first."""
-    for name in ("checkpoint", "resume", "demo", "volume"):
-        if getattr(typed, name):
-            parser.error(f"--ensemble predicts with finished runs; leave "
-                         f"{emseg.flag_name(name)} out")
-    if not typed.test_volume:
-        parser.error("--ensemble needs --test-volume: the volumes to predict")
-    first = Path(typed.ensemble[0])
-    argv = list(sys.argv[1:] if argv is None else argv)
-    return [*argv, "--checkpoint", str(first / "best.pt" if first.is_dir() else first)]
-
-
-def check_method(parser, args):
-    """Errors that need no file."""
+    ensemble = parser.parse_args(argv).ensemble
+    if ensemble:                                # the first run says how all see the volumes
+        argv = [*(sys.argv[1:] if argv is None else argv), "--checkpoint", ensemble[0]]
+    args = emseg.parse(
+        parser, argv, demo, settings=lambda args: {**LAMBDAS, **settings_of(args.model)},
+        of_prediction=("ensemble", "top_k", "organelles", "test_ignore_label", "val_volume",
+                       "val_label"))
     if args.unlabeled_volume:
         parser.error("--unlabeled-volume: this method learns from labels only; leave it out")
     if args.weights and len(args.weights) != len(args.volume) and not args.checkpoint:
         parser.error(f"--weights has {len(args.weights)} and --volume {len(args.volume)} paths; "
                      f"give one for each volume")
-    for name in ("elastic", "brightness", "contrast", "c_2d", "l2_2d", "l2_3d", "l2_p",
-                 "stop_miou"):
-        if not 0 <= getattr(args, name) < math.inf:
-            parser.error(f"{emseg.flag_name(name)} {getattr(args, name)} is not 0 or more")
-    if min(args.weight_terms) < 0 or not any(args.weight_terms):
-        parser.error("--weight-terms must be 0 or more, and not all 0")
-    if args.test_ignore_label is not None and args.test_volume and not args.test_label:
-        parser.error("--test-ignore-label needs --test-label")
-    if args.model == "2d3d-no-pyramid" and not args.c_2d:
-        parser.error("--c-2d 0: 2d3d-no-pyramid has no other term in its loss")
-    if not 0 < args.decay <= 1:
-        parser.error(f"--decay {args.decay} is not above 0 and at most 1")
-    if args.top_k and not args.checkpoint and args.top_k > args.instances:
-        parser.error(f"--top-k {args.top_k}: there are {args.instances} instances")
+    if not any(args.weight_terms):
+        parser.error("--weight-terms must not all be 0")
+    if args.top_k and args.top_k > (len(args.ensemble) or args.instances):
+        parser.error(f"--top-k {args.top_k}: there are {len(args.ensemble) or args.instances} "
+                     f"instances")
+    return args
 
 
-@emseg.command
-def main(args):
+def make_network(args):
+    """A network of the command line, or of a checkpoint's, with Glorot's weights."""
+    network = MODELS[args.model](1, emseg.out_channels(args.classes), args.width)
+    return network.apply(partial(emseg.glorot_initialization, kinds=CONVOLUTIONS))
+
+
+def make_windows(args, train, network):
+    """Windows of the training volumes for a network. Raises InputError."""
+    emseg.check_patch_size(network, args.patch_size, args.model)
+    depth = args.patch_size[0] if network.dims == 3 else 1
+    margin = getattr(network, "depth_margin", 0), network.margin
+    size = [depth - 2 * margin[0], *(side - 2 * margin[1] for side in args.patch_size[-2:])]
+    images, targets, slices = zip(*[(item.image, item.target, item.slices) for item in train])
+    return Windows(images, targets, slices, size, margin, args.spacing, math.ceil(args.elastic),
+                   args.seed)
+
+
+def failed_to_start(history, args):
+    """Whether a network that has not reached --stop-miou by --stop-epoch is given up (Network
+    training)."""
+    return len(history) >= args.stop_epoch and max(history) < args.stop_miou
+
+
+def open_data(run):
+    """(train, val, test): Items of the command line, noted in the run."""
+    args = run.args
+    train, val = emseg.open_training(args)
+    run.used = emseg.used_slices(train + val)
+    test = emseg.open_test(args, run.used, train)
+    emseg.check_annotation(train, args)
+    if args.organelles and max(args.organelles) >= len(args.classes):
+        raise emseg.InputError(f"--organelles {max(args.organelles)}: class ids run from 0 to "
+                               f"{len(args.classes) - 1}")
+    return train, val, test
+
+
+def train(args, weights=None):
+    """One instance: a complete run. weights: W of the training volumes, where they are known."""
     # run folder, seed, device
-    run = emseg.Run(args, __file__,
-                    checkpoint=args.ensemble and open_ensemble(args.ensemble, __file__))
+    run = emseg.Run(args, __file__)
+    if run.finished:
+        return
     if args.demo:
         emseg.write_demo(run, shape=(30, 256, 256))
 
     # data
-    data = run.open_data()
-    if args.organelles and max(args.organelles) >= len(data.classes):
-        raise emseg.InputError(f"--organelles {max(args.organelles)}: class ids run from 0 to "
-                               f"{len(data.classes) - 1}")
-    runs = instances_of(run)
-    peaks = {name: 0.0 if run.training and data.val else each.best for name, each in runs.items()}
-    choose_best(peaks, args.top_k)                      # raises what would stop the run later on
+    training, val, test = open_data(run)
+    emseg.describe_data(args, train=training, validate=val, test=test)
+    run.normalization = emseg.measure_normalization(
+        [item.image for item in training], [item.slices for item in training], args.normalize)
 
     # networks
-    networks = {}
-    for name, each in runs.items():
-        torch.manual_seed(each.args.seed)
-        network = MODELS[each.args.model](1, data.out_channels, each.args.width)
-        network.apply(partial(emseg.glorot_initialization, kinds=CONVOLUTIONS))
-        networks[name] = each.prepare(network)
-    at_once = slices_at_once(network, args.patch_size)
+    run.network = network = run.prepare(make_network(args))
+    at_once, predict = slices_at_once(run), partial(see, run)
 
-    def see(name, image):
-        """uint8 slices, or the window of a 3D network -> probabilities of an instance."""
-        network, sides = networks[name], runs[name].args.patch_size[-2:]
-        tile = getattr(network, "tile", [side - 2 * network.margin for side in sides])
-        return runs[name].predict_slices(network, image, tile=tile, overlap=OVERLAP)
+    # optimiser
+    windows = make_windows(args, training, network)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, eps=EPSILON,
+                                 betas=(1 - 10**-1.5, 1 - 10**-2.1))
+    c_2d = 0.0 if args.model == "2d3d-no-multiloss" else args.c_2d
 
-    if run.training:
-        windows = make_windows(run, network)
-        if args.weights:
-            windows.weights = [open_weights(path, item, args)
-                               for path, item in zip(args.weights, data.train)]
-    if run not in runs.values():
-        run.begin_parts()
-    for name, each in runs.items():
-        network, own = networks[name], each.args
+    # train
+    run.begin(args.steps_per_epoch or math.ceil(len(windows) / args.batch_size), network=network,
+              optimizer=optimizer)
+    windows.weights = weights or given_weights(args, training) or training_weights(run, training)
+    batches = run.batches(windows, args.batch_size)
+    for epoch in run.epochs():
+        if failed_to_start(run.history, args):
+            emseg.print0(f"no validation MIoU of {args.stop_miou:g} in {epoch} epochs; given up")
+            break
+        network.train()
+        field = elastic_map(args, windows, epoch, run.device)
+        for step in run.steps(epoch):
+            lr = args.lr * args.decay ** (step // args.decay_steps)
+            image, label, weight = augment(next(batches), windows, field, run.normalization, args)
+            if network.dims == 2:
+                image, label, weight = image[:, :, 0], label[:, 0], weight[:, 0]
+            with run.autocast():
+                logits_3d, logits_2d = logits_of(network, image)
+            loss_3d = loss_2d = image.new_zeros(())
+            if logits_3d is not None:
+                loss_3d = emseg.cross_entropy(logits_3d, label, weight)
+            if logits_2d is not None and c_2d:
+                loss_2d = c_2d * emseg.cross_entropy(logits_2d, label, weight)
+            loss_l2 = l2_terms(network, args)
+            loss = loss_3d + loss_2d + loss_l2                                      # eq. 1
+            run.update(loss, lr, (network, optimizer))
+            run.log(lr=lr, loss=loss, loss_3d=loss_3d, loss_2d=loss_2d, loss_l2=loss_l2)
+        run.end_epoch(emseg.validate(run, predict, val, organelles=args.organelles, **at_once),
+                      metric="val_miou")
 
-        # optimiser
-        optimizer = torch.optim.Adam(network.parameters(), lr=own.lr, eps=EPSILON,
-                                     betas=(1 - 10**-1.5, 1 - 10**-2.1))
-        scaler = each.gradient_scaler()
-        c_2d = 0.0 if own.model == "2d3d-no-multiloss" else own.c_2d
+    # predict and evaluate
+    run.use_best(network=network)
+    finish(run, test)
 
-        # train
-        if each.training:
-            each.begin(own.steps_per_epoch or math.ceil(len(windows) / own.batch_size),
-                       network=network, optimizer=optimizer, scaler=scaler)
-            windows.seed, windows.weights = own.seed, windows.weights or training_weights(run)
-            batches = each.batches(windows, own.batch_size)
-        for epoch in each.epochs():
-            if failed_to_start(each.history, own):
-                each.say(f"{name}: no validation MIoU of {own.stop_miou:g} in {epoch} epochs; "
-                         f"given up")
-                break
-            network.train()
-            field = elastic_map(own, windows, epoch, each.device)
-            for step in each.steps(epoch):
-                lr = own.lr * own.decay ** (step // own.decay_steps)
-                image, label, weight = augment(next(batches), windows, field,
-                                               data.normalization, own)
-                if network.dims == 2:
-                    image, label, weight = image[:, :, 0], label[:, 0], weight[:, 0]
-                with each.autocast():
-                    logits_3d, logits_2d = logits_of(network, image)
-                loss_3d = loss_2d = image.new_zeros(())
-                if logits_3d is not None:
-                    loss_3d = emseg.cross_entropy(logits_3d, label, weight)
-                if logits_2d is not None and c_2d:
-                    loss_2d = c_2d * emseg.cross_entropy(logits_2d, label, weight)
-                loss_l2 = l2_terms(network, own)
-                loss = loss_3d + loss_2d + loss_l2                                      # eq. 1
-                scaler.scale(loss).backward()
-                emseg.average_gradients(network)
-                optimizer.param_groups[0]["lr"] = lr
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                each.log(lr=lr, loss=loss, loss_3d=loss_3d, loss_2d=loss_2d, loss_l2=loss_l2)
-            each.end_epoch(each.validate(partial(see, name), **at_once), metric="val_miou")
-        each.use_best(network=network)
 
-    # predict
-    if run not in runs.values():
-        run.gather(runs)
-    peaks = {name: each.best for name, each in runs.items()}
-    members = choose_best(peaks, args.top_k)
+def given_weights(args, train):
+    """The files of --weights, or []."""
+    return [open_weights(path, item, args) for path, item in zip(args.weights, train)]
 
-    @torch.inference_mode()
-    def see_ensemble(image):
-        """Mean of the members' probabilities."""
-        first, *others = members
-        total = see(first, image)
-        for name in others:
-            total += see(name, image)
-        return total.div_(len(members))
 
-    predictions = [run.predict(see_ensemble, item, **at_once) for item in data.test]
-    own_predictions = {name: [each.predict(partial(see, name), item, **at_once)
-                              for item in each.data.test]
-                       for name, each in runs.items() if each is not run}
+def finish(run, test):
+    """Predict the test volumes and score the predictions."""
+    paths = emseg.predict_all(run, partial(see, run), test, **slices_at_once(run))
+    emseg.report(run, test, paths, emseg.count_parameters(run.network),
+                 organelles=run.args.organelles)
 
-    # evaluate
-    validated = {name: run.validate(partial(see, name), **at_once) for name in own_predictions}
-    validated["ensemble"] = run.validate(see_ensemble, **at_once)
-    validated = {name: {key.removeprefix("val_"): value for key, value in block.items()} or None
-                 for name, block in validated.items()}
-    reports = {name: runs[name].report(paths) for name, paths in own_predictions.items()}
-    if run.rank == 0:
-        report_all(run, runs, members, predictions, own_predictions, reports, validated)
+
+@emseg.command
+def main(args):
+    if args.instances == 1 and not args.ensemble and not args.checkpoint:
+        return train(args)
+    run = emseg.Run(args, __file__)
+    if args.ensemble:
+        val = emseg.open_items(args.val_volume, args.val_label, args, require_foreground=False)
+        return ensemble(run, args.ensemble, emseg.open_test(args, []), val)
+    if args.checkpoint:
+        run.network = run.load(make_network(args))
+        return finish(run, emseg.open_test(args, run.used))
+    if args.demo:
+        emseg.write_demo(run, shape=(30, 256, 256))
+    training, val, test = open_data(run)
+    run.create()
+    weights = given_weights(args, training) or training_weights(run, training)
+    folders = []
+    for seed in range(args.seed, args.seed + args.instances):
+        child = run.args_of(f"seed{seed}", seed=seed, instances=1, top_k=None)
+        train(child, weights)
+        folders.append(child.out_dir)
+    ensemble(run, folders, test, val)
 
 
 if __name__ == "__main__":

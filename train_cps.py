@@ -69,7 +69,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
-from torch import nn
 
 import emseg
 
@@ -320,7 +319,7 @@ def parse_args(argv=None):
            help="the network's own loss, soft Dice of most, or cross entropy (section 2.4.1)")
     method("--cps-weight", type=emseg.positive(float), default=1.0, metavar="W",
            help="lambda of eq. 3 after its warm-up (section 2.4.1)")
-    method("--cps-warmup", nargs=2, type=float, metavar=("START", "END"), default=[5.0, 20.0],
+    method("--cps-warmup", nargs=2, type=emseg.nonnegative, metavar=("START", "END"), default=[5.0, 20.0],
            help="epochs between which lambda grows from 0 (section 2.4.1; authors' code)")
     method("--average-branches", action="store_true",
            help="of unet++ and unet++3: a head for every branch; loss and prediction are their "
@@ -328,10 +327,10 @@ def parse_args(argv=None):
     method("--schedule", choices=("linear", "plateau", "constant"),
            help="learning rate: linear warm-up and decay; a tenth, twice at most, after 16 epochs "
            "that brought no better validation Dice (supervised loss without validation); constant")
-    method("--weight-decay", type=float, metavar="W", help="of AdamW; 0: Adam")
-    method("--clip", type=float, metavar="C",
+    method("--weight-decay", type=emseg.nonnegative, metavar="W", help="of AdamW; 0: Adam")
+    method("--clip", type=emseg.nonnegative, metavar="C",
            help="largest norm of a network's gradient; 0: any")
-    method("--foreground", type=float, default=0.99, metavar="P",
+    method("--foreground", type=emseg.share, default=0.99, metavar="P",
            help="share of labelled crops that must hold foreground (section 2.2)")
     parser.set_defaults(model="resunet", patch_size=[512, 512], downsample=4)
     demo = dict(model="unet", width=12, epochs=10, steps_per_epoch=20, batch_size=8,
@@ -342,18 +341,9 @@ def parse_args(argv=None):
     if args.average_branches and args.model not in ("unet++", "unet++3"):
         parser.error(f"--average-branches: {args.model} has no branches; unet++ and unet++3 "
                      f"have")
-    for name in ("weight_decay", "clip"):
-        if not 0 <= getattr(args, name) < math.inf:
-            parser.error(f"{emseg.flag_name(name)} {getattr(args, name)} is not 0 or above")
-    for name, most in (("cps_weight", 1e6), ("weight_decay", 1e3)):
-        if getattr(args, name) > most:
-            parser.error(f"{emseg.flag_name(name)} {getattr(args, name):g} is above {most:g}")
-    if not 0 <= args.foreground <= 1:
-        parser.error(f"--foreground {args.foreground} is not between 0 and 1")
     start, end = args.cps_warmup
-    if not 0 <= start < end < math.inf:
-        parser.error(f"--cps-warmup {start:g} {end:g}: START must be at least 0 and below END, a "
-                     f"number")
+    if start >= end:
+        parser.error(f"--cps-warmup {start:g} {end:g}: START must be below END")
     if args.method == "cps" and start >= args.epochs:
         parser.error(f"--cps-warmup starts at epoch {start:g}, but there are {args.epochs} epochs; "
                      f"start earlier, or give --method supervised")
@@ -376,25 +366,43 @@ def describe(args):
             + (f"clipped at {args.clip:g}" if args.clip else "not clipped"))
 
 
+def make_network(args):
+    """A network of the command line, or of a checkpoint's."""
+    options = {"average_branches": True} if args.average_branches else {}
+    return MODELS[args.model](1, emseg.out_channels(args.classes), args.width, **options)
+
+
 @emseg.command
 def main(args):
     # run folder, seed, device
     run = emseg.Run(args, __file__)
+    if run.finished:
+        return
     if args.demo:
         emseg.write_demo(run, shape=(28, 256, 256))
+    if args.checkpoint:
+        network = run.load(make_network(args))
+        return finish(run, network, emseg.open_test(args, run.used))
 
     # data
-    data = run.open_data()
+    train, val = emseg.open_training(args)
+    unlabelled = emseg.open_unlabelled(args, train, val)
+    run.used = emseg.used_slices(train + val)
+    test = emseg.open_test(args, run.used, train)
+    emseg.describe_data(args, train=train, validate=val, unlabelled=unlabelled, test=test)
+    emseg.check_annotation(train, args)
+    images, targets, slices = zip(*[(item.image, item.target, item.slices) for item in train])
+    run.normalization = emseg.measure_normalization(images, slices, args.normalize)
+    labelled = emseg.Patches(images, targets, args.patch_size, slices, args.foreground,
+                             seed=(args.seed, 0))
     cps = args.method == "cps"
-    if cps and run.training and not any(len(zs) for zs in data.unlabeled_slices):
+    if cps and not unlabelled:
         raise emseg.InputError("--method cps: every slice is labelled; give --label-slices or "
                                "--unlabeled-volume, or --method supervised")
 
     # networks
-    options = {"average_branches": True} if args.average_branches else {}
-    networks = [run.prepare(MODELS[args.model](1, data.out_channels, args.width, **options))
-                for _ in ("ab" if cps and run.training else "a")]
-    modules = dict(zip(("network_a", "network_b"), networks))
+    networks = [run.prepare(make_network(args)) for _ in ("ab" if cps else "a")]
+    emseg.check_patch_size(networks[0], args.patch_size, args.model)
 
     def heads_of(network, image):
         """All logits that a network is trained by, a list of (B, C, H, W)."""
@@ -403,25 +411,21 @@ def main(args):
 
     def predict(image):
         """uint8 slices (B, H, W) -> probabilities (B, C, H, W) of the first network."""
-        return run.predict_slices(networks[0], image)
+        return emseg.see(run, networks[0], image)
 
     # optimiser
     optimizers = [optimizer_of(network, args) for network in networks]
-    scaler = run.gradient_scaler()
-    modules.update(zip(("optimizer_a", "optimizer_b"), optimizers), scaler=scaler)
 
     # train
-    if run.training:
-        emseg.check_patch_size(networks[0], args.patch_size, args.model)
-        count = args.batch_size // 2 if cps else args.batch_size
-        labelled = emseg.Patches(data.images, data.labels, args.patch_size, data.slices,
-                                 args.foreground, seed=(args.seed, 0))
-        unlabelled = emseg.Patches(data.unlabeled, None, args.patch_size, data.unlabeled_slices,
-                                   seed=(args.seed, 1)) if cps else None
-        steps_per_epoch = args.steps_per_epoch or math.ceil(64 * len(labelled.slices) / count)
-        run.say(describe(args))
-        run.begin(steps_per_epoch, **modules)
-        batches_l, batches_u = run.batches(labelled, count), run.batches(unlabelled, count)
+    count = args.batch_size // 2 if cps else args.batch_size
+    emseg.print0(describe(args))
+    run.begin(args.steps_per_epoch or math.ceil(64 * len(labelled.slices) / count),
+              **dict(zip(("network", "network_b"), networks)),
+              **dict(zip(("optimizer", "optimizer_b"), optimizers)))
+    batches_l = run.batches(labelled, count)
+    batches_u = run.batches(emseg.Patches(
+        [item.image for item in unlabelled], None, args.patch_size,
+        [item.slices for item in unlabelled], seed=(args.seed, 1)), count) if cps else None
     for epoch in run.epochs():
         for network in networks:
             network.train()
@@ -430,7 +434,7 @@ def main(args):
         loss_of_cps = ce_loss if args.cps_loss == "cross-entropy" else loss_function
         for step in run.steps(epoch):
             lr = learning_rate(args, step, run.total, drops)
-            image_l, label_l = emseg.augment(*next(batches_l), data.normalization, **AUGMENTATION)
+            image_l, label_l = emseg.augment(*next(batches_l), run.normalization, **AUGMENTATION)
             if args.cutmix and not cps:
                 box = cutmix_boxes(len(image_l), image_l.shape[-2:], image_l.device)
                 image_l, label_l = [mix(torch.cat([each, each.roll(1, 0)]), box)
@@ -439,40 +443,33 @@ def main(args):
             loss_sup = sum(loss_function(heads, label_l) for heads in heads_l)
             loss, terms = loss_sup, {}
             if cps:
-                weight = cps_weight(step / steps_per_epoch, args.cps_warmup, args.cps_weight)
+                weight = cps_weight(step / run.steps_per_epoch, args.cps_warmup, args.cps_weight)
                 image_u, loss_cps = next(batches_u), torch.zeros_like(loss_sup)
                 if weight:
-                    image_u, _ = emseg.augment(image_u, None, data.normalization, **AUGMENTATION)
+                    image_u, _ = emseg.augment(image_u, None, run.normalization, **AUGMENTATION)
                     loss_cps = cps_cutmix_loss(
                         heads_of, networks, loss_of_cps, image_l, image_u, args.cps_on
                     ) if args.cutmix else cps_loss(
                         heads_of, networks, loss_of_cps, heads_l, image_u, args.cps_on)
                 loss = loss_sup + weight * loss_cps                                     # eq. 3
                 terms = {"loss_sup": loss_sup, "loss_cps": loss_cps}
-            if args.schedule == "plateau" and not data.val:
+            if args.schedule == "plateau" and not val:
                 with torch.no_grad():                   # comparable between epochs: at depth 0
                     terms["loss_watched"] = sum(loss_of(args.model)(heads, label_l)
                                                 for heads in heads_l)
-            scaler.scale(loss).backward()
-            for network, optimizer in zip(networks, optimizers):
-                emseg.average_gradients(network)
-                scaler.unscale_(optimizer)
-                if args.clip:
-                    nn.utils.clip_grad_norm_(network.parameters(), args.clip)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                scaler.step(optimizer)
-                optimizer.zero_grad()
-            scaler.update()
+            run.update(loss, lr, *zip(networks, optimizers), clip=args.clip)
             run.log(lr=lr, loss=loss, **terms)
-        run.end_epoch(run.validate(predict))
+        run.end_epoch(emseg.validate(run, predict, val))
 
-    # predict
-    run.use_best(network_a=networks[0])
-    predictions = [run.predict(predict, item) for item in data.test]
+    # predict and evaluate
+    run.use_best(network=networks[0])
+    finish(run, networks[0], test)
 
-    # evaluate
-    run.report(predictions, slices=True)
+
+def finish(run, network, test):
+    """Predict the test volumes with the first network and score the predictions."""
+    predictions = emseg.predict_all(run, lambda image: emseg.see(run, network, image), test)
+    emseg.report(run, test, predictions, emseg.count_parameters(network))
 
 
 if __name__ == "__main__":

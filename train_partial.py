@@ -10,10 +10,10 @@ merged alike, can be compared with it. Both kinds of volumes train one network t
 structures apart; in the paper this improves even those that the partial annotation does not show.
 
 Equations:
-    eq. 1 (sum over both kinds of volumes)      loss_terms; main: loss = loss_full + loss_partial
+    eq. 1 (sum over both kinds of volumes)      loss_terms, train_network
     eq. 2 (cross entropy, full labels)          merged_cross_entropy, where nothing is merged
     eq. 3 (cross entropy, partial labels)       merged_cross_entropy
-    eq. 4 (merged probabilities)                merged_cross_entropy; T_P from emseg.parse_merge
+    eq. 4 (merged probabilities)                merged_cross_entropy; T_P from parse_merge
     section 2.1 (one shape for all volumes)     --resize, emseg.resize
     section 2.3 (network)                       emseg.UNet5, 7,759,653 parameters with 5 classes
     section 3 (table 1)                         --compare, table_1
@@ -31,13 +31,7 @@ Differences from the paper:
     5. Weights start from the Gaussians of the original U-Net. The paper does not say.
     6. Predictions of resized volumes are brought back to the shape of the volume, by interpolated
        probabilities, and are scored there.
-    7. Each volume is normalised by its own mean and spread. The paper does not say. What lies
-       beyond 3.2 deviations is clipped to fit into 256 grey levels, and before that, of other than
-       8-bit data, what lies beyond the 0.1 and 99.9 percentiles.
-    8. The epoch that counts has the best validation Dice (mean of the structures), at the shape
-       that the network sees, so after --resize; table 1's row of the validation set is that epoch
-       and thus a maximum over epochs. Without validation the last epoch counts. The paper does not
-       say which of its 200 it took, nor whether it scored 512 x 512 x 512 or the original shape.
+    7. Each volume is normalised by its own mean and spread. The paper does not say.
 
 Run:
     GPU    python train_partial.py --volume cell1.mrc cell2.mrc --label cell1_label.mrc \\
@@ -53,10 +47,10 @@ Expect:
     labels ahead in each); 26 to 33 minutes for both and 1.7 GiB, one CPU thread beside other work
 """
 
-import argparse
-import copy
 import csv
+import json
 import math
+import re
 
 import numpy as np
 import torch
@@ -65,9 +59,25 @@ import emseg
 
 MODELS = {**emseg.NETWORKS}
 AUGMENTATION = {"rotation": 180.0, "scale": 0.2}        # section 3
-CELLS = {"full": 1, "partial": 2, "test": 2}            # of the demo
-CELL_VOXEL = (25.0, 25.0, 25.0)                         # nm; section 1
-METHODS = {"baseline": "Baseline", "mixed": "Mixed labels"}
+
+
+def parse_merge(text, n_classes):
+    """'3=1,4=1' -> [0, 1, 2, 1, 1]: T_P, the class as which each of n classes was drawn.
+
+    Raises InputError, also where a class that takes in others is merged away itself: a file would
+    not tell whether its labels are merged already.
+    """
+    merge = list(range(n_classes))
+    for pair in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*=\s*(\d+)\s*", pair)
+        if not match or max(map(int, match.groups())) >= n_classes:
+            raise emseg.InputError(f"--partial: {text} merges no classes 0 to {n_classes - 1}; "
+                                   f"wanted class=class it was drawn as, such as 3=1,4=1")
+        merge[int(match[1])] = int(match[2])
+    if any(merge[target] != target for target in merge):
+        raise emseg.InputError(f"--partial: {text} merges a class into one that is merged itself; "
+                               f"name the class that is left")
+    return merge
 
 
 def merged_cross_entropy(logits, label, merge):
@@ -98,64 +108,52 @@ def loss_terms(logits, label, merge, partial):
     return (per_crop * ~partial).sum() / pixels, (per_crop * partial).sum() / pixels
 
 
-def table_1(structures, sets):
-    """The paper's table 1 as Markdown: Dice of both methods and their difference in percent.
+def dice_of_run(folder, structures):
+    """{set: [Dice of each structure, their average]} of a finished run: of validation in its best
+    epoch and of testing, where there are labels; None where Dice is undefined."""
+    with open(folder / "log.csv", newline="") as file:
+        epochs = [row for row in csv.DictReader(file) if row.get("val_dice")]
+    sets, mean = {}, json.loads((folder / "metrics.json").read_text())["mean"]
+    if epochs:
+        best = max(epochs, key=lambda row: float(row["val_dice"]))
+        columns = [*(f"val_dice_{name}" for name in structures), "val_dice"]
+        sets["Validation set"] = [float(best[key]) if best[key] else None for key in columns]
+    if mean:
+        sets["Testing set"] = [*(mean["per_class"][k]["dice"] for k in structures), mean["dice"]]
+    return sets
 
-    structures: names; sets: {name: {method: [Dice of each structure, their average]}}, Dice being
-    None where it is undefined.
-    """
+
+def table_1(structures, baseline, mixed):
+    """The paper's table 1 as Markdown: Dice of both methods (see dice_of_run) and their difference
+    in percent."""
     columns = [*structures, "average"]
     lines = [f"| DSC | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
-    for name, dice in sets.items():
-        for method, title in METHODS.items():
-            values = ["undefined" if d is None else f"{d:.3f}" for d in dice[method]]
+    for name in baseline:
+        for title, dice in (("Baseline", baseline[name]), ("Mixed labels", mixed[name])):
+            values = ["undefined" if d is None else f"{d:.3f}" for d in dice]
             lines.append(f"| {name}: {title} | {' | '.join(values)} |")
         change = [f"{100 * (after / before - 1):+.1f}%" if before and after is not None
-                  else "undefined" for before, after in zip(*(dice[m] for m in METHODS))]
+                  else "undefined" for before, after in zip(baseline[name], mixed[name])]
         lines.append(f"| {name}: Difference in percentage | {' | '.join(change)} |")
     return "\n".join(lines)
 
 
-def dice_of_sets(run, result):
-    """What table_1 prints of a finished --compare: validation set (best epochs) and testing set."""
-    sets, structures = {}, run.data.classes[1:]
-    if run.data.val:
-        with open(run.folder / "log.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        columns = [*(f"val_dice_{name}" for name in structures), "val_dice"]
-        best = {method: max((row for row in rows if row["stage"] == method),
-                            key=lambda row: float(row["val_dice"] or -1)) for method in METHODS}
-        sets["Validation set"] = {method: [float(row[column]) if row[column] else None
-                                           for column in columns] for method, row in best.items()}
-    if result["mean"]:
-        sets["Testing set"] = {
-            method: [*(scores["per_class"][name]["dice"] for name in structures), scores["dice"]]
-            for method, scores in result["stages"].items()}
-    return sets
-
-
 def write_cells(run):
-    """--demo: synthetic cells of different shapes as files. In the partially labelled ones
-    mitochondria and vesicles are part of "membrane", as in the paper."""
-    args, folder = run.args, run.folder / "demo"
-    rng, pairs = np.random.default_rng(args.seed), {}
-    for kind, count in CELLS.items():
-        ending = "tif" if kind == "full" else "mrc"
-        pairs[kind] = [[str(folder / f"{kind}{number}{part}.{ending}") for part in ("", "_label")]
-                       for number in range(1, count + 1)]
-        for pair in pairs[kind]:
-            shape, seed = rng.integers(64, 89, 3), int(rng.integers(2**31))
-            if run.rank or args.resume:
-                continue
-            image, label = emseg.phantom_cell(shape, CELL_VOXEL, seed)
-            if kind == "partial":
-                label[label >= emseg.MITOCHONDRION] = emseg.MEMBRANE
-            folder.mkdir(parents=True, exist_ok=True)
-            emseg.write_volumes(pair, image, [label], CELL_VOXEL)
+    """--demo: synthetic volumes as files. In the partially labelled ones mitochondria and vesicles
+    are part of "membrane", as in the paper."""
+    args, voxel_size, rng = run.args, (12.0, 12.0, 12.0), np.random.default_rng(run.args.seed)
+    pairs = {name: [str(run.path(f"demo/{name}{part}.{ending}")) for part in ("", "_label")]
+             for name, ending in {"full": "tif", "partial1": "mrc", "partial2": "mrc",
+                                  "test": "mrc"}.items()}
+    args.volume, args.label = [[path] for path in pairs["full"]]
+    args.test_volume, args.test_label = [[path] for path in pairs["test"]]
+    args.partial = [[*pairs[name], "3=1,4=1"] for name in ("partial1", "partial2")]
+    for name, pair in pairs.items() if run.rank == 0 and not args.resume else ():
+        image, label = emseg.phantom(rng.integers(64, 89, 3), voxel_size, rng)
+        if name.startswith("partial"):
+            label[label >= emseg.MITOCHONDRION] = emseg.MEMBRANE
+        emseg.write_volumes(pair, image, [label], voxel_size)
     run.barrier()
-    args.volume, args.label = map(list, zip(*pairs["full"]))
-    args.partial = [[*pair, "3=1,4=1"] for pair in pairs["partial"]]
-    args.test_volume, args.test_label = map(list, zip(*pairs["test"]))
 
 
 def parse_args(argv=None):
@@ -170,9 +168,9 @@ def parse_args(argv=None):
            help="a partially labelled volume; MERGE 3=1,4=1 says that classes 3 and 4 were drawn "
            "as 1, by their ids after --label-map (section 2.2); repeat it for each volume")
     method("--compare", action="store_true",
-           help="first train the baseline, on --volume alone, and print the Dice of both "
-           "(section 3, table 1)")
-    method("--resize", nargs=3, type=emseg.positive(int, 1, 2**14), metavar=("Z", "Y", "X"),
+           help="train a baseline on --volume alone, then on all volumes, in the subfolders "
+           "baseline and mixed, and print the Dice of both (section 3, table 1)")
+    method("--resize", nargs=3, type=emseg.positive(int), metavar=("Z", "Y", "X"),
            help="show the network volumes of this shape, resized linearly, labels by the nearest "
            "voxel (section 2.1: 512 512 512); predictions keep the shape of the volume; in place "
            "of --downsample")
@@ -186,18 +184,19 @@ def parse_args(argv=None):
                      "labels goes to --partial")
     if args.resize and args.downsample > 1:
         parser.error("--resize and --downsample both set the resolution; give one of them")
-    if args.checkpoint and args.partial:
-        parser.error("--partial: a prediction from a checkpoint trains nothing; leave it out")
-    if not args.volume and not args.demo and (args.label_slices or args.val_slices):
-        parser.error("--label-slices and --val-slices choose slices of --volume, of which there is "
-                     "none")
-    if not (args.demo or args.checkpoint):
-        if args.partial and not args.volume and not args.classes:
-            parser.error("--partial without --volume: no file shows all classes; name them with "
-                         "--classes, the background's first")
-        if args.compare and not (args.partial and args.volume):
-            parser.error("--compare needs --volume for the baseline, and --partial for what is "
-                         "compared with it")
+    if args.demo or args.checkpoint:
+        return args
+    if not args.volume and (args.label_slices or args.val_slices):
+        parser.error("--label-slices and --val-slices choose slices of --volume; give one")
+    if not args.volume and not args.classes:
+        parser.error("--partial without --volume: no file shows all classes; name them with "
+                     "--classes, the background's first")
+    if args.compare and not (args.partial and args.volume):
+        parser.error("--compare needs --volume for the baseline, and --partial for what is "
+                     "compared with it")
+    if args.compare and not (args.test_label or args.val_label or args.val_slices):
+        parser.error("--compare has no labels to score with; give --test-label, --val-label or "
+                     "--val-slices")
     return args
 
 
@@ -207,79 +206,101 @@ def main(args):
     run = emseg.Run(args, __file__)
     if args.demo:
         write_cells(run)
+    if args.checkpoint:
+        network = run.load(make_network(args))
+        return finish(run, network, emseg.open_test(args, run.used))
 
-    # data
-    data = run.open_data()
-    compare = args.compare and run.training
-    if compare and not (data.val or any(item.label for item in data.test)):
-        raise emseg.InputError("--compare has no labels to score with; give --test-label, "
-                               "--val-label or --val-slices")
+    # data: fully labelled volumes, then partially labelled ones
+    train, val = emseg.open_training(args)
+    full, merges = len(train), [list(range(len(args.classes)))] * len(train)
+    for volume, label, text in args.partial:
+        merges.append(parse_merge(text, len(args.classes)))
+        train += emseg.open_items([volume], [label], args, merge=merges[-1])
+        drawn = [f"{args.classes[k]} drawn as {args.classes[target]}"
+                 for k, target in enumerate(merges[-1]) if k != target]
+        emseg.print0(f"{label}: {', '.join(drawn)}")
+    run.used = emseg.used_slices(train + val)
+    test = emseg.open_test(args, run.used, train)
+    emseg.describe_data(args, train=train, validate=val, test=test)
+    emseg.check_annotation(train, args)
+    images, targets, slices = zip(*[(item.image, item.target, item.slices) for item in train])
+    volumes = {"baseline": full, "mixed": len(train)} if args.compare else {"": len(train)}
+    patches = {name: emseg.Patches(images, targets, args.patch_size, slices[:count],
+                                   seed=(args.seed, 0), numbered=True)
+               for name, count in volumes.items()}
+    with torch.device("meta"):
+        emseg.check_patch_size(make_network(args), args.patch_size, args.model)
+
+    # one complete run, or two
+    for name, count in volumes.items():
+        each = run
+        if name:
+            partial = args.partial if name == "mixed" else []
+            each = emseg.Run(run.args_of(name, compare=False, partial=partial), __file__)
+        each.used = run.used
+        each.normalization = emseg.measure_normalization(images, slices[:count], args.normalize)
+        train_network(each, patches[name], merges, full, val, test)
+    if args.compare and run.rank == 0:
+        table = table_1(args.classes[1:], *[dice_of_run(run.folder / name, args.classes[1:])
+                                            for name in volumes])
+        emseg.write_text(run.path("table.md"), table + "\n")
+        emseg.print0(table)
+
+
+def make_network(args):
+    """A network of the command line, or of a checkpoint's."""
+    return MODELS[args.model](1, emseg.out_channels(args.classes), args.width)
+
+
+def train_network(run, patches, merges, full, val, test):
+    """One run. merges: T_P of each volume, of which the first `full` are fully labelled."""
+    args = run.args
+    if run.finished:
+        return
 
     # networks
-    network = MODELS[args.model](1, data.out_channels, args.width)
-    networks = {"network": network}
-    if compare:                                         # both start from the same weights
-        networks = {"network_baseline": copy.deepcopy(network), **networks}
-    networks = {name: run.prepare(network) for name, network in networks.items()}
-    stages = dict(zip(METHODS if compare else [None], networks))
+    network = run.prepare(make_network(args))
 
-    def see_with(network):
-        """uint8 slices (B, H, W) -> probabilities (B, C, H, W) of a network."""
-        return lambda image: run.predict_slices(network, image)
+    def predict(image):
+        """uint8 slices (B, H, W) -> probabilities (B, C, H, W)."""
+        return emseg.see(run, network, image)
 
     # optimiser
-    optimizers = {f"optimizer_{name}": torch.optim.Adam(network.parameters(), lr=args.lr)
-                  for name, network in networks.items()}
-    scaler = run.gradient_scaler()
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
 
     # train
-    if run.training:
-        emseg.check_patch_size(network, args.patch_size, args.model)
-        merges, full = torch.tensor(data.merges, device=run.device), len(args.volume)
-        patches = {stage: emseg.Patches(
-            data.images, data.labels, args.patch_size,
-            data.slices[:full] if stage == "baseline" else data.slices, seed=(args.seed, 0),
-            numbered=True) for stage in stages}
-        steps_per_epoch = {stage: args.steps_per_epoch or math.ceil(
-            len(drawn.slices) / args.batch_size) for stage, drawn in patches.items()}
-        run.begin(steps_per_epoch, dict.fromkeys(stages, args.epochs), **networks, **optimizers,
-                  scaler=scaler)
-    for stage, name in stages.items():
-        network, optimizer = networks[name], optimizers[f"optimizer_{name}"]
-        if run.training:
-            batches = run.batches(patches[stage], args.batch_size)
-        for epoch in run.epochs(stage):
-            network.train()
-            for step in run.steps(epoch):
-                lr = args.lr * run.left(step)
-                image, label, volume = next(batches)
-                image, label = emseg.augment(image, label, data.normalization, **AUGMENTATION)
-                with run.autocast():
-                    logits = network(image)
-                loss_full, loss_partial = loss_terms(logits, label, merges[volume], volume >= full)
-                loss = loss_full + loss_partial                                         # eq. 1
-                scaler.scale(loss).backward()
-                emseg.average_gradients(network)
-                optimizer.param_groups[0]["lr"] = lr
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                run.log(lr=lr, loss=loss, loss_full=loss_full, loss_partial=loss_partial)
-            run.end_epoch(run.validate(see_with(network)))
-        if stage == "baseline" and run.training:
-            run.use_best(network_baseline=network)
+    run.begin(args.steps_per_epoch or math.ceil(len(patches.slices) / args.batch_size),
+              network=network, optimizer=optimizer)
+    batches = run.batches(patches, args.batch_size)
+    merges = torch.tensor(merges, device=run.device)
+    for epoch in run.epochs():
+        network.train()
+        for step in run.steps(epoch):
+            lr = args.lr * run.remaining(step)
+            image, label, volume = next(batches)
+            image, label = emseg.augment(image, label, run.normalization, **AUGMENTATION)
+            with run.autocast():
+                logits = network(image)
+            loss_full, loss_partial = loss_terms(logits, label, merges[volume], volume >= full)
+            loss = loss_full + loss_partial                                             # eq. 1
+            run.update(loss, lr, (network, optimizer))
+            run.log(lr=lr, loss=loss, loss_full=loss_full, loss_partial=loss_partial)
+        run.end_epoch(emseg.validate(run, predict, val))
 
-    # predict
-    run.use_best(**networks)
-    predictions = {stage: [run.predict(see_with(networks[name]), item,
-                                       stage="baseline" if stage == "baseline" else None)
-                           for item in data.test] for stage, name in stages.items()}
+    # predict and evaluate
+    run.use_best(network=network)
+    finish(run, network, test)
 
-    # evaluate
-    result = run.report(list(predictions.values())[-1], predictions if compare else None,
-                        surfaces=True)
-    if result and compare:
-        run.say(table_1(data.classes[1:], dice_of_sets(run, result)))
+
+def finish(run, network, test):
+    """Predict the test volumes, score the predictions and draw their structures in 3D."""
+    predictions = emseg.predict_all(run, lambda image: emseg.see(run, network, image), test)
+    emseg.report(run, test, predictions, emseg.count_parameters(network))
+    for item, path in zip(test, predictions) if run.rank == 0 else ():
+        truth = {"truth": item.label} if item.label is not None else {}
+        name = emseg.result_name("surfaces", item, test).replace(".tif", ".png")
+        emseg.save_surfaces(run.path(name), {**truth, "prediction": emseg.open_volume(path)},
+                            run.args.classes)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,11 @@ strided convolutions instead of pooling, a center that looks through dilations 1
 side, and a decoder whose levels are all fused for the result. Small structures weigh as much as the
 background of their patch, and rare ones are shown more often.
 
+Each structure is a run of its own, in a subfolder of its name; when all are trained, their score
+maps are merged into one prediction. A single structure needs no subfolder.
+
 Equations:
-    eq. 1 (loss)                                main: loss = loss_bce + loss_jaccard + loss_l2
+    eq. 1 (loss)                                train_structure: loss
     eq. 3 (stable binary cross entropy)         emseg.cross_entropy
     eqs. 4-5 (Jaccard distance)                 jaccard_distance
     eq. 6 (mIoU, of background and structure)   emseg.scores
@@ -19,8 +22,7 @@ Equations:
     section 3.2 (weights, copies, settings)     foreground_weight, SlidingWindows, PRESETS
     section 3.2 (integrated score maps)         merge_structures
     section 3.3 (rival networks)                unet; emseg.FCN8s, SegNet, DeepLabV3Plus
-    figure 4                                    emseg.save_maps
-    table 1                                     table_1
+    figure 4, table 1                           save_maps, table_1
 
 Widths that the paper leaves open: the third convolution of an encoder block halves the channels,
 and the skip is what it returns; all seven convolutions of the center have 16 times the width (256);
@@ -52,48 +54,43 @@ Run:
 
 Expect:
     GPU    not run
-    CPU    test mIoU of membrane, mitochondria, vesicles 0.796, 0.875, 0.837, average 0.836, seed 0,
-           104 s on one core without bf16
+    CPU    test mIoU of membrane, mitochondrion, vesicle 0.710, 0.841, 0.587, average 0.713, seed 0,
+           89 s on two cores without bf16
     EPFL organelles, every fifth of 20 slices held out (command in the README), width 16, at most
     1000 steps each, seed 0: validation mIoU of mitochondria, vesicles, PSD 0.949, 0.795, 0.828,
-    average 0.857 (unet with four levels 0.856, fcn8s 0.799, deeplabv3plus 0.740, segnet 0.733); 47
-    minutes for all three and 1.4 GiB, one CPU thread beside other work. Crops were of 128 pixels,
-    which leaves the outer weights of dilation 8 (deeplabv3plus: 12 and 18) untrained.
+    average 0.857 (unet 0.856, fcn8s 0.799, deeplabv3plus 0.740, segnet 0.733); 47 minutes for all
+    three and 1.4 GiB, one CPU thread beside other work
 """
 
 import argparse
+import dataclasses
+import functools
+import itertools
+import json
 import math
-import re
-from pathlib import Path
+import os
 
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from torch import nn
 
 import emseg
 
-# Section 3.2. patience: epochs without a better validation mIoU before the training ends;
-# reduce_patience: before the rate is halved; weight_cap: highest weight of a foreground pixel, 0
-# for no weights; copies: of patches that hold the structure.
+# Section 3.2. decay: the rate is divided by 1 + decay * step; patience: epochs without a better
+# validation mIoU before the training ends, reduce_patience: before the rate is halved; weight_cap:
+# highest weight of a foreground pixel, 0 for no weights; copies: of patches with the structure.
+SETTINGS = ("lr", "decay", "epochs", "patience", "reduce_patience", "weight_cap", "copies")
 PRESETS = {
-    "synapse": dict(lr=1e-4, decay=1e-6, epochs=38, patience=8, reduce_patience=3, weight_cap=0,
-                    copies=0),
-    "mts": dict(lr=1e-3, decay=1e-5, epochs=300, patience=8, reduce_patience=3, weight_cap=2000,
-                copies=0),
-    "centriole": dict(lr=2e-3, decay=1e-6, epochs=300, patience=10, reduce_patience=3,
-                      weight_cap=2000, copies=4),
-    "granules": dict(lr=2e-3, decay=1e-5, epochs=60, patience=5, reduce_patience=2, weight_cap=0,
-                     copies=0),
-    "golgi": dict(lr=2e-3, decay=1e-5, epochs=124, patience=5, reduce_patience=2, weight_cap=1000,
-                  copies=2),
-    "other structures": dict(lr=1e-3, decay=1e-5, epochs=100, patience=8, reduce_patience=3,
-                             weight_cap=0, copies=0),
+    "synapse":          (1e-4, 1e-6, 38, 8, 3, 0, 0),
+    "mts":              (1e-3, 1e-5, 300, 8, 3, 2000, 0),
+    "centriole":        (2e-3, 1e-6, 300, 10, 3, 2000, 4),
+    "granules":         (2e-3, 1e-5, 60, 5, 2, 0, 0),
+    "golgi":            (2e-3, 1e-5, 124, 5, 2, 1000, 2),
+    "other structures": (1e-3, 1e-5, 100, 8, 3, 0, 0),              # not in paper
 }
-RESERVED = ("background", "average", "demo", "stages", "other structures")
-COLORS = {"synapse": "white", "mts": "red", "centriole": "yellow", "granules": "dodgerblue",
-          "golgi": "limegreen"}                         # figure 4
-DEMO_STRUCTURES = {"membrane": emseg.MEMBRANE, "mitochondrion": emseg.MITOCHONDRION,
-                   "vesicle": emseg.VESICLE}
+AUGMENTATION = {"flip": True, "rot90": True}            # --augment
+LABELS = {"label": "volume", "val_label": "val_volume", "test_label": "test_volume"}
 
 
 # -- network ---------------------------------------------------------------------------------------
@@ -155,7 +152,6 @@ def unet(in_channels, out_channels, width=None):
 
 
 MODELS = {**emseg.NETWORKS, "unet": unet, "seget": SegET}
-DILATIONS = {"seget": 8, "deeplabv3plus": 18}           # the largest, at 1/16 of the resolution
 
 
 # -- loss ------------------------------------------------------------------------------------------
@@ -191,41 +187,27 @@ def squared_norm(network):
     return sum(weight.square().sum() for weight in network.parameters() if weight.dim() > 1)
 
 
-# -- patches ---------------------------------------------------------------------------------------
+# -- patches and schedule --------------------------------------------------------------------------
 
 
-class SlidingWindows(torch.utils.data.Dataset):
+class SlidingWindows(emseg.Patches):
     """All patches of a sliding window, in random order, again and again (section 3.1).
 
-    images, labels: lazy uint8 arrays (Z, Y, X); patch_size, stride: (Y, X); slices: for each
-    volume, the z to cut up. The last window of a row or column ends at the border, so that the
-    others keep their stride. Patches that hold the structure occur 1 + copies times (section 3.2).
-
-    Item i is `image, label`, uint8 tensors of patch_size, and depends on (seed, i) alone; each run
-    of len() items shows every patch once. Raises InputError where a patch does not fit.
+    stride (Y, X); for all else see emseg.Patches. The last window of a row or column ends at the
+    border, so that the others keep their stride. Patches that hold the structure occur 1 + copies
+    times (section 3.2). Each run of len() items shows every patch once.
     """
 
     def __init__(self, images, labels, patch_size, stride, slices, copies=0, seed=0):
-        self.images, self.labels, self.patch_size, self.seed = images, labels, patch_size, seed
-        h, w = patch_size
-        windows = []                                    # volume, z, y, x, holds the structure
-        for v, (image, label) in enumerate(zip(images, labels)):
-            if any(p > side for p, side in zip(patch_size, image.shape[1:])):
-                raise emseg.InputError(
-                    f"{image.path}: patches of {emseg.format_shape(patch_size)} do not fit into "
-                    f"slices of {emseg.format_shape(image.shape[1:])} pixels, as the network sees "
-                    f"them; give a smaller --patch-size")
-            y, x = np.meshgrid(*[self.starts(*s) for s in zip(image.shape[1:], patch_size, stride)],
-                               indexing="ij")
-            for z in slices[v]:
-                structure = (label[z] == 1).cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
-                total = np.pad(structure, ((1, 0), (1, 0)))         # [y, x]: pixels above and left
-                count = total[y + h, x + w] - total[y, x + w] - total[y + h, x] + total[y, x]
-                windows.append(np.stack(np.broadcast_arrays(v, z, y, x, count > 0), -1))
-        self.windows = np.concatenate([w.reshape(-1, 5) for w in windows])
-        positive = self.windows[:, 4] > 0
-        self.order = np.repeat(np.arange(len(positive)), np.where(positive, 1 + copies, 1))
-        self.shuffled = None, None                      # pass, its order
+        super().__init__(images, labels, patch_size, slices, seed=(seed,))
+        self.windows = []                               # volume, window
+        for v, z in self.slices:
+            structure = labels[v][z] == 1
+            for corner in itertools.product(*map(self.starts, structure.shape, patch_size, stride)):
+                window = tuple(slice(a, a + side) for a, side in zip(corner, patch_size))
+                positive = int(structure[window].any())
+                self.windows += [(v, (slice(z, z + 1), *window))] * (1 + copies * positive)
+        self.order = None, None                         # pass, its order
 
     @staticmethod
     def starts(side, patch, stride):
@@ -233,85 +215,72 @@ class SlidingWindows(torch.utils.data.Dataset):
         return np.unique(np.minimum(np.arange(0, side - patch + stride, stride), side - patch))
 
     def __len__(self):
-        return len(self.order)
+        return len(self.windows)
 
     def __getitem__(self, index):
         passes, place = divmod(index, len(self))
-        if self.shuffled[0] != passes:
-            rng = np.random.default_rng((self.seed, passes))
-            self.shuffled = passes, rng.permutation(self.order)
-        v, z, y, x, _ = self.windows[self.shuffled[1][place]].tolist()
-        window = z, slice(y, y + self.patch_size[0]), slice(x, x + self.patch_size[1])
-        return torch.from_numpy(self.images[v][window]), torch.from_numpy(self.labels[v][window])
+        if self.order[0] != passes:
+            rng = np.random.default_rng((*self.seed, passes))
+            self.order = passes, rng.permutation(len(self))
+        v, window = self.windows[self.order[1][place]]
+        return self._crop(self.images[v], window), self._crop(self.labels[v], window)
 
 
-# -- schedule --------------------------------------------------------------------------------------
+def plateau(history, reduce_patience):
+    """(epochs since the best one, how often the rate was halved) at the end of a history of mIoU.
 
-
-def epochs_without_improvement(history):
-    """How long ago the best value of a list was: 0 if it is the last one."""
-    return len(history) - 1 - int(np.argmax(history)) if history else 0
+    It is halved whenever `reduce_patience` epochs in a row brought nothing better (section 3.2).
+    """
+    best, waited, drops = -1, 0, 0
+    for value in history:
+        best, waited = (value, 0) if value > best else (best, waited + 1)
+        drops += waited > 0 and waited % reduce_patience == 0
+    return waited, drops
 
 
 # -- several structures ----------------------------------------------------------------------------
 
 
-def parse_structures(args, known=None):
-    """What the command line says of each structure: {name: arguments of its own run}.
+def split_name(label):
+    """NAME=PATH -> (NAME, PATH); a bare path has the name None."""
+    name, equals, path = label.partition("=")
+    return (name, path) if equals and "/" not in name else (None, label)
 
-    known: the classes of a checkpoint, background first; else the names of --label count. Labels
-    without a name are masks of the only structure, or hold the class ids of --classes. Raises
-    InputError.
+
+def structures_of(args, checkpoint):
+    """{name of a structure: what is different in the arguments of its own run}.
+
+    Names come from --classes or a checkpoint, or else from --label. Labels without a name are masks
+    of the only structure, or hold the class ids of --classes. Raises InputError.
     """
-    kinds = ("label", "val_label", "test_label")
-    named = {kind: emseg.named_paths(getattr(args, kind)) for kind in kinds}
-    bare = any(None in paths for paths in named.values())
-    if bare and any(name for paths in named.values() for name in paths):
-        raise emseg.InputError("some labels have a name and some have none; give all as NAME=PATH, "
-                               "or all without")
-    if known is None and bare:
-        known = args.classes or ["background", "foreground"]
-    elif known is None:
-        if args.classes:
-            raise emseg.InputError("--classes: the labels already have names, NAME=PATH; leave it "
-                                   "out")
-        known = ["background", *named["label"]]
+    labels = {kind: [split_name(text) for text in getattr(args, kind)] for kind in LABELS}
+    trained = map(split_name, checkpoint["args"]["label"] if checkpoint else args.label)
+    named = [*dict.fromkeys(name for name, _ in trained if name)]
+    background, *names = args.classes or ["background", *(named or ["foreground"])]
+    ids = len(names) > 1 and not named
+    allowed = [None] if ids else names if len(names) > 1 else [None, *names]
+    for name, path in itertools.chain(*labels.values()):
+        if name not in allowed:
+            raise emseg.InputError(
+                f"{path}: " + ("labels of class ids have no name; give the path alone" if ids else
+                               "labels of which structure? Give NAME=PATH, where NAME is "
+                               + " or ".join(names)))
     structures = {}
-    for k, name in enumerate(known[1:], 1):
-        check_name(name, known)
-        own = {kind: paths.get(None if bare else name, []) for kind, paths in named.items()}
-        if len(own["val_label"]) != len(args.val_volume):
-            raise emseg.InputError(f"--val-label has none for {name}")
-        preset = PRESETS[preset_of(name)]
-        own.update({key: value for key, value in preset.items() if getattr(args, key) is None})
-        own["classes"] = [known[0], name]
-        if bare and len(known) > 2:
-            own["label_map"] = one_class(args.label_map, k, len(known))
-        structures[name] = own
-    unknown = [name for paths in named.values() for name in paths
-               if name is not None and name not in structures]
-    if unknown:
-        raise emseg.InputError(f"{unknown[0]} is none of the structures, which are "
-                               f"{', '.join(structures)}")
+    for k, name in enumerate(names, 1):
+        own = {kind: [path for other, path in given if other in (None, name)]
+               for kind, given in labels.items()}
+        for kind, volumes in LABELS.items():
+            given, wanted = len(own[kind]), len(getattr(args, volumes))
+            if given != wanted and (given or kind != "test_label"):
+                raise emseg.InputError(
+                    f"{emseg.flag_name(kind)} has {given} paths for {name}, but "
+                    f"{emseg.flag_name(volumes)} has {wanted}; give one for each volume")
+        preset = zip(SETTINGS, PRESETS.get(name.lower(), PRESETS["other structures"]))
+        own |= {key: value for key, value in preset if getattr(args, key) is None}
+        if ids:
+            own["label_map"] = one_class(args.label_map, k, len(args.classes))
+        structures[name] = {**own, "classes": [background, name]}
     return structures
-
-
-def check_name(name, known):
-    """Raise InputError for the name of a structure that is no good as a folder's. known: all."""
-    if not re.fullmatch(r"[\w-]([\w -]*[\w-])?", name) or len(name) > 100:
-        raise emseg.InputError(f"'{name[:100]}' cannot be the name of a structure and its folder; "
-                               f"wanted letters, digits, _ and -, spaces only between them")
-    if name.lower() in RESERVED:
-        raise emseg.InputError(f"a structure cannot be named {name}, which means something else in "
-                               f"the run folder; choose another name")
-    if [other.lower() for other in known].count(name.lower()) > 1:
-        raise emseg.InputError(f"two structures are named {name}, upper and lower case apart; "
-                               f"choose another name for one")
-
-
-def preset_of(name):
-    """The key of a structure's settings in PRESETS."""
-    return name.lower() if name.lower() in PRESETS else "other structures"
 
 
 def one_class(label_map, k, n_classes):
@@ -321,30 +290,23 @@ def one_class(label_map, k, n_classes):
                     for value, target in mapping.items())
 
 
-class MergedLabels(emseg.LazyArray):
-    """The masks of several structures as class ids 1, 2, …; see merge_structures.
+def open_structure(args, used):
+    """The data of one structure: Items to train on, to validate on and to test on, and the patches.
 
-    A pixel is IGNORE where it is in one of them, and where several claim it (overlap "highest").
-    labels: Labels of the structures; slices: those that all of them score.
+    used: of a checkpoint, with which only test Items are opened. Raises InputError, also where no
+    validation slice shows the structure: background alone would choose the epoch and the rate.
     """
-
-    def __init__(self, labels, overlap):
-        first = labels[0]
-        super().__init__(first.path, first.shape, first.dtype, first.voxel_size)
-        self.labels, self.overlap = labels, overlap
-        slices = set(first.slices.tolist()).intersection(*[label.slices for label in labels])
-        self.slices = np.array(sorted(slices), dtype=int)
-
-    def read(self, z, y, x):
-        masks = [label.read(z, y, x) for label in self.labels]
-        ids, unknown = np.zeros_like(masks[0]), np.zeros(masks[0].shape, dtype=bool)
-        for k, mask in enumerate(masks, 1):
-            if self.overlap == "highest":
-                unknown |= (mask == 1) & (ids > 0)
-            unknown |= mask == emseg.IGNORE
-            ids[mask == 1] = k
-        ids[unknown] = emseg.IGNORE
-        return ids
+    if args.checkpoint:
+        return [], [], emseg.open_test(args, used), None
+    train, val = emseg.open_training(args, require_foreground=False)
+    emseg.check_annotation(train, args)
+    if not any((item.target[z] == 1).any() for item in val for z in item.slices):
+        raise emseg.InputError(f"no validation slice shows {args.classes[1]}; choose others with "
+                               f"--val-slices or --val-volume")
+    images, targets, slices = zip(*[(item.image, item.target, item.slices) for item in train])
+    patches = SlidingWindows(images, targets, args.patch_size, args.stride, slices, args.copies,
+                             args.seed)
+    return train, val, emseg.open_test(args, emseg.used_slices(train + val), train, val), patches
 
 
 def merge_structures(prob, threshold, overlap):
@@ -360,87 +322,61 @@ def merge_structures(prob, threshold, overlap):
     return torch.where(score > 0, k + 1, 0)
 
 
-def open_structure(name, part):
-    """Open the data of a structure's run. Raises InputError, with its name, also where no
-    validation slice shows it: background alone would choose the epoch and the rate."""
-    try:
-        part.open_data(score_validation=True)
-    except emseg.InputError as error:
-        raise emseg.InputError(f"{name}: {error}")
-    if part.data.val and not any((item.label[z] == 1).any() for item in part.data.val
-                                 for z in item.label.slices):
-        raise emseg.InputError(f"no validation slice shows {name}; choose others with "
-                               f"--val-slices or --val-volume")
+class MergedLabels(emseg.LazyArray):
+    """The masks of several structures as class ids 1, 2, …; see merge_structures.
 
-
-def merge_data(parts, names, overlap):
-    """What the whole run sees: the test volumes of its parts, with all structures as classes."""
-    items = []
-    for together in zip(*[part.data.test for part in parts.values()]):
-        labels, item = [each.label for each in together], together[0]
-        merged = None if None in labels else MergedLabels(labels, overlap)
-        if merged is not None and not len(merged.slices):
-            merged = None
-        items.append(emseg.Item(item.name, item.volume, item.image, merged))
-    background = next(iter(parts.values())).data.classes[0]
-    return emseg.Data([background, *names], None, [], items)
-
-
-def table_1(model, scored, results):
-    """The paper's table 1 as Markdown: mIoU of each structure and their average.
-
-    scored: what was scored; results: {structure: the mean block of its metrics.json, or None}.
+    A pixel is IGNORE where it is in one of them, and where several claim it (overlap "highest").
+    labels: Labels of the structures; slices: those that all of them score.
     """
-    def shown(value):
-        return "undefined" if value is None else f"{value:.4f}"
 
-    values = [block and block["miou"] for block in results.values()]
-    return "\n".join([
-        f"| mIoU, {scored} | {' | '.join(results)} | average |",
-        f"| --- |{' --- |' * (len(results) + 1)}",
-        f"| {model} | {' | '.join(map(shown, values))} | {shown(mean_of(values))} |"])
+    def __init__(self, labels, overlap):
+        first = labels[0]
+        super().__init__(first.path, first.shape, first.dtype, first.voxel_size)
+        self.labels, self.overlap = labels, overlap
+        self.slices = functools.reduce(np.intersect1d, [label.slices for label in labels])
 
-
-def mean_of(values):
-    """Mean of a list; None where one of it is."""
-    return None if None in values else sum(values) / len(values)
-
-
-def structure_colors(names):
-    """The colours of the paper's figure 4 for its structures, others for others."""
-    others = iter(emseg.CLASS_COLORS * len(names))
-    return [COLORS.get(name.lower()) or next(others) for name in names]
-
-
-def describe(name, own, patches):
-    """The settings of a structure, to print."""
-    weights = f"weights up to {own.weight_cap:g}" if own.weight_cap else "no weights"
-    return (f"{name}, settings of {preset_of(name)}: {len(patches)} patches with {own.copies} "
-            f"copies of positive ones, {weights}, rate {own.lr:g} (decay {own.decay:g}, halved "
-            f"after {own.reduce_patience} epochs without improvement), {own.epochs} epochs at "
-            f"most, ended after {own.patience} of these")
+    def read(self, z, y, x):
+        masks = np.stack([label.read(z, y, x) for label in self.labels], -1)
+        ids = ((masks == 1) * np.arange(1, len(self.labels) + 1)).max(-1).astype(np.uint8)
+        ids[(masks == emseg.IGNORE).any(-1)] = emseg.IGNORE
+        if self.overlap == "highest":
+            ids[(masks == 1).sum(-1) > 1] = emseg.IGNORE
+        return ids
 
 
 # -- the command -----------------------------------------------------------------------------------
 
 
-def write_masks(run):
-    """--demo: a training and a test tomogram as files, and a mask of 0 and 1 for each structure;
-    the training files are TIFF, the others MRC, as those of the paper."""
-    args, folder = run.args, run.folder / "demo"
-    names = [*DEMO_STRUCTURES]
-    for seed, (kind, ending) in enumerate([("train", "tif"), ("test", "mrc")]):
-        files = [str(folder / f"{kind}{part}.{ending}") for part in ("", *[f"_{n}" for n in names])]
-        setattr(args, "volume" if kind == "train" else "test_volume", files[:1])
-        setattr(args, "label" if kind == "train" else "test_label",
-                [f"{name}={path}" for name, path in zip(names, files[1:])])
-        if run.rank == 0 and not args.resume:
-            folder.mkdir(parents=True, exist_ok=True)
-            voxel_size = 20.0, 16.0, 16.0
-            image, label = emseg.phantom((20, 160, 160), voxel_size, 1000 * args.seed + seed)
-            masks = [(label == k).astype(np.uint8) for k in DEMO_STRUCTURES.values()]
-            emseg.write_volumes(files, image, masks, voxel_size)
-    run.barrier()
+def save_maps(path, items, predictions, classes):
+    """maps.png (figure 4): the image, and prediction and truth in colours on black, IGNORE in grey,
+    of the middle annotated slice of each Item. predictions: their paths."""
+    palette = np.zeros((256, 3))
+    palette[1 : len(classes)] = [to_rgb(color) for color, _ in
+                                 zip(itertools.cycle(emseg.CLASS_COLORS), classes[1:])]
+    palette[emseg.IGNORE] = 0.45
+    figure = emseg.new_figure(figsize=(12, 4.3 * len(items)))
+    axes = figure.subplots(len(items), 3, squeeze=False)
+    for row, item, prediction in zip(axes, items, map(emseg.open_volume, predictions)):
+        zs = range(len(prediction)) if item.label is None else item.label.slices
+        z = zs[len(zs) // 2]
+        panels = {f"{item.name}  z = {z}": emseg.overlay(emseg.as_uint8(item.volume)[z]),
+                  "prediction": palette[prediction[z]]}
+        if item.label is not None:
+            panels["truth"] = palette[item.label[z]]
+        for axis in row:
+            axis.set_axis_off()
+        for axis, (title, rgb) in zip(row, panels.items()):
+            axis.set_title(emseg.plain(title))
+            axis.imshow(rgb)
+    emseg.legend(figure, classes, False, emseg.CLASS_COLORS)
+    emseg.save_figure(figure, path)
+
+
+def table_1(model, scored, miou):
+    """The paper's table 1 as Markdown. scored: what was; miou: {column: mIoU or None}."""
+    cells = ["undefined" if value is None else f"{value:.4f}" for value in miou.values()]
+    return "\n".join([f"| mIoU, {scored} | {' | '.join(miou)} |", f"| --- |{' --- |' * len(miou)}",
+                      f"| {model} | {' | '.join(cells)} |"])
 
 
 def parse_args(argv=None):
@@ -451,23 +387,25 @@ def parse_args(argv=None):
         "mts, centriole, granules, golgi or any other",
         "val_label": "NAME=PATH", "test_label": "NAME=PATH",
         "val_slices": "default: every=5, section 3.1", "model": "seget is the paper's",
-        "epochs": preset, "lr": preset, "batch_size": "section 3.2", "patch_size": "section 3.1",
-        "steps_per_epoch": "default: each patch once"})
+        "epochs": preset, "lr": preset, "batch_size": "section 3.2",
+        "patch_size": "section 3.1; up to 128, the outer weights of SegET's widest dilation are "
+        "never trained", "steps_per_epoch": "default: each patch once"})
     method = parser.add_argument_group("method (Zhang 2018)").add_argument
-    method("--stride", type=emseg.positive(int), nargs="+", metavar="N",
-           help="of the sliding window, Y X; default: half of --patch-size, as in section 3.1")
-    method("--weight-cap", type=float, metavar="W",
+    method("--stride", type=emseg.positive(int), nargs=2, metavar=("Y", "X"),
+           help="of the sliding window; default: half of --patch-size, as in section 3.1")
+    method("--weight-cap", type=emseg.nonnegative, metavar="W",
            help="highest weight of a foreground pixel, which is the background/foreground ratio of "
            f"its patch; 0: no weights ({preset})")
     method("--copies", type=int, metavar="N",
            help=f"how often patches with the structure are repeated ({preset})")
-    method("--decay", type=float, metavar="D",
+    method("--decay", type=emseg.nonnegative, metavar="D",
            help=f"the rate is divided by 1 + D * step ({preset})")
     method("--patience", type=emseg.positive(int), metavar="N",
            help=f"epochs without a better validation mIoU that end a training ({preset})")
     method("--reduce-patience", type=emseg.positive(int), metavar="N",
            help=f"epochs without a better validation mIoU that halve the rate ({preset})")
-    method("--l2", type=float, default=1e-5, metavar="L", help="lambda of eq. 1 (not in paper)")
+    method("--l2", type=emseg.nonnegative, default=1e-5, metavar="L",
+           help="lambda of eq. 1 (not in paper)")
     method("--augment", action=argparse.BooleanOptionalAction, default=False,
            help="random flips and quarter turns (not in paper)")
     method("--overlap", choices=("highest", "last"), default="highest",
@@ -476,20 +414,20 @@ def parse_args(argv=None):
            "others")
     parser.set_defaults(model="seget", batch_size=12, patch_size=[512, 512])
     demo = dict(width=8, epochs=4, batch_size=1, patch_size=[144, 144], lr=6e-3, decay=4e-3,
-                augment=True)
-    args = emseg.parse(parser, argv, demo, named_labels=True)
+                augment=True, label_map="1=1,3=2,4=3,*=0",
+                classes=["background", "membrane", "mitochondrion", "vesicle"])
+    args = emseg.parse(parser, argv, demo, of_prediction=("overlap",))
     if args.unlabeled_volume:
         parser.error("--unlabeled-volume: this method learns from labels only; leave it out")
-    if args.stride is None:
-        args.stride = [max(1, side // 2) for side in args.patch_size]
-    if len(args.stride) != len(args.patch_size):
-        parser.error(f"--stride {emseg.format_shape(args.stride)}: wanted two numbers, Y X")
-    for name in ("weight_cap", "copies", "decay", "l2"):
-        if not 0 <= (getattr(args, name) or 0) < math.inf:
-            parser.error(f"{emseg.flag_name(name)} {getattr(args, name)} is not 0 or more")
+    args.stride = args.stride or [max(1, side // 2) for side in args.patch_size]
     if args.val_slices is None and not args.val_volume:
         args.val_slices = "every=5"
     return args
+
+
+def make_network(args):
+    """The network of one structure."""
+    return MODELS[args.model](1, 1, args.width)
 
 
 @emseg.command
@@ -497,112 +435,143 @@ def main(args):
     # run folder, seed, device
     run = emseg.Run(args, __file__)
     if args.demo:
-        write_masks(run)
+        emseg.write_demo(run, (20, 160, 160), voxel_size=(20.0, 16.0, 16.0))
+
+    # data: of all structures, so that mistakes show before one is trained
+    structures = structures_of(args, run.checkpoint)
+    data = {name: open_structure(argparse.Namespace(**{**vars(args), **own}), run.used)
+            for name, own in structures.items()}
+    if not args.checkpoint:
+        with torch.device("meta"):
+            emseg.check_patch_size(make_network(args), args.patch_size, args.model)
+
+    # train, predict, evaluate: one complete run for each structure
+    runs = {}
+    for name, own in structures.items():
+        if len(structures) > 1:
+            own["checkpoint"] = args.checkpoint and os.path.join(
+                args.checkpoint.removesuffix("best.pt"), name)
+            runs[name] = emseg.Run(run.args_of(name, **own), __file__)
+        else:
+            vars(args).update({key: own[key] for key in own if key not in LABELS})
+            runs[name] = run
+        train_structure(runs[name], *data[name])
+    reports = {name: json.loads((each.folder / "metrics.json").read_text())
+               for name, each in runs.items()}
+    miou = {name: report["mean"] and report["mean"]["miou"] for name, report in reports.items()}
+    miou["average"] = None if None in miou.values() else float(np.mean([*miou.values()]))
+    if len(structures) > 1:
+        merge_runs(run, runs, [test for *_, test, _ in data.values()], reports, miou)
+    if run.rank == 0:
+        table = table_1(args.model, "test" if args.test_volume else "validation", miou)
+        emseg.write_text(run.path("table.md"), table + "\n")
+        emseg.print0(table)
+
+
+def merge_runs(run, runs, tests, reports, miou):
+    """Predict all structures together with the networks of their runs, and score that.
+
+    tests: the test Items of each structure; reports: what their metrics.json hold.
+    """
+    args, networks = run.args, {}
+    args.classes = [next(iter(runs.values())).args.classes[0], *runs]
+    for name, each in runs.items():
+        each.checkpoint = each.checkpoint or emseg.load_checkpoint(each.folder)
+        each.normalization = each.checkpoint["normalization"]
+        networks[name] = each.load(make_network(args))
+    if not args.checkpoint:                 # for --checkpoint, which finds the networks beside it
+        run.modules, run.used = {}, sum([each.checkpoint["used"] for each in runs.values()], [])
+        run.save("best.pt")
+
+    def predict(image):
+        """uint8 slices (B, H, W) -> probabilities (B, K, H, W) of all structures."""
+        return torch.cat([emseg.see(runs[name], networks[name], image) for name in runs], dim=1)
+
+    test = []
+    for items in zip(*tests):
+        labels = [item.label for item in items]
+        merged = None if None in labels else MergedLabels(labels, args.overlap)
+        if merged is not None and not len(merged.slices):       # none that all structures score
+            merged = None
+        test.append(dataclasses.replace(items[0], label=merged))
+    predictions = emseg.predict_all(
+        run, predict, test, channels=len(networks),
+        decide=functools.partial(merge_structures, threshold=0.5, overlap=args.overlap))
+
+    run.seconds = sum(report["train_seconds"] for report in reports.values())
+    run.best = float(np.mean([report["best"] for report in reports.values()]))
+    emseg.report(run, test, predictions, sum(map(emseg.count_parameters, networks.values())),
+                 structures={name: report["mean"] for name, report in reports.items()},
+                 average={"miou": miou["average"]})
+    if run.rank == 0:
+        save_maps(run.path("maps.png"), test, predictions, args.classes)
+
+
+def train_structure(run, train, val, test, patches):
+    """One structure, from its data (see open_structure) to its scores."""
+    args = run.args
+    if run.finished:
+        return
+
+    def predict(image):
+        """uint8 slices (B, H, W) -> probabilities (B, 1, H, W)."""
+        return emseg.see(run, network, image)
+
+    if args.checkpoint:
+        network = run.load(make_network(args))
+        return finish(run, network, test)
 
     # data
-    structures = parse_structures(args, run.checkpoint and run.checkpoint["classes"])
-    parts = {name: run.part(name, **own) for name, own in structures.items()}
-    for name, part in parts.items():
-        open_structure(name, part)
-    run.data = merge_data(parts, structures, args.overlap)
-    run.colors = structure_colors(parts)
-    for part, color in zip(parts.values(), run.colors):
-        part.colors = [color]
+    run.used = emseg.used_slices(train + val)
+    emseg.describe_data(args, train=train, validate=val, test=test)
+    run.normalization = emseg.measure_normalization(
+        patches.images, [item.slices for item in train], args.normalize)
 
     # networks
-    networks = {}
-    for name, part in parts.items():
-        torch.manual_seed(args.seed)                    # as if the structure were alone
-        network = MODELS[args.model](1, 1, args.width).apply(emseg.glorot_initialization)
-        networks[name] = part.prepare(network)
+    network = run.prepare(make_network(args).apply(emseg.glorot_initialization))
 
-    if run.training:
-        emseg.check_patch_size(networks[name], args.patch_size, args.model)
-        reach = 16 * DILATIONS.get(args.model, 0)
-        if min(args.patch_size) <= reach:
-            run.say(f"note: crops of {emseg.format_shape(args.patch_size)} pixels never train the "
-                    f"outer weights of the widest dilation; give --patch-size above {reach}")
-        patches = {name: SlidingWindows(
-            part.data.images, part.data.labels, args.patch_size, args.stride, part.data.slices,
-            part.args.copies, args.seed) for name, part in parts.items()}
-    run.begin_parts()
-    for name, part in parts.items():
-        network, own = networks[name], part.args
+    # optimiser
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
 
-        def see(image):
-            """uint8 slices (B, H, W) -> probabilities (B, 1, H, W) of this structure."""
-            return part.predict_slices(network, image)
+    # train
+    emseg.print0(f"{args.classes[1]}: {len(patches)} patches; " + ", ".join(
+        f"{key.replace('_', ' ')} {getattr(args, key):g}" for key in SETTINGS))
+    run.begin(args.steps_per_epoch or math.ceil(len(patches) / args.batch_size), network=network,
+              optimizer=optimizer)
+    batches = run.batches(patches, args.batch_size)
+    for epoch in run.epochs():
+        waited, drops = plateau(run.history, args.reduce_patience)
+        if waited >= args.patience:
+            emseg.print0(f"{args.classes[1]}: training ends early: the last {waited} epochs did "
+                         f"not segment the validation slices better than epoch "
+                         f"{epoch - waited - 1}, which is kept (mIoU {run.best:.4f})")
+            break
+        network.train()
+        for step in run.steps(epoch):
+            lr = args.lr * 0.5**drops / (1 + args.decay * step)
+            image, label = emseg.augment(*next(batches), run.normalization,
+                                         **AUGMENTATION if args.augment else {})
+            weight = foreground_weight(label, args.weight_cap) if args.weight_cap else None
+            with run.autocast():
+                logits = network(image)
+            loss_bce = emseg.cross_entropy(logits, label, weight)                       # eq. 3
+            loss_jaccard = jaccard_distance(logits, label)                              # eq. 5
+            loss_l2 = args.l2 * squared_norm(network)
+            loss = loss_bce + loss_jaccard + loss_l2                                    # eq. 1
+            run.update(loss, lr, (network, optimizer))
+            run.log(lr=lr, loss=loss, loss_bce=loss_bce, loss_jaccard=loss_jaccard,
+                    loss_l2=loss_l2)
+        run.end_epoch(emseg.validate(run, predict, val), metric="val_miou")
 
-        # optimiser
-        optimizer = torch.optim.Adam(network.parameters(), lr=own.lr)
-        scaler = part.gradient_scaler()
+    # predict and evaluate
+    run.use_best(network=network)
+    finish(run, network, test)
 
-        # train
-        if part.training:
-            part.say(describe(name, own, patches[name]))
-            part.begin(args.steps_per_epoch or math.ceil(len(patches[name]) / args.batch_size),
-                       network=network, optimizer=optimizer, scaler=scaler)
-            batches = part.batches(patches[name], args.batch_size)
-        for epoch in part.epochs():
-            if epochs_without_improvement(part.history) >= own.patience:
-                part.say(f"{name}: no better validation mIoU in {own.patience} epochs")
-                break
-            peak = own.lr * 0.5 ** emseg.plateaus(part.history, own.reduce_patience)
-            network.train()
-            for step in part.steps(epoch):
-                lr = peak / (1 + own.decay * step)
-                image, label = next(batches)
-                image, label = emseg.augment(image, label, part.data.normalization,
-                                             **dict(flip=True, rot90=True) if args.augment else {})
-                weight = foreground_weight(label, own.weight_cap) if own.weight_cap else None
-                with part.autocast():
-                    logits = network(image)
-                loss_bce = emseg.cross_entropy(logits, label, weight)                   # eq. 3
-                loss_jaccard = jaccard_distance(logits, label)                          # eq. 5
-                loss_l2 = args.l2 * squared_norm(network)
-                loss = loss_bce + loss_jaccard + loss_l2                                # eq. 1
-                scaler.scale(loss).backward()
-                emseg.average_gradients(network)
-                optimizer.param_groups[0]["lr"] = lr
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                part.log(lr=lr, loss=loss, loss_bce=loss_bce, loss_jaccard=loss_jaccard,
-                         loss_l2=loss_l2)
-            part.end_epoch(part.validate(see), metric="val_miou")
-        part.use_best(network=network)
 
-    # predict
-    run.gather(parts)
-
-    def see_all(image):
-        """uint8 slices (B, H, W) -> probabilities (B, K, H, W) of all structures."""
-        return torch.cat([part.predict_slices(networks[name], image)
-                          for name, part in parts.items()], dim=1)
-
-    def merge(prob):
-        return merge_structures(prob, run.threshold, args.overlap)
-
-    predictions = []
-    for number, item in enumerate(run.data.test):
-        masks = {part.output(part.data.test[number]): lambda prob, k=k: prob[:, k] > run.threshold
-                 for k, part in enumerate(parts.values())}
-        predictions.append((run.predict(see_all, item, channels=len(parts), decide=merge,
-                                        also=masks), *masks))
-
-    # evaluate
-    merged, *masks = zip(*predictions)
-    reports = [part.report(paths) for part, paths in zip(parts.values(), masks)]
-    if run.rank == 0:
-        results = {name: report["mean"] for name, report in zip(parts, reports)}
-        average = {key: mean_of([block and block[key] for block in results.values()])
-                   for key in ("miou", "accuracy", "dice", "iou")}
-        emseg.save_maps(run.folder / "maps.png", [
-            (Path(item.volume.path).name, emseg.as_uint8(item.volume), item.label,
-             emseg.open_volume(str(path))) for item, path in zip(run.data.test, merged)],
-            run.data.classes, run.colors)
-        run.report(merged, structures=results, average=average)
-        run.say(table_1(args.model, "test" if args.test_volume else "validation", results))
+def finish(run, network, test):
+    """Predict the test volumes and score the predictions."""
+    predictions = emseg.predict_all(run, lambda image: emseg.see(run, network, image), test)
+    emseg.report(run, test, predictions, emseg.count_parameters(network))
 
 
 if __name__ == "__main__":

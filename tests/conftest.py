@@ -1,7 +1,7 @@
 """Small files and real data that the tests share; how they run a command and read its results."""
 
 import csv
-import functools
+import importlib
 import json
 import os
 import re
@@ -10,11 +10,7 @@ import struct
 import subprocess
 import sys
 import textwrap
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 # Networks this small gain nothing from threads, and those of two processes wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -42,64 +38,6 @@ def real_data():
     return DATA.resolve()
 
 
-def pytest_addoption(parser):
-    parser.addoption("--kills", metavar="N", help="how many faults of each kind "
-                     "test_interruptions.py tries with each script, or all")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "background(*command): a command line of Python that takes "
-                            "long; it begins with the session, and the test asks for `finished`")
-
-
-BESIDE = "test_hostile.py", "test_interruptions.py"    # see test_beside.py
-
-
-def pytest_collection_modifyitems(config, items):
-    """Tests that wait for what runs in the background come last, and files that test_beside.py runs
-    there do not run twice."""
-    if "test_beside.py" in {item.path.name for item in items}:
-        config.hook.pytest_deselected(items=[i for i in items if i.path.name in BESIDE])
-        items[:] = [item for item in items if item.path.name not in BESIDE]
-    items.sort(key=lambda item: "finished" in item.fixturenames)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def background(request, tmp_path_factory):
-    """{test: future of its background command}. Of all chosen tests, one command after the other
-    runs beside the other tests, on a core that they leave idle."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}       # as it is before tests change it
-    running, ended = [], threading.Event()
-
-    def finish(command, folder):
-        started = time.monotonic()
-        with subprocess.Popen([sys.executable, *map(str, command)], cwd=folder, env=environment,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            running.append(process)
-            if ended.is_set():
-                process.kill()
-            out, err = process.communicate()
-        return SimpleNamespace(folder=folder, returncode=process.returncode, stdout=out, stderr=err,
-                               seconds=time.monotonic() - started)
-
-    pool, futures = ThreadPoolExecutor(max_workers=1), {}
-    for item in request.session.items:
-        for marker in item.iter_markers("background"):
-            folder = tmp_path_factory.mktemp("background")
-            futures[item.nodeid] = pool.submit(finish, marker.args, folder)
-    yield futures
-    ended.set()
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in running:
-        process.kill()
-
-
-@pytest.fixture
-def finished(request, background):
-    """The test's background command when it has ended: its folder, output and seconds."""
-    return background[request.node.nodeid].result()
-
-
 @pytest.fixture(scope="session")
 def cells(tmp_path_factory):
     """A folder with a small synthetic volume and its labels: image.tif, label.tif (ids 0..4),
@@ -115,17 +53,17 @@ def cells(tmp_path_factory):
     return folder
 
 
-def run(script, *arguments, fine=False):
-    """Run a training script (a module) with these arguments. All its pictures are drawn, but one
-    row of slices with few pixels unless they are to be fine: half the time of a small run went into
-    them."""
+def scripts():
+    """The five training scripts, as modules."""
+    return [importlib.import_module(f"train_{name}") for name in
+            ("cps", "partial", "seget", "2d3d", "sparse")]
+
+
+def run(script, *arguments):
+    """Run a training script (a module) with these arguments, its pictures with few pixels."""
     new_figure = emseg.new_figure
     with pytest.MonkeyPatch.context() as patch:
-        if not fine:
-            patch.setattr(emseg, "new_figure", lambda **size: new_figure(**{**size, "dpi": DPI}))
-            for name, less in (("save_slices", {"rows": 1}), ("save_maps", {"rows": 1}),
-                               ("save_surfaces", {"pixels": 40})):
-                patch.setattr(emseg, name, functools.partial(getattr(emseg, name), **less))
+        patch.setattr(emseg, "new_figure", lambda **size: new_figure(**{**size, "dpi": DPI}))
         script.main(script.parse_args([str(a) for a in arguments]))
 
 
@@ -151,32 +89,12 @@ def interrupt_after(monkeypatch, steps):
     monkeypatch.setattr(emseg.Run, "log", interrupting_log)
 
 
-CHECKED_RANKS = """
-import torch, emseg, {script}
-use_best = emseg.Run.use_best
-
-def checked(self, **networks):
-    for network in networks.values():
-        for parameter in network.parameters():
-            first = parameter.detach().clone()
-            torch.distributed.broadcast(first, 0)
-            assert torch.equal(first, parameter), "ranks drift apart"
-    use_best(self, **networks)
-
-emseg.Run.use_best = checked
-{script}.main({script}.parse_args())
-"""
-
-
-def two_processes(script, folder, *arguments):
-    """Run a script (a module) in two processes whose weights must stay equal; return its output."""
-    program = folder / "checked.py"
-    program.write_text(CHECKED_RANKS.format(script=script.__name__))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", program,
-               *arguments]
+def two_processes(script, *arguments):
+    """Run a script (a module) in two processes; return its output."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               script.__file__, *arguments]
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                            "PYTHONPATH": str(ROOT)})
+                          timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -206,7 +124,7 @@ def parse_readme_commands(script, checkpoint, monkeypatch):
     """Parse every README command of a script, with this checkpoint in place of the one it names;
     return how many there are."""
     content = torch.load(checkpoint, weights_only=True)
-    monkeypatch.setattr(emseg, "load_checkpoint", lambda path, script: content)
+    monkeypatch.setattr(emseg, "load_checkpoint", lambda path: content)
     commands = readme_commands(Path(script.__file__).name)
     for command in commands:
         if "--resume" not in command:

@@ -209,8 +209,9 @@ def rows_of(job):
         precision=config["precision"], torch=config["versions"]["torch"],
         commit=(config["git"] or "")[:9])
     stages = metrics.get("stages", {})
-    if "single_best" in metrics:
-        stages = {"single best": metrics["single_best"]["mean"], "ensemble": metrics["mean"]}
+    if "ensemble" in metrics:
+        best = max(metrics["instances"].values(), key=lambda each: each["val_miou"])
+        stages = {"single best": best["mean"], "ensemble": metrics["mean"]}
     elif len(stages) < 2:
         stages = {"": metrics.get("average", metrics["mean"])}
     rows = []
@@ -231,7 +232,7 @@ def start(job):
         environment["OMP_NUM_THREADS"] = "1"
     folder.parent.mkdir(parents=True, exist_ok=True)
     script, *flags = job.command()
-    mode = "--resume" if (folder / "last.pt").exists() else "--overwrite"
+    mode = "--resume" if (folder / "config.json").exists() else "--overwrite"
     print(f"{job.name}, {job.variant}, seed {job.seed}: {mode}", flush=True)
     with folder.with_name(f"{folder.name}.txt").open("a") as log:
         # in a session of its own, so that Ctrl-C reaches it once, from here

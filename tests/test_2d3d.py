@@ -334,8 +334,8 @@ def windows_for(model, shape):
     """Windows as the command makes them, of a volume of this shape."""
     flat, zs = np.broadcast_to(np.uint8(0), shape), np.arange(shape[0])
     args = SimpleNamespace(model=model, elastic=20.0, seed=0, **train_2d3d.settings_of(model))
-    data = SimpleNamespace(images=[InMemory(flat)], labels=[InMemory(flat, zs)], slices=[zs])
-    return train_2d3d.make_windows(SimpleNamespace(args=args, data=data), on_meta(model))
+    item = SimpleNamespace(image=InMemory(flat), target=InMemory(flat, zs), slices=zs)
+    return train_2d3d.make_windows(args, [item], on_meta(model))
 
 
 @pytest.mark.parametrize("model, count, size, margin", [
@@ -531,7 +531,7 @@ def test_the_elastic_map_is_as_rough_as_in_the_authors_code():
 
 def test_the_best_instances_are_those_with_the_highest_peaks():
     peaks = {"a": 0.3, "b": 0.5, "c": 0.4, "d": 0.5}
-    assert train_2d3d.choose_best(peaks, None) == ["a", "b", "c", "d"]
+    assert train_2d3d.choose_best(peaks, None) == ["b", "d", "c", "a"]
     assert train_2d3d.choose_best(peaks, 3) == ["b", "d", "c"]
     with pytest.raises(emseg.InputError, match="the instances were not validated"):
         train_2d3d.choose_best({"a": 0.5, "b": None}, 1)
@@ -557,8 +557,8 @@ def test_the_papers_settings():
     args = train_2d3d.parse_args(["--volume", "a", "--label", "b"])
     wanted = dict(model="2d3d", patch_size=[5, 300, 300], spacing=[2, 100, 100], epochs=40, lr=1e-3,
                   batch_size=1, normalize="volume", weight_terms=[0.01, 1, 25], elastic=20,
-                  reflect=True, brightness=0.12, contrast=0.2, c_2d=0.33, decay=0.75, decay_steps=2512,
-                  stop_miou=0.3, stop_epoch=10, instances=1)
+                  reflect=True, brightness=0.12, contrast=0.2, c_2d=0.33, decay=0.75,
+                  decay_steps=2512, stop_miou=0.3, stop_epoch=10, instances=1)
     assert {name: getattr(args, name) for name in wanted} == wanted
     assert f"{args.l2_2d:.1e} {args.l2_3d:.1e} {args.l2_p:.1e}" == "2.3e-11 1.1e-11 1.1e-15"
     args = train_2d3d.parse_args(["--volume", "a", "--label", "b", "--model", "unet"])

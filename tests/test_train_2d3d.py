@@ -9,10 +9,11 @@ import tifffile
 import torch
 from matplotlib.image import imread
 
+import conftest
 import emseg
 import train_2d3d
-from conftest import (ROOT, interrupt_after, log_without_seconds, metrics,
-                      parse_readme_commands, refused, run, two_processes, weights)
+from conftest import (interrupt_after, log_without_seconds, metrics, refused, run, two_processes,
+                      weights)
 
 TINY = ["--width", "2", "--patch-size", "3", "60", "60", "--spacing", "2", "32", "32", "--epochs",
         "2", "--steps-per-epoch", "3", "--batch-size", "2", "--elastic", "3", "--lr", "5e-3"]
@@ -26,16 +27,22 @@ def volumes(cells, train="0:8", val="8:10", test="10:12"):
                          f"--{prefix}label", f"{cells / 'label.tif'}@{crop}")]
 
 
-def train(cells, out, *more, fine=False, **crops):
-    run(train_2d3d, *volumes(cells, **crops), "--out-dir", out, *TINY, *more, fine=fine)
+def train(cells, out, *more, **crops):
+    run(train_2d3d, *volumes(cells, **crops), "--out-dir", out, *TINY, *more)
     return out
+
+
+def written_weights(folder, label, w=0.01, balance=1.0, edge=25.0):
+    """W of a run, from the file of its edges."""
+    edges, counts = tifffile.imread(folder / "edges.tif"), np.bincount(label.ravel())
+    return w + balance * (counts.min() / counts)[label] + edge * edges / edges.max()
 
 
 @pytest.fixture(scope="module")
 def trained(cells, tmp_path_factory):
     """Three instances, of which the best two are averaged."""
     return train(cells, tmp_path_factory.mktemp("2d3d") / "run", "--instances", "3", "--top-k", "2",
-                 "--organelles", "3", "4", "--seed", "5", fine=True)
+                 "--organelles", "3", "4", "--seed", "5")
 
 
 def peak(folder):
@@ -53,7 +60,9 @@ def test_instances_are_ranked_and_the_best_are_averaged(trained, cells):
     peaks = {name: peak(trained / name) for name in ("seed5", "seed6", "seed7")}
     ranked = sorted(peaks, key=peaks.get, reverse=True)
     assert content["ensemble"]["members"] == ranked[:2]
-    assert content["single_best"]["instance"] == ranked[0]
+    assert list(content["ensemble"]["top"]) == ["1", "2", "3"]
+    assert content["ensemble"]["top"]["1"]["miou"] == pytest.approx(peaks[ranked[0]])
+    assert "| top 2 |" in (trained / "table.md").read_text()
     truth = tifffile.imread(cells / "label.tif")[10:12]
     for name in peaks:
         found = ious(tifffile.imread(trained / name / "prediction.tif"), truth)
@@ -78,33 +87,30 @@ def test_validation_sees_what_a_prediction_sees(cells, tmp_path):
 
 
 def test_an_ensemble_averages_the_probabilities_of_its_members(trained, cells, tmp_path):
-    prob = {}
-    for name in ("seed5", "seed6", "seed7", "."):
-        run(train_2d3d, "--checkpoint", trained / name / "best.pt", "--test-volume",
-            cells / "image.tif@10:12", "--out-dir", tmp_path / name / "out", "--save-probability")
-        prob[name] = tifffile.imread(tmp_path / name / "out" / "probability.tif")
-        pred = tifffile.imread(trained / name / "prediction.tif")
-        np.testing.assert_array_equal(tifffile.imread(tmp_path / name / "out" / "prediction.tif"),
-                                      pred)
-    members = metrics(trained)["ensemble"]["members"]
-    mean = sum(prob[name] for name in members) / 2
-    np.testing.assert_allclose(prob["."], mean, atol=1e-6)
+    prob, members = {}, metrics(trained)["ensemble"]["members"]
+    for name in members:
+        run(train_2d3d, "--checkpoint", trained / name, "--test-volume", cells / "image.tif@10:12",
+            "--out-dir", tmp_path / name, "--save-probability")
+        prob[name] = tifffile.imread(tmp_path / name / "probability.tif")
+        np.testing.assert_array_equal(tifffile.imread(tmp_path / name / "prediction.tif"),
+                                      tifffile.imread(trained / name / "prediction.tif"))
+    mean = sum(prob.values()) / 2
     np.testing.assert_array_equal(tifffile.imread(trained / "prediction.tif"), mean.argmax(1))
-    assert np.abs(prob["seed5"] - prob["seed6"]).max() > 0.01
+    assert np.abs(prob[members[0]] - prob[members[1]]).max() > 0.01
 
 
-def test_finished_runs_are_ensembled(trained, cells, tmp_path):
-    """Three instances and another network; what any of them was trained on does not score."""
-    alone = train(cells, tmp_path / "alone", "--model", "unet3d-thin")
-    run(train_2d3d, "--ensemble", trained, alone, "--test-volume", cells / "image.tif@6:12",
-        "--test-label", cells / "label.tif@6:12", "--out-dir", tmp_path / "out")
+def test_finished_runs_are_ensembled_also_of_other_windows(trained, cells, tmp_path):
+    """What any of them was trained on does not score; validation lists top 1, 2, …"""
+    alone = train(cells, tmp_path / "alone", "--model", "unet5", "--patch-size", "64", "64",
+                  "--spacing", "1", "32", "32")
+    runs = [trained / "seed5", trained / "seed6", alone]
+    run(train_2d3d, "--ensemble", *runs, "--test-volume", cells / "image.tif@6:12",
+        "--test-label", cells / "label.tif@6:12", "--val-volume", cells / "image.tif@8:10",
+        "--val-label", cells / "label.tif@8:10", "--out-dir", tmp_path / "out")
     content = metrics(tmp_path / "out")
-    assert len(content["instances"]) == 4
+    assert set(content["instances"]) == {"seed5", "seed6", "alone"}
+    assert list(content["ensemble"]["top"]) == ["1", "2", "3"]
     assert content["volumes"][0]["ignored"] == 4 * 112 * 128
-    run(train_2d3d, "--ensemble", trained, "--top-k", "2", "--test-volume",
-        cells / "image.tif@10:12", "--out-dir", tmp_path / "same")
-    np.testing.assert_array_equal(tifffile.imread(tmp_path / "same" / "prediction.tif"),
-                                  tifffile.imread(trained / "prediction.tif"))
 
 
 def test_an_instance_trains_as_if_it_were_alone(trained, cells, tmp_path):
@@ -131,7 +137,7 @@ def test_the_first_step_is_equation_1(cells, tmp_path):
     image = np.clip(np.rint(128 + 40 * (image - image.mean()) / image.std()), 0, 255)
     padded = np.pad((image - 128) / 40, ((0, 0), (2, 2), (2, 2)), mode="symmetric")
     label = np.array([0, 1, 0, 2, 0])[tifffile.imread(cells / "label.tif")[:3]]
-    weight = torch.from_numpy(tifffile.imread(out / "weights.tif"))
+    weight = torch.from_numpy(written_weights(out, label))
     logits = network(torch.from_numpy(padded).float()[None, None], both=True)
     for key, x, factor in (("loss_3d", logits[0], 1), ("loss_2d", logits[1], 0.33)):
         log_p = x[0].log_softmax(0).gather(0, torch.from_numpy(label)[None])[0]
@@ -149,18 +155,15 @@ def test_the_first_step_is_equation_1(cells, tmp_path):
     assert [float(row["lr"]) for row in rows] == pytest.approx([1e-3, 1e-3, 0.75e-3])
 
 
-def test_weights_of_several_volumes_share_their_scale(cells, tmp_path):
-    out = tmp_path / "out"
-    run(train_2d3d, "--volume", *[cells / f"image.tif@{c}" for c in ("0:4", "4:12")], "--label",
-        *[cells / f"label.tif@{c}" for c in ("0:4", "4:12")], "--out-dir", out, *TINY,
-        "--label-slices", "0:4", "--weight-terms", "0.5", "2", "10", "--epochs", "1")
-    label = tifffile.imread(cells / "label.tif")
-    counts = np.bincount(label[:8].ravel(), minlength=5)
-    edges = train_2d3d.edge_weights(label[:8])
-    wanted = 0.5 + 2 * (counts.min() / counts)[label[:8]] + 10 * edges / edges.max()
-    one, two = [tifffile.imread(out / f"weights_{n}_image.tif") for n in (1, 2)]
-    np.testing.assert_allclose(np.concatenate([one, two[:4]]), wanted, rtol=1e-5)
-    assert not two[4:].any()                        # nobody annotated these
+def test_weights_of_several_volumes_share_their_scale():
+    label = np.zeros((2, 20, 20), np.uint8)
+    label[:, 5:9] = 1
+    edges = train_2d3d.edge_weights(label)
+    lazy = conftest.InMemory(label, [0]), conftest.InMemory(edges)
+    weights = train_2d3d.Weights(*lazy, 10 / edges.max(), np.array([1.0, 2.0]), 0.5)
+    wanted = 0.5 + np.array([1.0, 2.0])[label] + 10 * edges / edges.max()
+    np.testing.assert_allclose(weights[:], wanted, rtol=1e-6)
+    np.testing.assert_allclose(weights[1, 3:9, 2:5], wanted[1, 3:9, 2:5], rtol=1e-6)
 
 
 def test_given_weights_take_the_place_of_computed_ones(cells, tmp_path, capsys):
@@ -172,15 +175,12 @@ def test_given_weights_take_the_place_of_computed_ones(cells, tmp_path, capsys):
         out = train(cells, tmp_path / name, "--weights", tmp_path / f"{name}.tif", "--epochs", "1",
                     "--steps-per-epoch", "1")
         losses.append(float(log_without_seconds(out)[0]["loss_3d"]))
-        assert not (out / "weights.tif").exists()
+        assert not (out / "edges.tif").exists()
     assert losses[1] == pytest.approx(3 * losses[0], rel=1e-4)
-    for bad, message in ((given[:7], "the weights have 7 x 112 x 128 voxels"),
-                         (-given, "weights must be numbers of 0 or more"),
-                         (0 * given, "all weights are 0")):
-        tifffile.imwrite(tmp_path / "bad.tif", bad)
-        found = refused(train_2d3d, capsys, *volumes(cells), "--out-dir", tmp_path / "bad", *TINY,
-                        "--weights", tmp_path / "bad.tif")
-        assert message in found and not (tmp_path / "bad").exists()
+    tifffile.imwrite(tmp_path / "bad.tif", given[:7])
+    found = refused(train_2d3d, capsys, *volumes(cells), "--out-dir", tmp_path / "bad", *TINY,
+                    "--weights", tmp_path / "bad.tif")
+    assert "the weights have 7 x 112 x 128 voxels" in found
 
 
 @pytest.mark.parametrize("model, silent", [("2d3d-no-multiloss", "loss_2d"),
@@ -196,7 +196,7 @@ def test_a_network_that_does_not_start_is_given_up(cells, tmp_path, capsys):
     out = train(cells, tmp_path / "out", "--epochs", "5", "--steps-per-epoch", "1", "--stop-epoch",
                 "2", "--stop-miou", "0.99", "--instances", "2")
     assert [len(log_without_seconds(out / f"seed{s}")) for s in (0, 1)] == [2, 2]
-    assert "seed1: no validation MIoU of 0.99 in 2 epochs; given up" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("no validation MIoU of 0.99 in 2 epochs; given up") == 2
     run(train_2d3d, "--resume", "--out-dir", out)           # trains no further
     assert len(log_without_seconds(out / "seed1")) == 2
     kept = train(cells, tmp_path / "kept", "--epochs", "3", "--steps-per-epoch", "1",
@@ -217,22 +217,19 @@ def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monk
             assert torch.equal(*[weights(folder / name / file)
                                  for folder in (trained, tmp_path / "run")])
         assert log_without_seconds(tmp_path / "run" / name) == log_without_seconds(trained / name)
-    for file in ("prediction.tif", "weights.tif"):
+    for file in ("prediction.tif", "edges.tif"):
         np.testing.assert_array_equal(*[tifffile.imread(folder / file)
                                         for folder in (trained, tmp_path / "run")])
     assert metrics(tmp_path / "run")["instances"] == metrics(trained)["instances"]
 
 
 def test_two_processes_train_and_predict_together(cells, tmp_path):
-    said = two_processes(train_2d3d, tmp_path, *volumes(cells), *TINY, "--instances", "2",
+    said = two_processes(train_2d3d, *volumes(cells), *TINY, "--instances", "2",
                          "--out-dir", tmp_path / "out")
     assert "2 processes" in said
-    found = tifffile.imread(tmp_path / "out" / "weights.tif")
+    edges = tifffile.imread(tmp_path / "out" / "edges.tif")
     label = tifffile.imread(cells / "label.tif")[:8]
-    edges, counts = train_2d3d.edge_weights(label), np.bincount(label.ravel())
-    by_hand = 0.01 + (counts.min() / counts)[label] + 25 * edges / edges.max()
-    np.testing.assert_allclose(found, by_hand, rtol=1e-5)
-    assert found.max() > 25
+    np.testing.assert_allclose(edges, train_2d3d.edge_weights(label), rtol=1e-5)
 
 
 def test_only_one_cell_of_a_test_volume_is_labelled(trained, cells, tmp_path):
@@ -281,10 +278,10 @@ def test_every_network_trains_and_predicts(cells, tmp_path, model):
     (["--top-k", "2"], "--top-k 2: there are 1 instances"),
     (["--patch-size", "10", "60", "60"], "has 8 slices, and a window predicts 10"),
     (["--patch-size", "3", "40", "60"], "nearest to 40: 36 or 44"),
-    (["--weight-terms", "0", "0", "0"], "--weight-terms must be 0 or more, and not all 0"),
+    (["--weight-terms", "0", "0", "0"], "--weight-terms must not all be 0"),
     (["--weights", "a.tif", "b.tif"], "--weights has 2 and --volume 1 paths"),
     (["--unlabeled-volume", "a.tif"], "learns from labels only"),
-    (["--ensemble", "x"], "leave --volume out"),
+    (["--ensemble", "x"], "no effect"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, change, message):
     found = refused(train_2d3d, capsys, *volumes(cells), "--out-dir", tmp_path / "out", *TINY,
@@ -295,37 +292,28 @@ def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, chang
 def test_ensembles_that_make_no_sense(trained, cells, tmp_path, capsys):
     other = train(cells, tmp_path / "two", "--label-map", "0=0,1=1,*=0", "--epochs", "1",
                   "--steps-per-epoch", "1")
-    for runs, message in (([trained, other], "differ in classes"),
+    for runs, message in (([trained / "seed5", other], "--classes"),
                           ([tmp_path / "none"], "no such checkpoint")):
         found = refused(train_2d3d, capsys, "--ensemble", *runs, "--test-volume",
                         cells / "image.tif", "--out-dir", tmp_path / "out")
         assert message in found and not (tmp_path / "out").exists()
 
 
-# -- README, demo, real data ---------------------------------------------------------------
+# -- demo, real data ---------------------------------------------------------------
 
 
-def test_every_readme_command_parses(trained, monkeypatch):
-    monkeypatch.setattr(train_2d3d, "as_checkpoint",
-                        lambda parser, typed, argv: [*argv, "--checkpoint", "x"])
-    assert parse_readme_commands(train_2d3d, trained / "best.pt", monkeypatch) >= 6
-
-
-@pytest.mark.background(ROOT / "train_2d3d.py", "--demo", "--epochs", "2", "--steps-per-epoch",
-                        "30", "--out-dir", "demo")
-def test_the_demo_trains_two_instances(finished):
+def test_the_demo_trains_two_instances(tmp_path):
     """For a tenth of its steps, to save time: that it learns is for the real data to show."""
-    assert finished.returncode == 0, finished.stderr
-    out = finished.folder / "demo"
+    run(train_2d3d, "--demo", "--epochs", "2", "--steps-per-epoch", "30", "--out-dir",
+        tmp_path / "demo")
+    out = tmp_path / "demo"
     content = metrics(out)
     assert content["classes"] == ["background", "nucleus", "mitochondrion"]
-    assert list(content["instances"]) == ["seed0", "seed1"] == sorted(
-        content["ensemble"]["members"])
+    assert set(content["instances"]) == {"seed0", "seed1"} == set(content["ensemble"]["members"])
     for name in ("seed0", "seed1"):
         first, last = [float(row["loss"]) for row in log_without_seconds(out / name)]
         assert last < 0.95 * first
-    assert emseg.open_volume(str(out / "prediction.mrc")).voxel_size == (20.0, 8.0, 8.0)
-    assert imread(out / "instances.png")[..., :3].std() > 0.05
+    assert emseg.open_volume(out / "prediction.mrc").voxel_size == (20.0, 8.0, 8.0)
 
 
 def test_real_neuropil_membranes(real_data, tmp_path):

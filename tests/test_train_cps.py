@@ -2,8 +2,6 @@
 
 import argparse
 import functools
-import json
-import os
 import subprocess
 import sys
 
@@ -467,25 +465,6 @@ def test_a_network_teaches_what_it_predicts():
 # -- whole runs ------------------------------------------------------------------------------------
 
 
-def test_a_run_writes_what_the_readme_says(trained):
-    assert {path.name for path in trained.iterdir()} == {
-        "config.json", "log.csv", "best.pt", "last.pt", "prediction.tif", "metrics.json",
-        "figure.png", "curves.png", "slice_dice.png"}
-    result = metrics(trained)
-    assert {"schema", "script", "model", "seed", "selected_on", "classes", "volumes", "mean",
-            "train_seconds", "predict_seconds", "predict_voxels_per_second", "peak_memory_gib",
-            "parameters"} == set(result)
-    assert result["selected_on"] == "last epoch" and result["script"] == "train_cps.py"
-    volume = result["volumes"][0]
-    assert volume["voxels"] == 4 * 112 * 128 and volume["ignored"] == 0
-    scores = volume["per_class"]["class 1"]
-    assert {"dice", "iou", "precision", "recall", "tp", "fp", "fn", "dice_slices", "dice_nonempty",
-            "dice_slices_nonempty"} == set(scores)
-    config = json.loads((trained / "config.json").read_text())
-    assert config["args"]["width"] == 4 and len(config["sha256"]["emseg.py"]) == 64
-    assert b"\r" not in (trained / "log.csv").read_bytes()
-
-
 def test_the_metrics_are_those_of_the_prediction_file(trained, cells):
     prediction = emseg.open_volume(trained / "prediction.tif")
     truth = emseg.open_volume(str(cells / "mito.tif@8:12"))[:] == 255
@@ -512,69 +491,6 @@ def test_same_seed_same_weights_other_seed_other_weights(trained, cells, tmp_pat
     assert not torch.equal(weights(trained / "last.pt"), weights(tmp_path / "other" / "last.pt"))
 
 
-def test_workers_change_nothing(trained, cells, tmp_path):
-    train(cells, tmp_path / "workers", "--workers", 2)
-    assert torch.equal(weights(trained / "last.pt"), weights(tmp_path / "workers" / "last.pt"))
-
-
-@pytest.mark.parametrize("steps", [1, 4, 6])
-def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monkeypatch, capsys,
-                                                  steps):
-    conftest.interrupt_after(monkeypatch, steps)
-    with pytest.raises(SystemExit) as stopped:
-        train(cells, tmp_path / "stopped")
-    assert stopped.value.code == 130 and "--resume --out-dir" in capsys.readouterr().out
-    assert not (tmp_path / "stopped" / "metrics.json").exists()
-    monkeypatch.undo()
-    run("--resume", "--out-dir", tmp_path / "stopped")
-    assert torch.equal(weights(trained / "last.pt"), weights(tmp_path / "stopped" / "last.pt"))
-    assert log_without_seconds(trained) == log_without_seconds(tmp_path / "stopped")
-    assert metrics(tmp_path / "stopped")["mean"] == metrics(trained)["mean"]
-
-
-def test_two_processes_train_and_predict_together(cells, tmp_path):
-    out = tmp_path / "two"
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               ROOT / "train_cps.py", "--volume", f"{cells}/image.tif@0:8",
-               "--label", f"{cells}/label.tif@0:8", "--label-map", "3=1,2=2,*=0",
-               "--label-slices", "0,3,7", "--val-slices", "3", "--test-volume",
-               f"{cells}/image.tif@7:12", "--test-label", f"{cells}/label.tif@7:12",
-               "--save-probability", "--out-dir", out, *TINY]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, command)], env=environment,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 processes") == 1
-    whole = emseg.open_volume(out / "prediction.tif")[:]
-    run("--checkpoint", out / "best.pt", "--test-volume", cells / "image.tif@7:12", "--device",
-        "cpu", "--out-dir", tmp_path / "one")
-    assert np.array_equal(whole, emseg.open_volume(tmp_path / "one" / "prediction.tif")[:])
-    assert metrics(out)["volumes"][0]["ignored"] == 112 * 128      # slice 7 was trained on
-
-
-def test_ranks_average_their_gradients_and_statistics(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import torch, emseg\n"
-        "torch.distributed.init_process_group('gloo')\n"
-        "rank = torch.distributed.get_rank()\n"
-        "network = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.BatchNorm1d(1))\n"
-        "for p in network.parameters():\n"
-        "    p.grad = torch.full_like(p, 1.0 + 2 * rank)\n"
-        "emseg.average_gradients(network)\n"
-        "assert all((p.grad == 2).all() for p in network.parameters())\n"
-        "network[1].running_mean.fill_(rank + 5)\n"
-        "emseg.average_statistics(network)\n"
-        "assert network[1].running_mean == 5.5\n"
-        "torch.distributed.barrier()\n"
-        "torch.distributed.destroy_process_group()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               str(script)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
 def test_supervised_multi_class_with_validation(cells, tmp_path):
     run("--volume", cells / "image.tif", "--label", cells / "label.tif", "--classes", "background",
         "membrane", "nucleus", "mitochondrion", "vesicle", "--val-slices", "n=2",
@@ -584,7 +500,7 @@ def test_supervised_multi_class_with_validation(cells, tmp_path):
     best = max(rows, key=lambda row: float(row["val_dice"]))
     checkpoint = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     assert checkpoint["step"] == int(best["step"])
-    assert set(checkpoint["modules"]) == {"network_a"}
+    assert set(checkpoint["modules"]) == {"network"}
     result = metrics(tmp_path / "run")
     assert result["selected_on"] == "validation" and result["mean"] is None
     assert emseg.open_volume(tmp_path / "run" / "prediction.tif")[:].max() <= 4
@@ -603,7 +519,7 @@ def test_every_network_of_the_paper_teaches_another(cells, tmp_path, capsys, mod
     first, second = log_without_seconds(tmp_path / "run")
     assert float(first["loss_cps"]) == 0 < float(second["loss_cps"])
     assert set(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["modules"]) == {
-        "network_a", "network_b", "optimizer_a", "optimizer_b", "scaler"}
+        "network", "network_b", "optimizer", "optimizer_b", "scaler"}
     assert emseg.open_volume(tmp_path / "run" / "prediction.tif").shape == (4, 64, 64)
     assert metrics(tmp_path / "run")["volumes"][0]["ignored"] == 2 * 64 * 64
 
@@ -637,7 +553,8 @@ def test_validation_may_have_slices_that_are_not_trained_on(cells, tmp_path):
     checkpoint = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     rest = np.setdiff1d(np.arange(12), [0, 3, 7])
     chosen = rest[emseg.parse_slices("n=2", 9)]
-    assert checkpoint["seen"][0]["z"] == sorted([0, 3, 7, *chosen])
+    used = sorted(z for each in checkpoint["used"] for z in each["z"])
+    assert used == sorted([0, 3, 7, *chosen])
     assert metrics(tmp_path / "run")["volumes"][0]["ignored"] == 5 * 112 * 128
     assert metrics(tmp_path / "run")["selected_on"] == "validation"
 
@@ -679,115 +596,10 @@ def test_unlabelled_volume_is_used(cells, tmp_path, monkeypatch):
     assert asked == [(False, 3), (True, 8)]
 
 
-def test_a_checkpoint_predicts_as_its_run_did(trained, cells, tmp_path):
-    run("--checkpoint", trained / "best.pt", "--test-volume", cells / "image.tif@8:12",
-        "--test-label", cells / "mito.tif@8:12", "--out-dir", tmp_path / "again", "--device", "cpu",
-        "--save-probability")
-    assert metrics(tmp_path / "again")["mean"] == metrics(trained)["mean"]
-    probability = emseg.open_volume(tmp_path / "again" / "probability.tif")[:]
-    prediction = emseg.open_volume(tmp_path / "again" / "prediction.tif")[:]
-    assert np.array_equal(probability > 0.5, prediction == 1)
-    assert 0 <= probability.min() and probability.max() <= 1
-
-
-def test_prediction_does_not_depend_on_slab_or_tile(trained, cells, tmp_path, monkeypatch):
-    monkeypatch.setattr(emseg, "MAX_TILE", 64)
-    run("--checkpoint", trained / "best.pt", "--test-volume", cells / "image.tif@8:12",
-        "--out-dir", tmp_path / "tiled", "--device", "cpu", "--no-amp")
-    run("--checkpoint", trained / "best.pt", "--test-volume", cells / "image.tif@8:9",
-        "--out-dir", tmp_path / "slab", "--device", "cpu", "--no-amp")
-    tiled = emseg.open_volume(tmp_path / "tiled" / "prediction.tif")[:]
-    assert np.array_equal(tiled[:1], emseg.open_volume(tmp_path / "slab" / "prediction.tif")[:])
-    whole = emseg.open_volume(trained / "prediction.tif")[:]
-    assert (tiled == whole).mean() > 0.95
-
-
-# -- bad input -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("change, message", [
-    (["--volume", "missing.tif"], "missing.tif: no such file"),
-    (["--patch-size", "30", "32"], "nearest to 30: 24 or 32"),
-    (["--patch-size", "512", "512"], "do not fit into 8 x 112 x 128"),
-    (["--batch-size", "6"], "multiple of 4"),
-    (["--width", "0"], "0 is not above 0"),
-    (["--lr", "nan"], "--lr"),
-    (["--epochs", "-1"], "--epochs"),
-    (["--model", "vgg"], "--model"),
-    (["--label-slices", "0,99"], "99"),
-    (["--label-slices", "n=0"], "n=0"),
-    (["--val-slices", "8"], "--val-slices"),
-    (["--val-slices", "0,3,7"], "no slice is left to train on"),
-    (["--label-map", "0=0"], "255"),
-    (["--foreground", "2"], "between 0 and 1"),
-    (["--classes", "only"], "two names"),
-    (["--device", "cuda:77"], "--device cuda:77"),
-    (["--checkpoint", "x.pt"], "x.pt: no such checkpoint"),
-    (["--resume"], "no config"),
-    (["--seed", "-1"], "--seed"),
-    (["--seed", "9" * 30], "--seed"),
-    (["--width", "1" + "0" * 7], "out of memory"),
-    (["--out-dir", "x" * 300], "File name too long"),
-    (["--cps-warmup", "3", "1"], "START must be"),
-    (["--demo"], "leave --label out"),
-    (["--val-slices", "n=9"], "of 5 annotated slices"),
-    (["--cps-warmup", "5", "20"], "starts at epoch 5, but there are 2"),
-    (["--weight-decay", "-0.5"], "--weight-decay -0.5 is not 0 or above"),
-    (["--weight-decay", "nan"], "--weight-decay nan is not 0 or above"),
-    (["--clip", "-1"], "--clip -1.0 is not 0 or above"),
-    (["--clip", "inf"], "--clip inf is not 0 or above"),
-    (["--average-branches"], "--average-branches: unet has no branches; unet++ and unet++3 have"),
-    (["--model", "ceecnet", "--width", "12"], "--width 12: fractalresnet and ceecnet take "
-                                              "multiples of 8"),
-    (["--model", "fractalresnet", "--width", "8", "--patch-size", "32", "48"],
-     "nearest to 48: 32 or 64"),
-])
-def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, change, message):
-    out = tmp_path / "out"
-    arguments = ["--volume", f"{cells}/image.tif@0:8", "--label", f"{cells}/mito.tif@0:8",
-                 "--label-slices", "0,3,7", "--out-dir", out, *TINY, *change]
-    assert message in refused(capsys, *arguments)
-    assert not out.exists()
-
-
 def test_every_slice_labelled_is_refused_for_cps(cells, tmp_path, capsys):
     line = refused(capsys, "--volume", cells / "image.tif", "--label", cells / "mito.tif",
                    "--out-dir", tmp_path / "out", *TINY)
     assert "every slice is labelled" in line
-
-
-def test_a_used_folder_is_refused_and_overwritten_on_demand(trained, cells, tmp_path, capsys):
-    out = tmp_path / "out"
-    train(cells, out)
-    (out / "notes.txt").write_text("mine")
-    before = (out / "metrics.json").stat().st_mtime_ns
-    arguments = ["--volume", cells / "image.tif@0:8", "--label", cells / "mito.tif@0:8",
-                 "--label-slices", "0,3,7", "--out-dir", out, *TINY]
-    assert "is not empty" in refused(capsys, *arguments)
-    assert (out / "metrics.json").stat().st_mtime_ns == before
-    run(*arguments, "--overwrite")
-    assert (out / "notes.txt").read_text() == "mine"
-    assert metrics(out)["volumes"][0]["volume"].endswith("image.tif@0:8")
-
-
-def test_overwrite_never_deletes_an_input(trained, cells, tmp_path, capsys):
-    out = tmp_path / "out"
-    train(cells, out)
-    line = refused(capsys, "--volume", cells / "image.tif", "--label", cells / "mito.tif",
-                   "--unlabeled-volume", out / "prediction.tif", "--out-dir", out, "--overwrite",
-                   *TINY)
-    assert "would delete" in line and "prediction.tif" in line
-    assert (out / "prediction.tif").exists() and (out / "best.pt").exists()
-
-
-@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
-def test_a_prediction_never_replaces_its_training_run(cells, tmp_path, capsys, flag):
-    out = tmp_path / "out"
-    train(cells, out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    refused(capsys, "--checkpoint", out / "best.pt", "--test-volume", cells / "image.tif",
-            "--out-dir", out, flag)
-    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 def test_volumes_of_the_same_name_get_predictions_of_their_own(trained, cells, tmp_path):
@@ -803,94 +615,13 @@ def test_volumes_of_the_same_name_get_predictions_of_their_own(trained, cells, t
     assert len({v["prediction"] for v in volumes}) == 3
 
 
-def test_a_checkpoint_does_not_score_what_it_was_trained_on(trained, cells, tmp_path):
-    run("--checkpoint", trained / "best.pt", "--device", "cpu", "--out-dir", tmp_path / "out",
-        "--test-volume", cells / "image.tif", "--test-label", cells / "mito.tif")
-    assert metrics(tmp_path / "out")["volumes"][0]["ignored"] == 3 * 112 * 128
-
-
-def test_validation_volumes_are_not_scored(cells, tmp_path):
-    run("--volume", cells / "image.tif@0:4", "--label", cells / "mito.tif@0:4", "--label-slices",
-        "0,2", "--val-volume", cells / "image.tif@6:8", "--val-label", cells / "mito.tif@6:8",
-        "--test-volume", cells / "image.tif", "--test-label", cells / "mito.tif", "--out-dir",
-        tmp_path / "out", *TINY, "--epochs", 1)
-    result = metrics(tmp_path / "out")
-    assert result["volumes"][0]["ignored"] == 4 * 112 * 128
-    assert result["selected_on"] == "validation"
-    run("--checkpoint", tmp_path / "out" / "best.pt", "--test-volume", cells / "image.tif",
-        "--out-dir", tmp_path / "again", "--device", "cpu")
-    assert metrics(tmp_path / "again")["selected_on"] == "validation"
-
-
-def test_resume_refuses_other_arguments(trained, capsys):
-    assert "--width was 4 and is now 8" in refused(
-        capsys, "--resume", "--out-dir", trained, "--width", "8")
-
-
-def test_a_checkpoint_keeps_its_network(trained, cells, capsys, tmp_path):
-    line = refused(capsys, "--checkpoint", trained / "best.pt", "--test-volume",
-                   cells / "image.tif", "--width", "8", "--out-dir", tmp_path / "out")
-    assert "--width cannot differ" in line
-
-
-class Malicious:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-def test_foreign_checkpoints_are_refused_and_run_no_code(cells, capsys, tmp_path):
-    arguments = ["--test-volume", cells / "image.tif", "--out-dir", tmp_path / "out"]
-    malicious = {"script": "train_cps.py", "args": Malicious(tmp_path / "here")}
-    torch.save(malicious, tmp_path / "malicious.pt")
-    torch.save({"script": "train_sparse.py"}, tmp_path / "sparse.pt")
-    torch.save({"script": "train_cps.py"}, tmp_path / "old.pt")
-    (tmp_path / "text.pt").write_text("hello")
-    for name, message in (("malicious.pt", "not a checkpoint that is safe"),
-                          ("sparse.pt", "a checkpoint of train_sparse.py"),
-                          ("text.pt", "not a checkpoint"),
-                          ("old.pt", "a checkpoint of another version")):
-        assert message in refused(capsys, "--checkpoint", tmp_path / name, *arguments)
-    assert not (tmp_path / "here").exists()
-    torch.load(tmp_path / "malicious.pt", weights_only=False)
-    assert (tmp_path / "here").exists()             # so the file was dangerous
-
-
-def test_a_non_finite_loss_stops_with_epoch_and_step(cells, tmp_path, capsys, monkeypatch):
-    original, calls = emseg.soft_dice_loss, []
-
-    def broken(*args, **kwargs):
-        calls.append(1)
-        return original(*args, **kwargs) * (float("nan") if len(calls) == 6 else 1)
-
-    monkeypatch.setattr(emseg, "soft_dice_loss", broken)
-    line = refused(capsys, "--volume", cells / "image.tif", "--label", cells / "mito.tif",
-                   "--method", "supervised", "--out-dir", tmp_path / "out", *TINY)
-    assert "loss is nan at epoch 1, step 5" in line
-    assert torch.isfinite(weights(tmp_path / "out" / "last.pt")).all()
-
-
-# -- README and real data --------------------------------------------------------------------------
-
-
-def test_every_readme_command_parses(trained, monkeypatch):
-    tables = 8 * 3 * 4 * 2                      # rows, volumes, slices, structures
-    assert conftest.parse_readme_commands(train_cps, trained / "best.pt", monkeypatch) >= tables + 8
-
-
-@pytest.mark.background(ROOT / "train_cps.py", "--demo")
-def test_the_demo_does_what_the_readme_says(finished):
-    assert finished.returncode == 0, finished.stderr
-    folder = finished.folder / "runs" / "train_cps-unet-seed0-demo"
-    assert f"wrote {folder.relative_to(finished.folder)}/" in finished.stdout
-    assert metrics(folder)["mean"]["dice"] > 0.7
-    assert finished.seconds < 600
-    assert {p.name for p in (folder / "demo").iterdir()} == {
-        "train.tif", "train_label.tif", "test.mrc", "test_label.mrc"}
+def test_the_demo_does_what_the_readme_says(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train_cps.py", "--demo"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "train_cps-unet-seed0-demo"
+    assert "wrote runs/train_cps-unet-seed0-demo/" in done.stdout
+    assert all(score["dice"] > 0.7 for score in metrics(folder)["mean"]["per_class"].values())
 
 
 def test_real_mitochondria_from_seven_slices(real_data, tmp_path):

@@ -1,0 +1,216 @@
+"""Figures: what pictures show, read from what was drawn. No warning of matplotlib passes."""
+import csv
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+
+import emseg
+from conftest import InMemory
+from emseg import IGNORE
+
+CLASSES = ["background", "a", "b"]
+VOXEL = (20.0, 8.0, 8.0)
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, in few pixels."""
+    drawn, new_figure = [], emseg.new_figure
+    monkeypatch.setattr(emseg, "new_figure",
+                        lambda **options: drawn.append(new_figure(dpi=30, **options)) or drawn[-1])
+    return drawn
+
+
+def item(shape=(5, 40, 40), labelled=True, dice=None, slices=None):
+    """Black volumes: the left half is class 1, of which the upper half is predicted as class 2."""
+    truth = np.zeros(shape, np.uint8)
+    truth[:, :, : shape[2] // 2] = 1
+    pred = truth.copy()
+    pred[:, : shape[1] // 2] *= 2
+    return ("$name", InMemory(np.zeros(shape, np.uint8), voxel_size=VOXEL),
+            InMemory(truth, slices) if labelled else None, {"prediction": InMemory(pred)}, dice)
+
+
+def picture(axis):
+    return axis.images[0].get_array()
+
+
+# -- slices
+
+
+def test_overlays_by_hand():
+    grey = np.array([[100, 100, 200, 0, 50, 60]], np.uint8)
+    truth = np.array([[1, 1, 0, 0, IGNORE, 2]], np.uint8)
+    pred = np.array([[1, 0, 1, 0, 1, 1]], np.uint8)
+    green, red, blue = [0.45 * np.array(to_rgb(c)) for c in ("#2ca02c", "#d62728", "#1f77b4")]
+    base = 0.55 * grey[0, :, None] / 255
+    wanted = [base[0] + green, base[1] + red, base[2] + blue, [0] * 3, [50 / 255] * 3, base[5] + red]
+    np.testing.assert_allclose(emseg.error_overlay(grey, truth, pred), [wanted])
+    colored = emseg.class_overlay(grey, truth, CLASSES, ["#ff0000", "#0000ff"])[0]
+    np.testing.assert_allclose(colored[0], base[0] + [0.45, 0, 0])
+    np.testing.assert_allclose(colored[4:], [[50 / 255] * 3, base[5] + [0, 0, 0.45]])
+
+
+@pytest.mark.parametrize("shape", [(5, 40, 40), (1, 1500, 30), (2, 12, 900), (1, 2, 2)])
+def test_a_figure_shows_image_truth_prediction_and_errors(tmp_path, figures, shape):
+    items = [item(shape), item(labelled=False)]
+    emseg.save_slices(tmp_path / "figure.png", items, CLASSES, rows=2)
+    assert imread(tmp_path / "figure.png").std() > 0
+    axes = figures[0].axes
+    assert [axis.get_title() for axis in axes[:4]] == ["image", "truth", "prediction", "errors"]
+    _, image, label, preds, _ = items[0]
+    z, step = shape[0] // 2, -(-max(shape[1:]) // 768)
+    arrays = [volume.array[z, ::step, ::step] for volume in (image, label, preds["prediction"])]
+    np.testing.assert_allclose(picture(axes[1]), emseg.class_overlay(*arrays[:2], CLASSES))
+    np.testing.assert_allclose(picture(axes[3]), emseg.error_overlay(*arrays))
+    assert [len(axis.images) for axis in axes[4:]] == [1, 0, 1, 0]      # no truth, no errors
+
+
+def test_the_worst_annotated_slices_come_first(tmp_path, figures):
+    dice = np.array([[0.9, 0.5, 0.3], [1, 0, 0], [0.9, 0.9, 0.9], [1, np.nan, np.nan],
+                     [0.9, np.nan, 0.2]])
+    emseg.save_slices(tmp_path / "figure.png", [item(dice=dice, slices=[0, 2, 3, 4])], CLASSES)
+    names = [axis.texts[0].get_text() for axis in figures[0].axes[::4]]
+    assert names == [r"\$name  z = 4  Dice 0.200", r"\$name  z = 0  Dice 0.400",
+                     r"\$name  z = 2  Dice 0.900", r"\$name  z = 3"]
+
+
+def test_without_truth_slices_are_spread_evenly_over_the_volumes(tmp_path):
+    items = [item((40, 8, 8), labelled=False), item((9, 8, 8), labelled=False)]
+    emseg.save_slices(tmp_path / "figure.png", items, CLASSES, rows=4)
+    assert [volume.read_slices for _, volume, *_ in items] == [[10, 30], [2, 6]]
+
+
+def test_the_errors_of_stages_stand_side_by_side(tmp_path, figures):
+    name, image, label, preds, _ = item((1, 40, 40))
+    stages = {"first": preds["prediction"], "second": label}
+    emseg.save_slices(tmp_path / "figure.png", [(name, image, label, stages, None)], CLASSES)
+    axes = figures[0].axes
+    assert [axis.get_title() for axis in axes] == ["image", "truth", "first: errors",
+                                                   "second: errors"]
+    assert not np.allclose(picture(axes[2]), picture(axes[3]))
+
+
+@pytest.mark.parametrize("side, step, nm, text", [(400, 1, 8.0, "500 nm"), (400, 1, 40.0, "2 µm"),
+                                                  (2000, 3, 0.5, "200 nm"), (64, 1, 5.0, "50 nm")])
+def test_scale_bar_has_the_length_that_it_names(side, step, nm, text):
+    axis = emseg.new_figure().subplots()
+    axis.imshow(np.zeros((9, -(-side // step))))
+    emseg._scale_bar(axis, (20.0, 99.0, nm), step)
+    x0, x1 = axis.lines[0].get_xdata()
+    found, unit = axis.texts[0].get_text().split()
+    assert f"{found} {unit}" == text
+    assert (x1 - x0) * step * nm == pytest.approx(float(found) * {"nm": 1, "µm": 1000}[unit])
+
+
+# -- class maps of train_seget.py
+
+
+# -- surfaces
+
+
+def ball(side, radius):
+    return sum((axis + 0.5 - side / 2) ** 2 for axis in np.ogrid[:side, :side, :side]) < radius**2
+
+
+@pytest.mark.parametrize("view", emseg.VIEWS)
+def test_a_ball_looks_like_a_ball_from_any_side(view):
+    (depth,) = emseg._first_hits(ball(40, 12).astype(np.uint8), 2, view)
+    y, x = [np.arange(n) + 0.5 - (n - 1) / 2 for n in depth.shape]      # rounded up, plus 1
+    far = np.hypot(y[:, None], x)
+    assert np.isfinite(depth[far < 10.5]).all() and np.isinf(depth[far > 13.5]).all()
+    wanted = np.sqrt(np.maximum(144 - far**2, 0))
+    assert np.abs(depth - wanted)[far < 9].max() < 2
+
+
+def test_seen_from_above_slices_look_as_on_a_screen():
+    """Slice 0 hides the others; x runs to the right, y down; nothing is mirrored."""
+    ids = np.zeros((10, 40, 60), np.uint8)
+    ids[:2, 5:15, 10:30] = 1
+    ids[5:, 5:35, 10:30] = 2
+    rgb = emseg._relief(emseg._first_hits(ids, 3, (-90, 90)), ["red", "blue"])
+    red, blue = rgb[..., 0] > rgb[..., 2], rgb[..., 2] > rgb[..., 0]
+    for mask, place in (red, (5, 15, 10, 30)), (blue, (15, 35, 10, 30)):
+        (y, x) = np.nonzero(mask)
+        np.testing.assert_allclose((y.min(), y.max() + 1, x.min(), x.max() + 1), place, atol=1)
+
+
+def test_voxels_become_cubes():
+    numbers = np.arange(8, dtype=np.uint8)[:, None, None] + np.zeros((8, 40, 20), np.uint8)
+    ids, side = emseg._cubes(InMemory(numbers, voxel_size=VOXEL), 20)
+    assert side == 16 and ids.shape == (10, 20, 10)                     # 160 x 320 x 160 nm
+    assert ids[:, 0, 0].tolist() == [0, 1, 2, 2, 3, 4, 5, 6, 6, 7]
+    assert emseg._cubes(InMemory(numbers), 100)[0].shape == numbers.shape   # no more than voxels
+
+
+@pytest.mark.parametrize("voxel_size", [None, VOXEL])
+def test_surfaces_show_all_and_each_class_of_truth_and_prediction(tmp_path, figures, voxel_size):
+    ids = 2 * ball(24, 10).astype(np.uint8) - ball(24, 5)
+    rows = {"truth": InMemory(ids, voxel_size=voxel_size),
+            "prediction": InMemory(0 * ids, voxel_size=voxel_size)}
+    emseg.save_surfaces(tmp_path / "surfaces.png", rows, CLASSES, max_side=30)
+    axes = np.array(figures[0].axes).reshape(3, 6)
+    assert [axis.get_title() for axis in axes[:, 0]] == ["truth: all", "truth: a", "truth: b"]
+    for axis, color in zip(axes[:, 2], [emseg.CLASS_COLORS[k] for k in (1, 0, 1)]):
+        inked = picture(axis)[(picture(axis) < 1).any(-1)]
+        np.testing.assert_allclose(inked[0] / inked[0].max(), to_rgb(color) / np.max(to_rgb(color)))
+    assert all((picture(axis) == 1).all() for axis in axes[:, 1::2].flat)   # nothing predicted
+    assert bool(axes[0, 0].lines) == (voxel_size is not None)               # the scale bar
+
+
+# -- curves
+
+
+def write_log(path, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def test_curves_of_each_stage_with_gaps_where_nothing_was_measured(tmp_path, figures):
+    write_log(tmp_path / "log.csv", [["stage", "epoch", "loss", "loss_x", "val_dice"],
+                                     ["one", 0, 3.0, 1, 0.1], ["one", 1, 2.0, 1, ""],
+                                     ["two", 2, 9.0, 2, ""], ["two", 3, 8.0, 2, 0.4]])
+    emseg.save_curves(tmp_path / "curves.png", tmp_path / "log.csv")
+    losses, dice = [axis.lines for axis in figures[0].axes]
+    assert [line.get_label() for line in losses] == ["loss_x one", "loss_x two"]    # not the total
+    assert [line.get_xdata().tolist() for line in dice] == [[0, 1], [2, 3]]
+    np.testing.assert_array_equal([line.get_ydata() for line in dice], [[0.1, np.nan],
+                                                                        [np.nan, 0.4]])
+
+
+def test_curves_without_validation_have_one_panel_and_of_nothing_none(tmp_path, figures):
+    write_log(tmp_path / "log.csv", [["epoch", "loss"], [0, 1.0]])
+    emseg.save_curves(tmp_path / "curves.png", tmp_path / "log.csv")
+    assert len(figures[0].axes) == 1
+    write_log(tmp_path / "log.csv", [["epoch", "loss"]])
+    emseg.save_curves(tmp_path / "none.png", tmp_path / "log.csv")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_slice_dice_shows_every_class_against_z_on_a_fitted_axis(tmp_path, figures):
+    dice = np.array([[0.9, 0.61, np.nan], [0.9, 0.62, 0.65], [0.8, np.nan, 0.66]])
+    items = [("first", dice, [1]), ("nothing scored", np.full((2, 3), np.nan), [])]
+    emseg.save_slice_dice(tmp_path / "slice_dice.png", items, CLASSES)
+    axis = figures[0].axes[0]
+    (marks,) = axis.collections
+    assert [mark[:, 0].tolist() for mark in marks.get_segments()] == [[1, 1]]
+    for line, column, color in zip(axis.lines, dice.T[1:], emseg.CLASS_COLORS):
+        np.testing.assert_array_equal(line.get_ydata(), column)
+        assert line.get_color() == color
+    low, high = axis.get_ylim()
+    assert 0.59 < low < 0.61 and 0.66 < high < 0.68
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "a", "b", "labelled slices"]
+
+
+def test_a_histogram_shows_a_dot_for_each_run_and_a_line_for_each_model(tmp_path, figures):
+    groups = {"unet": [0.5, 0.7, 0.6], "$a": [0.9]}
+    emseg.save_histogram(tmp_path / "histogram.png", {"one": groups, "two": {"x": [0.1]}}, "mIoU")
+    axis, _ = figures[0].axes
+    assert [[*line.get_xdata()] for line in axis.lines] == [[0.5, 0.7, 0.6], [0.9]]
+    assert [[*line.get_ydata()] for line in axis.lines] == [[0, 0, 0], [1]]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["unet (3)", r"\$a (1)"]
+    assert axis.get_xlabel() == "mIoU"
