@@ -17,7 +17,7 @@ from large import FORMATS, create, examples
 DEPTH, SIDE = 128, 4096                 # 2 GiB
 
 # Trains on a volume and its labels in each format and predicts the first in a process that may
-# allocate 5/4 GiB beside what Python and PyTorch take, and scores it in another.
+# allocate 3/2 GiB beside what Python and PyTorch take, and scores it in another.
 LIMITED = f"""
 import re, resource, subprocess, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -27,7 +27,7 @@ volumes = [[large.create(f"{{name}}_{{kind}}", kind, {DEPTH}, {SIDE}, drawn)
             for kind in large.FORMATS] for name, drawn in (("image", images), ("label", labels))]
 volumes, labels = [list(map(str, paths)) for paths in volumes]
 used = int(re.search(r"VmData:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (used + 5 * 2**28,) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, (used + 6 * 2**28,) * 2)
 train_cps.main(train_cps.parse_args([
     "--volume", *volumes, "--label", *labels, "--label-slices", "12,63,64", "--test-volume",
     volumes[0], *"--method supervised --model unet --width 4 --downsample 8 --patch-size 128 128 "
