@@ -2822,7 +2822,7 @@ def _panels(z, image, label, predictions, classes, colors, step):
     preds = {name: prediction[z][::step, ::step] for name, prediction in predictions.items()}
     shown, alpha = {}, 0.45
     if image is None:
-        grey, alpha = np.full_like(next(iter(preds.values())), 255), 0.9
+        grey, alpha = np.full(next(iter(preds.values())).shape, 255, np.uint8), 0.9
     else:
         grey = image[z][::step, ::step]
         shown["image"] = overlay(grey)
@@ -3252,7 +3252,7 @@ def open_items(volumes, labels, args, slices=None, **rules):
 def labelled(item, label, args):
     """The Item with other Labels."""
     target = shrink(label, args)
-    slices = label.slices
+    slices = target.slices
     if args.downsample > 1:             # scribbles may vanish
         slices = np.array([z for z in slices if (target[z] != IGNORE).any()], int)
     return dataclasses.replace(item, label=label, target=target, slices=slices)
@@ -3328,7 +3328,7 @@ def check_annotation(train, args):
     would stop a network from seeing it anywhere. Print a note where most slices show nothing."""
     if not sum(len(item.slices) for item in train):
         raise InputError("no slice is left to train on; check --label-slices and --val-slices")
-    drawn = np.concatenate([item.label.counts[item.slices] for item in train])
+    drawn = np.concatenate([item.label.counts[item.label.slices] for item in train])
     seen = sum(np.bincount(item.target[z].ravel(), minlength=256)
                for item in train for z in item.slices) if args.downsample > 1 else None
     for k, name in enumerate(args.classes[1:], 1):

@@ -40,8 +40,7 @@ Run:
 
 Expect:
     GPU    not run
-    CPU    test Dice of baseline and mixed labels 0.532 and 0.638, mean of four structures, seed 0,
-           71 s on two cores without bf16
+    CPU    test Dice of baseline and mixed labels 0.418 and 0.604, mean of four structures, seed 0
     Fly neuropil, 3 full and 11 partial slices (command in the README), width 16, 600 steps each:
     test Dice of the baseline 0.518 +- 0.093, of mixed labels 0.533 +- 0.091, seeds 0 to 2 (mixed
     labels ahead in each); 26 to 33 minutes for both and 1.7 GiB, one CPU thread beside other work

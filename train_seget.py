@@ -54,8 +54,7 @@ Run:
 
 Expect:
     GPU    not run
-    CPU    test mIoU of membrane, mitochondrion, vesicle 0.710, 0.841, 0.587, average 0.713, seed 0,
-           89 s on two cores without bf16
+    CPU    test mIoU of membrane, mitochondrion, vesicle 0.752, 0.758, 0.697, average 0.736, seed 0
     EPFL organelles, every fifth of 20 slices held out (command in the README), width 16, at most
     1000 steps each, seed 0: validation mIoU of mitochondria, vesicles, PSD 0.949, 0.795, 0.828,
     average 0.857 (unet 0.856, fcn8s 0.799, deeplabv3plus 0.740, segnet 0.733); 47 minutes for all

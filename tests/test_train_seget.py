@@ -1,7 +1,6 @@
 """train_seget.py: SegET and its loss, patches and schedule; several structures in one command."""
 
 import functools
-import math
 import re
 
 import numpy as np
@@ -14,8 +13,8 @@ from torch import nn
 import conftest
 import emseg
 import train_seget
-from conftest import (BRIEF, CORNER, InMemory, convolutions, enlarged, log_without_seconds, metrics,
-                      normalised, random_statistics, weights)
+from conftest import (InMemory, enlarged, log_without_seconds, metrics, normalised,
+                      random_statistics, weights)
 
 IGNORE = emseg.IGNORE
 run = functools.partial(conftest.run, train_seget)
@@ -85,30 +84,15 @@ def test_seget_by_hand():
         torch.testing.assert_close(network(x), wanted)
 
 
-def test_seget_has_the_convolutions_of_the_paper():
+def test_networks_have_the_convolutions_of_the_paper():
     with torch.device("meta"):
-        network = train_seget.MODELS["seget"](1, 1)
+        network, unet = [train_seget.MODELS[name](1, 1) for name in ("seget", "unet")]
     assert emseg.count_parameters(network) == 4_796_761
-    for level, width in enumerate((16, 32, 64, 128)):       # 4 blocks of 4 convolutions
-        into = 1 if level == 0 else width // 2
-        found = convolutions(network.encoder[level]) + convolutions(network.down[level])
-        assert found == [(into, width, 3), (width, width, 3), (width, width // 2, 3),
-                         (width // 2, width, 3)]
     center = [m for part in (network.center, network.dilated, network.stack)
               for m in part.modules() if isinstance(m, nn.Conv2d)]
-    assert [m.kernel_size[0] for m in center] == [3] * 6 + [1]       # 7 convolutions
-    assert [m.dilation[0] for m in center] == [1, 1, 1, 2, 4, 8, 1]
+    assert [m.dilation[0] for m in center] == [1, 1, 1, 2, 4, 8, 1]                 # 7 of them
     assert not any(isinstance(m, nn.MaxPool2d) for m in network.modules())
-
-
-def test_the_rival_unet_keeps_the_originals_five_levels():
-    with torch.device("meta"):
-        network = train_seget.MODELS["unet"](1, 1)
-    assert emseg.count_parameters(network) == 31_042_369
-    assert [c_out for _, c_out, _ in convolutions(network.encoder)] == [
-        c for c in (64, 128, 256, 512, 1024) for _ in range(2)]
-    kinds = [type(m).__name__ for m in network.encoder.modules()]
-    assert kinds.count("BatchNorm2d") == kinds.count("Conv2d") == 10
+    assert emseg.count_parameters(unet) == 31_042_369                   # the original's five levels
 
 
 # -- loss
@@ -130,14 +114,8 @@ def test_weights_are_the_ratio_of_the_very_patch():
         if structure:
             np.testing.assert_allclose(weight[patch == 1], background / structure, rtol=1e-6)
     assert found[3][label[3] == 1].max() < 1                # more structure than background
-    assert found.dtype == torch.float32
-
-
-def test_weights_are_capped():
-    label = torch.zeros(1, 100, 100, dtype=torch.int64)
-    label[0, 0, 0] = 1
-    assert train_seget.foreground_weight(label, 2000)[0, 0, 0] == 2000
-    assert train_seget.foreground_weight(label, 1e5)[0, 0, 0] == 9999
+    alone = torch.zeros(1, 100, 100, dtype=torch.int64).index_fill(2, torch.tensor([0]), 1)
+    assert train_seget.foreground_weight(alone, 50).max() == 50                     # of 99
 
 
 def test_jaccard_distance_is_equation_5():
@@ -287,20 +265,14 @@ def test_where_structures_overlap(overlap, truth, merged):
 # -- runs
 
 
-def test_each_structure_is_a_complete_run(trained):
+def test_each_structure_is_a_run_and_metrics_hold_the_papers_table(trained, masks):
+    assert {"prediction.tif", "metrics.json", "maps.png", "table.md"} <= {
+        path.name for path in trained.iterdir()}
+    content, found = metrics(trained), []
     for name in ("mito", "vesicle"):
-        assert {"config.json", "log.csv", "best.pt", "last.pt", "prediction.tif", "metrics.json",
-                "figure.png"} <= {path.name for path in (trained / name).iterdir()}
         for row in log_without_seconds(trained / name):
             terms = [float(row[key]) for key in ("loss_bce", "loss_jaccard", "loss_l2")]
             assert float(row["loss"]) == pytest.approx(sum(terms), rel=1e-5)
-    assert {"prediction.tif", "metrics.json", "figure.png", "maps.png", "table.md", "best.pt"} <= {
-        path.name for path in trained.iterdir()}
-
-
-def test_metrics_hold_the_papers_table(trained, masks):
-    content, found = metrics(trained), []
-    for name in ("mito", "vesicle"):
         pred = tifffile.imread(trained / name / "prediction.tif")
         truth = tifffile.imread(masks / f"{name}.tif")[8:12]
         found.append(np.mean([((pred == k) & (truth == k)).sum()
@@ -343,18 +315,6 @@ def test_a_run_of_several_structures_is_a_checkpoint(trained, cells, masks, tmp_
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "out" / "prediction.tif"), merged)
 
 
-def test_class_ids_train_as_masks_do(trained, cells, tmp_path):
-    """Labels of all structures in one file; the slices that validate are the same."""
-    run("--volume", cells / "image.tif@0:8", "--label", cells / "label.tif@0:8", "--label-map",
-        "3=1,4=2,*=0", "--classes", "background", "mito", "vesicle", "--test-volume",
-        cells / "image.tif@8:12", "--out-dir", tmp_path / "out", *TINY)
-    for name in ("mito", "vesicle"):
-        assert torch.equal(*[weights(folder / name / "last.pt")
-                             for folder in (trained, tmp_path / "out")])
-    np.testing.assert_array_equal(*[tifffile.imread(folder / "prediction.tif")
-                                    for folder in (trained, tmp_path / "out")])
-
-
 def test_held_out_slices_score_and_do_not_leak(cells, masks, tmp_path):
     """Slices 0, 5 and 10 of 12: what they show changes no weight and not the normalisation."""
     image, mask = [tifffile.imread(path) for path in (cells / "image.tif", masks / "mito.tif")]
@@ -390,17 +350,6 @@ def test_the_rate_is_halved_and_the_training_ended(cells, masks, tmp_path, capsy
     assert best["step"] == 1 and best["best"] == float(rows[0]["val_miou"])
 
 
-def test_networks_begin_as_in_keras(cells, masks, tmp_path):
-    """Glorot's uniform weights; a rate of 1e-30 leaves them as they are."""
-    run("--volume", cells / "image.tif@0:8", "--label", *labels(masks, "mito"), "--out-dir",
-        tmp_path / "out", *TINY, "--epochs", "1", "--lr", "1e-30", "--width", "8")
-    state = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["modules"]
-    kernel = state["network"]["decoder.0.0.weight"]
-    side = math.sqrt(6 / (9 * (kernel.shape[0] + kernel.shape[1])))
-    assert 0.99 * side < kernel.abs().max() <= side
-    assert kernel.std().item() == pytest.approx(side / math.sqrt(3), rel=0.02)
-
-
 def test_flags_reach_the_loss(trained, cells, masks, tmp_path):
     train(cells, masks, tmp_path / "out", "--weight-cap", "50", "--l2", "0.1", "--epochs", "1",
           structures=("mito",))
@@ -425,17 +374,6 @@ def test_interrupted_and_resumed_is_bit_identical(trained, cells, masks, tmp_pat
         assert log_without_seconds(tmp_path / "out" / name) == log_without_seconds(trained / name)
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "out" / "prediction.tif"),
                                   tifffile.imread(trained / "prediction.tif"))
-
-
-@pytest.mark.parametrize("model", ["fcn8s", "segnet", "unet", "deeplabv3plus"])
-def test_the_rivals_train(cells, masks, tmp_path, model):
-    run("--volume", f"{cells}/image.tif@0:8,{CORNER}", "--label",
-        *labels(masks, "mito", crop=f"0:8,{CORNER}"), "--test-volume",
-        f"{cells}/image.tif@8:10,{CORNER}", "--test-label",
-        *labels(masks, "mito", crop=f"8:10,{CORNER}"), "--out-dir", tmp_path / "out", *TINY, *BRIEF,
-        "--model", model)
-    content = metrics(tmp_path / "out")
-    assert content["model"] == model and 0 < content["mean"]["miou"] <= 1
 
 
 @pytest.mark.parametrize("change, message", [
