@@ -2378,7 +2378,6 @@ def cross_entropy(logits, label, weight=None):
     A batch without an annotated voxel gives 0, not NaN.
     """
     valid = label != IGNORE
-    weight = torch.ones(1, device='cpu') if weight is None else weight
     target = label.masked_fill(~valid, 0)
     if logits.shape[1] == 1:
         loss = F.binary_cross_entropy_with_logits(
