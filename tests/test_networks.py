@@ -13,7 +13,10 @@ from torch._subclasses import FakeTensorMode
 
 import emseg
 import train_2d3d
+import train_cps
+import train_partial
 import train_seget
+import train_sparse
 from conftest import enlarged, normalised, random_statistics
 
 IGNORE = emseg.IGNORE
@@ -111,15 +114,41 @@ def test_nothing_is_made_on_the_wrong_device(name, monkeypatch):
     """Shapes alone, as if on a GPU. Networks left out are slow here: their parts come last."""
     for initialization in "uniform_", "kaiming_uniform_", "kaiming_normal_", "trunc_normal_":
         monkeypatch.setattr(nn.init, initialization, lambda tensor, *_, **__: tensor)
-    with FakeTensorMode(), torch.device("cuda"):
-        if name in PARTS:
-            assert PARTS[name]().device.type == "cuda"
-            return
-        network, sides = small(name)
-        out = network(torch.empty(1, 1, *sides))
-        label = torch.empty(1, *out.shape[2:], dtype=torch.int64)
-        loss = emseg.soft_dice_loss(out, label) + emseg.cross_entropy(out, label, label.float())
-        assert out.device.type == loss.device.type == "cuda"
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            if name in PARTS:
+                assert PARTS[name]().device.type == "cuda"
+                return
+            network, sides = small(name)
+        assert network(torch.empty(1, 1, *sides, device="cuda")).device.type == "cuda"
+
+
+STANDARD = {"mean": 128.0, "std": 40.0}
+STEPS = {           # what a training step makes of logits, label, crops, all in shapes alone
+    "soft_dice": lambda x, y, crop: emseg.soft_dice_loss(x, y),
+    "cross_entropy": lambda x, y, crop: emseg.cross_entropy(x, y),
+    "weighted": lambda x, y, crop: emseg.cross_entropy(
+        x[:, :1], y, train_seget.foreground_weight(y, 10)),
+    "jaccard": lambda x, y, crop: train_seget.jaccard_distance(x[:, :1], y),
+    "merged": lambda x, y, crop: sum(train_partial.loss_terms(
+        x, y, y.new_zeros(2, 3), y.new_zeros(2, dtype=torch.bool))),
+    "learners": lambda x, y, crop: train_cps.ensemble_loss([x, x], y),
+    "cutmix": lambda x, y, crop: train_cps.cps_cutmix_loss(
+        lambda network, image: [network(image)], [lambda i: i.expand(-1, 3, -1, -1)] * 2,
+        train_cps.dice_loss, None, x[:, :1], "unlabelled"),
+    "augment": lambda x, y, crop: emseg.augment(
+        crop, crop, STANDARD, 0.1, 0.1, flip=True, rot90=True, rotation=20.0, scale=0.1, shear=5.0,
+        displacement=emseg.elastic_displacement(2, (64, 64), crop.device))[0],
+    "affine": lambda x, y, crop: train_sparse.deformation(crop, "affine")}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_stays_on_its_device(name):
+    with FakeTensorMode():
+        logits = torch.empty(2, 3, 64, 64, device="cuda")
+        label = torch.empty(2, 64, 64, dtype=torch.int64, device="cuda")
+        out = STEPS[name](logits, label, label.to(torch.uint8))
+        assert out.device.type == "cuda"
 
 
 def test_tiles_are_made_on_the_device_of_the_slice():

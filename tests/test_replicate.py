@@ -42,16 +42,16 @@ def test_rows_of_stages_count_as_done_and_reach_the_table(tmp_path, monkeypatch)
         folder.mkdir(parents=True)
         block = {"iou": iou, "per_class": {"mitochondrion": {"dice": 0.95, "iou": iou}}}
         (folder / "metrics.json").write_text(json.dumps(dict(
-            mean=block, stages={"coarse": {**block, "iou": 0.5}, "scm": block}, train_seconds=120.0,
+            mean=block, stages={"coarse": {**block, "iou": 0.5}, "scm": block}, train_seconds=0.0,
             predict_seconds=None, peak_memory_gib=1.5)))
         (folder / "config.json").write_text(json.dumps(dict(
             precision="float32", versions={"torch": "2"}, git=None)))
-        (folder / "log.csv").write_text("epoch,step\n0,10\n1,20\n")
+        (folder / "log.csv").write_text("epoch,step,seconds\n0,10,60\n1,20,120.0\n")
         (folder / "prediction.tif").touch()
         folder.with_name(f"{folder.name}.txt").touch()
         replicate.finish(job, 0, keep=False)
         assert job.is_done()
         assert sorted(file.name for file in folder.iterdir()) == ["log.csv", "metrics.json"]
     row = [line for line in replicate.table().splitlines() if "every 5th: scm" in line]
-    assert len(row) == 1 and "0.850 ± 0.071 (2) | 0.890 | 20 | 2 |" in row[0]
+    assert len(row) == 1 and "0.850 ± 0.071 (2) | 0.890 | 20 | 2.0 |" in row[0]
     assert list(csv.DictReader(results.open()))[0]["scores"] == "mitochondrion 0.9500 0.8000"
