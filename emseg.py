@@ -287,7 +287,8 @@ def _open_tiff(file):
         one_stack = re.fullmatch("[^CS]?YX", "".join(axis for axis, _ in sizes))
         if not one_stack or len(tif.series) > 1 or series.is_multifile:
             raise InputError(f"{file}: {len(tif.series)} of axes {series.axes} {series.shape}; "
-                             "wanted one stack of grey values (Fiji: Image > Type, Split Channels)")
+                             "wanted one stack of grey values (Fiji: Image > Type, Split Channels; "
+                             "tifffile.imwrite: metadata={'axes': 'ZYX'})")
         shape = ([1] + [n for _, n in sizes])[-3:]
         reader = partial(_read_pages, partial(_decode_tiff, file))
         if series.dataoffset is not None and series.keyframe.is_final:
@@ -2412,8 +2413,8 @@ def check_patch_size(network, patch_size, name):
         raise InputError(f"{given} needs {network.min_depth} slices or more")
     for side in patch_size[-2:]:
         if side % stride != offset or side < smallest:
-            near = [str(n) for n in range(max(side - stride, smallest), max(side, smallest) + stride)
-                    if n % stride == offset]
+            low, high = max(side - stride, smallest), max(side, smallest) + stride
+            near = [str(n) for n in range(low, high) if n % stride == offset]
             raise InputError(f"{given} takes sides of {offset} + a multiple of {stride}; nearest "
                              f"to {side}: {' or '.join(near)}")
 
@@ -2598,7 +2599,8 @@ def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=
             yield slice(z, z + 1), prob[len(prob) // 2][None]
 
     counts = np.zeros((len(label.slices), len(classes), len(classes)), dtype=np.int64)
-    for slab, prob in predict_by_windows(predict, image, depth, rank, world) if depth else middles():
+    windows = predict_by_windows(predict, image, depth, rank, world) if depth else middles()
+    for slab, prob in windows:
         for row in np.flatnonzero((label.slices >= slab.start) & (label.slices < slab.stop)):
             z = label.slices[row]
             pred = class_ids(prob[z - slab.start][None], threshold).to(torch.uint8).cpu().numpy()
@@ -2746,11 +2748,13 @@ def plain(text):
 
 
 def overlay(image, masks=(), colors=(), alpha=0.45):
-    """RGB float (Y, X, 3) of a grey uint8 image (Y, X) with coloured masks on top."""
+    """RGB float (Y, X, 3) of a grey uint8 image (Y, X) with coloured, outlined masks on top."""
     import matplotlib.colors
     rgb = np.repeat(image[..., None] / 255.0, 3, axis=2)
     for mask, color in zip(masks, colors):
-        rgb[mask] = (1 - alpha) * rgb[mask] + alpha * np.array(matplotlib.colors.to_rgb(color))
+        color = np.array(matplotlib.colors.to_rgb(color))
+        rgb[mask] = (1 - alpha) * rgb[mask] + alpha * color
+        rgb[mask & ~ndimage.binary_erosion(mask, border_value=1)] = color
     return rgb
 
 
@@ -2979,17 +2983,15 @@ def save_curves(path, log):
         rows = list(csv.DictReader(file))
     if not rows:
         return
-    stages = list(dict.fromkeys(row.get("stage", "") for row in rows))
     terms = [key for key in rows[0] if key.startswith("loss_")]     # the total moves with weights
     scores = [key for key in ("val_dice", "val_iou", "val_miou", "val_miou_org") if key in rows[0]]
     groups = {"loss": terms or ["loss"], **({"validation": scores} if scores else {})}
     figure = new_figure(figsize=(5 * len(groups), 3.5))
     for axis, (title, keys) in zip(figure.subplots(1, len(groups), squeeze=False)[0],
                                    groups.items()):
-        for key, stage in itertools.product(keys, stages):
-            points = [(int(row["epoch"]), float(row[key] or "nan")) for row in rows
-                      if row.get("stage", "") == stage]
-            axis.plot(*zip(*points), marker=".", label=f"{key} {stage}".strip())
+        for key in keys:
+            points = [(int(row["epoch"]), float(row[key] or "nan")) for row in rows]
+            axis.plot(*zip(*points), marker=".", label=key)
         axis.set(xlabel="epoch", ylabel=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
@@ -3004,9 +3006,10 @@ def save_curves(path, log):
 # What a resumed run takes from its command line, all else from its config.json.
 OF_THIS_CALL = {"out_dir", "overwrite", "resume", "device", "amp", "compile", "workers"}
 INPUTS = {"volume", "label", "label_slices", "unlabeled_volume", "val_volume", "val_label",
-          "val_slices", "test_volume", "test_label", "voxel_size", "demo", "checkpoint"}
+          "val_slices", "test_volume", "test_label", "voxel_size", "demo", "checkpoint", "init",
+          "quick"}
 PATHS = {name for name in INPUTS if name.endswith(("volume", "label"))} | {
-    "checkpoint", "partial", "weights", "ensemble", "coarse"}       # arguments that are paths
+    "checkpoint", "init", "partial", "weights", "ensemble", "coarse"}   # arguments that are paths
 # What may be said with --checkpoint; all else has no effect there.
 OF_PREDICTION = OF_THIS_CALL | {"checkpoint", "test_volume", "test_label", "label_map", "tta",
                                 "ignore_label", "voxel_size", "save_probability"}
@@ -3031,32 +3034,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def positive(kind, least=0, most=math.inf):
-    """An argparse type: a finite number of `kind` above zero, from least to most."""
+def number(kind, least, most=1e12):
+    """An argparse type: a number of `kind` from least to most."""
     def convert(text):
         value = kind(text)
-        if not 0 < value < math.inf or not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0" if value <= 0 else
-                                             f"{text} is not between {least:g} and {most:g}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
         return value
-    convert.__name__ = f"positive {kind.__name__}"
+    convert.__name__ = kind.__name__
     return convert
 
 
-def nonnegative(text):
-    """An argparse type: a finite number of 0 or more."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or above")
-    return value
+def positive(kind):
+    """An argparse type: a number of `kind` above zero."""
+    return number(kind, 1 if kind is int else 1e-12)
 
 
-def share(text):
-    """An argparse type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+nonnegative, share = number(float, 0), number(float, 0, 1)
 
 
 def add_common_args(parser, models, sources):
@@ -3081,7 +3075,7 @@ def add_common_args(parser, models, sources):
     data("--test-volume", nargs="+", metavar="P", default=[], help="volumes to predict; without "
          "them --volume is predicted")
     data("--test-label", nargs="+", metavar="P", default=[], help="their labels, for the scores")
-    data("--voxel-size", nargs=3, type=positive(float, *PLAUSIBLE_NM), metavar=("Z", "Y", "X"),
+    data("--voxel-size", nargs=3, type=number(float, *PLAUSIBLE_NM), metavar=("Z", "Y", "X"),
          help="voxel size in nm, in place of the files'")
     data("--downsample", type=positive(int), default=1, metavar="N",
          help="show the network slices N times smaller in y and x")
@@ -3106,6 +3100,8 @@ def add_common_args(parser, models, sources):
     run("--resume", action="store_true", help="continue an interrupted run in its folder")
     run("--checkpoint", metavar="F", help="a run, or its best.pt: predict --test-volume, no "
         "training")
+    run("--init", metavar="F", help="a run, or its best.pt: start the training from its networks, "
+        "after a few slices were corrected, say")
     run("--seed", type=int, default=0, metavar="N", help="seed of everything random")
     run("--device", metavar="D", help="cpu, cuda, cuda:1, mps; default: the best there is")
     run("--amp", action=flag, help="mixed precision; default: what the device does well")
@@ -3113,33 +3109,37 @@ def add_common_args(parser, models, sources):
     run("--save-probability", action="store_true", help="also write the probabilities")
     run("--tta", action=flag, default=False, help="average predictions over eight views")
     run("--demo", action="store_true", help="synthetic data, about a minute on two CPU cores")
+    run("--quick", action="store_true", help="a first result on own slices of 256 pixels or more "
+        "in some two minutes on two CPU cores: a small network, few steps, see the script")
     for action in parser._actions:
         if action.dest in sources:
             action.help += f" ({sources[action.dest]})"
 
 
-def parse(parser, argv, demo, settings=lambda args: {}, of_prediction=()):
-    """Parse the command line. --demo, --resume and --checkpoint bring their own defaults.
+def parse(parser, argv, demo, settings=lambda args: {}, of_prediction=(), quick=None):
+    """Parse the command line. --demo, --quick, --resume and --checkpoint bring their own defaults.
 
-    demo: the flags of the demo; settings: args -> defaults that depend on other flags, such as
-    those of a model. What is typed always wins, except that a resumed run must have the arguments
-    that it was started with. of_prediction: flags of the script that work with --checkpoint.
+    demo, quick: flags that these stand for; settings: args -> defaults that depend on other flags,
+    such as those of a model. What is typed always wins, except that a resumed run must have the
+    arguments that it was started with. of_prediction: flags of the script that work with
+    --checkpoint.
     """
     untyped = []                # a list, so that flags that can be given twice append to a copy
     names = vars(parser.parse_args([]))
     args = parser.parse_args(argv)
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, untyped))))
     typed = {name: value for name, value in typed.items() if value is not untyped}
-    for one, other in (("resume", "overwrite"), ("resume", "checkpoint"), ("demo", "checkpoint")):
+    for one, other in (("resume", "overwrite"), ("resume", "checkpoint"), ("demo", "checkpoint"),
+                       ("demo", "quick"), ("init", "checkpoint")):
         if getattr(args, one) and getattr(args, other):
             parser.error(f"--{one} and --{other} contradict each other")
     try:
-        given = {**(demo if args.demo else {}), **typed}
+        given = {**(demo if args.demo else (quick or {}) if args.quick else {}), **typed}
         if args.checkpoint:
-            useless = sorted(set(typed) - OF_PREDICTION - set(of_prediction))
-            if useless:
-                parser.error(f"{flag_name(useless[0])} has no effect with --checkpoint, which only "
-                             f"predicts --test-volume")
+            training = sorted(set(typed) - OF_PREDICTION - set(of_prediction))
+            if training:
+                parser.error(f"{flag_name(training[0])} has no effect with --checkpoint, which "
+                             f"only predicts --test-volume; --init trains on from a checkpoint")
             saved = load_checkpoint(args.checkpoint)["args"]
             given = {n: v for n, v in saved.items() if n in names
                      and n not in OF_THIS_CALL | INPUTS} | typed
@@ -3565,7 +3565,7 @@ def command(main):
         finally:
             signal.signal(signal.SIGTERM, handler)
             while LOCKED:
-                os.close(LOCKED.pop())
+                os.close(LOCKED.popitem()[1])
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
     return wrapper
@@ -3581,7 +3581,7 @@ def how_to_resume(script, folder):
 
 # -- run -------------------------------------------------------------------------------------------
 
-LOCKED = []         # descriptors of run folders into which no other process may write
+LOCKED = {}         # descriptors of run folders into which no other process may write
 
 
 class Run:
@@ -3640,6 +3640,8 @@ class Run:
         if self.folder.is_file():
             raise InputError(f"--out-dir {self.folder} is a file")
         if self.args.resume and config.exists():
+            if self.rank == 0:
+                lock_folder(self.folder)
             self.config = json.loads(config.read_text())
         elif not self.args.resume and self.folder.is_dir() and any(
                 not file.name.startswith(".") for file in self.folder.iterdir()):
@@ -3692,6 +3694,8 @@ class Run:
         """The arguments of a run in the subfolder `name`, which is resumed if it has begun."""
         folder = self.path(f"{name}/")
         resume = self.args.resume and (folder / "config.json").exists()
+        if self.args.init and Path(self.args.init, name).is_dir():
+            changes["init"] = str(Path(self.args.init, name))
         return argparse.Namespace(**{**vars(self.args), "demo": False, "out_dir": str(folder),
                                      "overwrite": False, "resume": resume, **changes})
 
@@ -3733,7 +3737,11 @@ class Run:
         self.create()
         if self.args.resume and (self.folder / "last.pt").exists():
             self._restore(load_checkpoint(self.folder / "last.pt"))
-        self.printed, self.session = 0.0, (time.monotonic(), self.step)
+        elif self.args.init:
+            earlier = load_checkpoint(self.args.init)
+            for key in earlier["modules"].keys() & modules.keys():
+                load_weights(modules[key], earlier, key, self.args.init)
+        self.printed, self.session, self.warned = 0.0, (time.monotonic(), self.step), False
 
     def epochs(self):
         """The epochs that are left. Ctrl-C and SIGTERM meanwhile save and leave after a step."""
@@ -3812,6 +3820,11 @@ class Run:
         rate = (now - start) / max(1, self.step - first)
         if now - start > 60:                    # the latest minute, since steps may become longer
             self.session = now - 30, self.step - 30 / rate
+            if rate * (self.total - self.step) > 86400 and not self.warned:
+                self.warned = True
+                print(f"\nnote: {duration(rate * (self.total - self.step))} are left; a larger "
+                      f"--downsample, a smaller --width, --patch-size, --epochs or "
+                      f"--steps-per-epoch make it shorter, --quick shows a first result")
         epoch, count = divmod(self.step, self.steps_per_epoch)
         text = (f"epoch {epoch}  step {self.step}/{self.total}  loss "
                 f"{self.sums['loss'] / max(1, count):.3f}  {rate:.2f} s/step  "
@@ -3925,11 +3938,12 @@ class Run:
 
 def lock_folder(folder):
     """Keep other processes from writing into a folder until this command ends or dies."""
-    if fcntl is None:                           # Windows
+    name = os.path.realpath(folder)
+    if fcntl is None or name in LOCKED:         # Windows has no locks
         return
-    LOCKED.append(os.open(folder, os.O_RDONLY))
+    LOCKED[name] = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(LOCKED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(LOCKED[name], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"--out-dir {folder}: another process is writing into it")
     except OSError:                             # a file system without locks

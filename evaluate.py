@@ -22,9 +22,6 @@ Run:
     python evaluate.py --prediction prediction.tif --label label.tif --objects --render
     python evaluate.py --prediction cells.mrc --label truth.tif --segments membrane
     python evaluate.py --runs runs/* --scores miou val_miou
-
-Expect:
-    @@@
 """
 
 import argparse
@@ -669,7 +666,7 @@ def parse_args(argv=None):
     data("--ignore-label", type=int, metavar="V", help="label value that marks unannotated voxels")
     data("--classes", nargs="+", metavar="NAME", help="class names, background first; default: "
          "those of the run whose folder the prediction is in")
-    data("--voxel-size", nargs=3, type=emseg.positive(float, *emseg.PLAUSIBLE_NM),
+    data("--voxel-size", nargs=3, type=emseg.number(float, *emseg.PLAUSIBLE_NM),
          metavar=("Z", "Y", "X"), help="voxel size in nm, in place of the files'")
     scores = parser.add_argument_group("scores").add_argument
     scores("--organelles", nargs="+", metavar="CLASS", default=[], help="classes of miou_org")
@@ -751,6 +748,9 @@ def main(args):
     emseg.save_slice_dice(folder / "slice_dice.png", [
         (pair.name, emseg.dice_of_slices(pair.counts), []) for pair in pairs], classes)
     for pair in pairs if args.render else ():
+        if not pair.label.voxel_size:
+            print(f"note: {pair.label.path} has no voxel size: its voxels are drawn as cubes; give "
+                  f"--voxel-size Z Y X")
         emseg.save_surfaces(folder / f"render_{pair.name}.png", {
             "truth": pair.label, "prediction": pair.prediction}, classes)
     print(f"wrote {folder}/: {', '.join(sorted(file.name for file in folder.iterdir()))}")

@@ -825,7 +825,7 @@ def parse_args(argv=None):
                      ("l2_p", "the layers that predict")):
         method(emseg.flag_name(name), type=emseg.nonnegative, metavar="L",
                help=f"lambda of eq. 1 of {of}, for a mean loss; default {LAMBDAS[name]:.2g}")
-    method("--decay", type=emseg.positive(float, 0, 1), default=0.75, metavar="D",
+    method("--decay", type=emseg.number(float, 1e-12, 1), default=0.75, metavar="D",
            help="factor of the rate every --decay-steps steps (Network training)")
     method("--decay-steps", type=emseg.positive(int), default=round(10**3.4), metavar="N",
            help="10^3.4, Network training")

@@ -3,7 +3,8 @@
 
 Prints, for each network, training patches per second, inference voxels per second, peak memory so
 far and the share of the machine's own matrix-product rate that training reaches; then where the
-time of a training step goes, and what bf16 and channels-last gain. Whole volumes: tests/large.py.
+time of a training step goes, what bf16 and channels-last gain, and what tiles cost. Whole volumes:
+tests/large.py.
 """
 
 import argparse
@@ -153,6 +154,28 @@ def parts(args, device, dtype):
         for kind in (torch.float32, torch.bfloat16) for last in (False, True)))
 
 
+def tiles(args, device, dtype):
+    """Large slices: in tiles, as they are predicted, against the whole slice at once."""
+    network = emseg.NETWORKS[args.model](1, 1, args.width).to(device).eval()
+    emseg.channels_last(network)
+    print(f"\none slice of {args.model}, in tiles and whole")
+    for side in args.sides:
+        image, tile = torch.randn(1, 1, side, side, device=device), emseg.MAX_TILE
+
+        def predict(largest):
+            emseg.MAX_TILE = largest
+            with torch.inference_mode(), torch.autocast(device.type, dtype,
+                                                        enabled=dtype != torch.float32):
+                return emseg.predict_slices(network, image)
+        whole, parts = predict(side), predict(tile)
+        computed = (len(emseg.tiles(side, emseg.tile_side(side, network.stride), network.stride))
+                    * emseg.tile_side(side, network.stride) / side) ** 2
+        seconds = [median_seconds(lambda: predict(n), device, 3, 1) for n in (tile, side)]
+        print(f"{side} x {side}: {computed:.2f} times the pixels; {seconds[0]:.2f} s, whole "
+              f"{seconds[1]:.2f} s; largest difference {(whole - parts).abs().max():.1e}")
+        emseg.MAX_TILE = tile
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="unet", choices=sorted(emseg.NETWORKS))
@@ -161,6 +184,8 @@ def main():
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--patch", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--sides", type=int, nargs="*", default=[1024, 2048, 4096],
+                        help="of slices that are predicted in tiles and whole")
     parser.add_argument("--device")
     args = parser.parse_args()
     device = emseg.choose_device(args.device)
@@ -169,6 +194,7 @@ def main():
         emseg.keep_freed_memory()
     networks(args, device, dtype)
     parts(args, device, dtype)
+    tiles(args, device, dtype)
 
 
 if __name__ == "__main__":

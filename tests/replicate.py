@@ -39,7 +39,8 @@ LUCCHI = ("--volume {data}/lucchi/Train_In@0:110 --label {data}/lucchi/Train_Out
           "--test-label {data}/lucchi/Train_Out@120:165 --normalize equalize "
           "--classes background mitochondrion ")
 METHODS = {"supervised": "--method supervised --batch-size {labelled}",     # as many labelled crops
-           "cps": "--no-cutmix --batch-size {batch}", "cps + cutmix": "--batch-size {batch}"}
+           "cps": "--no-cutmix --batch-size {batch} --cps-warmup 2 5",
+           "cps + cutmix": "--batch-size {batch} --cps-warmup 2 5"}
 ONE_SLICE = {name: f"--label-slices n=1 {flags}" for name, flags in METHODS.items()}
 CPS = ("train_cps.py --model resunet --schedule linear --clip 1 --epochs 10 "
        "--steps-per-epoch {steps} {flags} ")
@@ -67,7 +68,7 @@ GPU_2D3D = dict(flags="--downsample 2 --spacing 2 100 100 --elastic 10 --lr 1e-3
 EXPERIMENTS = {
     "cps": Experiment(
         CPS_SOURCE, "unlabelled slices and CutMix help where few slices are labelled",
-        CPS_LUCCHI + "--cps-warmup 2 5",
+        CPS_LUCCHI,
         {**{f"{n} labelled, {name}": f"--label-slices n={n} {flags}"
             for n in (1, 2, 4, 7) for name, flags in METHODS.items()},
          "110 labelled, supervised (ceiling)": METHODS["supervised"]},
@@ -82,7 +83,7 @@ EXPERIMENTS = {
         CPS_CPU, CPS_GPU, "iou", (0,), {}),
     "cps-long": Experiment(
         CPS_SOURCE, "CutMix is ahead of plain CPS in longer trainings",
-        CPS_LUCCHI + "--cps-warmup 2 5", ONE_SLICE,
+        CPS_LUCCHI, ONE_SLICE,
         {**CPS_CPU, "steps": 300, "minutes": 84}, {**CPS_GPU, "steps": 540, "minutes": 24},
         "iou", (0, 1, 2), {}),
     "cps-rare": Experiment(
@@ -91,7 +92,7 @@ EXPERIMENTS = {
         "--label-map 128:256=1,*=0 --classes background PSD "
         "--test-volume {data}/lucchi/Train_In@14:20 "
         "--test-label {data}/lucchi_organelles/PSD@14:20 --normalize equalize "
-        "--unlabeled-volume {data}/lucchi/Train_In@20:165 --voxel-size 5 5 5 --cps-warmup 2 5",
+        "--unlabeled-volume {data}/lucchi/Train_In@20:165 --voxel-size 5 5 5",
         {**{f"2 labelled, {name}": f"--label-slices n=2 {METHODS[name]}" for name in METHODS},
          "12 labelled, supervised (ceiling)": METHODS["supervised"]},
         {**CPS_CPU, "flags": "--width 16 --downsample 2 --patch-size 96 96 --lr 3e-3", "steps": 60,
