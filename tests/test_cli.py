@@ -261,7 +261,7 @@ def test_workers_change_nothing(trained, cells, tmp_path):
     (["--classes", "cell"], "two names at least"),
     (["--classes", "a", "b", "c"], "classes"),
     (["--batch-size", "6"], "multiple of 4"),
-    (["--lr", "0"], "not above 0"),
+    (["--lr", "0"], "not between"),
     (["--cps-warmup", "3", "1"], "START must be below END"),
     (["--cps-warmup", "5", "20"], "starts at epoch 5"),
     (["--foreground", "2"], "not between 0 and 1"),

@@ -42,16 +42,21 @@ def picture(axis):
 
 
 def test_overlays_by_hand():
-    grey = np.array([[100, 100, 200, 0, 50, 60]], np.uint8)
-    truth = np.array([[1, 1, 0, 0, IGNORE, 2]], np.uint8)
-    pred = np.array([[1, 0, 1, 0, 1, 1]], np.uint8)
-    green, red, blue = [0.45 * np.array(to_rgb(c)) for c in ("#2ca02c", "#d62728", "#1f77b4")]
-    base = 0.55 * grey[0, :, None] / 255
-    wanted = [base[0] + green, base[1] + red, base[2] + blue, [0] * 3, [50 / 255] * 3, base[5] + red]
-    np.testing.assert_allclose(emseg.error_overlay(grey, truth, pred), [wanted])
+    def wide(*values):                          # three pixels of each: two outlines and between
+        return np.repeat(np.array([values], np.uint8), 3, axis=1)
+
+    grey = wide(100, 100, 200, 0, 50, 60)
+    truth, pred = wide(1, 1, 0, 0, IGNORE, 2), wide(1, 0, 1, 0, 1, 1)
+    green, red, blue = [np.array(to_rgb(c)) for c in ("#2ca02c", "#d62728", "#1f77b4")]
+    base = 0.55 * grey[0, 1::3, None] / 255
+    wanted = [base[0] + 0.45 * green, base[1] + 0.45 * red, base[2] + 0.45 * blue, [0] * 3,
+              [50 / 255] * 3, base[5] + 0.45 * red]
+    errors = emseg.error_overlay(grey, truth, pred)[0]
+    np.testing.assert_allclose(errors[1::3], wanted)
+    np.testing.assert_allclose(errors[[2, 3, 5, 6, 8]], [green, red, red, blue, blue])
     colored = emseg.class_overlay(grey, truth, CLASSES, ["#ff0000", "#0000ff"])[0]
-    np.testing.assert_allclose(colored[0], base[0] + [0.45, 0, 0])
-    np.testing.assert_allclose(colored[4:], [[50 / 255] * 3, base[5] + [0, 0, 0.45]])
+    np.testing.assert_allclose(colored[1], base[0] + [0.45, 0, 0])
+    np.testing.assert_allclose(colored[13::3], [[50 / 255] * 3, base[5] + [0, 0, 0.45]])
 
 
 @pytest.mark.parametrize("shape", [(5, 40, 40), (1, 1500, 30), (2, 12, 900), (1, 2, 2)])
@@ -169,16 +174,13 @@ def write_log(path, rows):
         csv.writer(file).writerows(rows)
 
 
-def test_curves_of_each_stage_with_gaps_where_nothing_was_measured(tmp_path, figures):
-    write_log(tmp_path / "log.csv", [["stage", "epoch", "loss", "loss_x", "val_dice"],
-                                     ["one", 0, 3.0, 1, 0.1], ["one", 1, 2.0, 1, ""],
-                                     ["two", 2, 9.0, 2, ""], ["two", 3, 8.0, 2, 0.4]])
+def test_curves_with_gaps_where_nothing_was_measured(tmp_path, figures):
+    write_log(tmp_path / "log.csv", [["epoch", "loss", "loss_x", "val_dice"], [0, 3.0, 1, 0.1],
+                                     [1, 2.0, 2, ""]])
     emseg.save_curves(tmp_path / "curves.png", tmp_path / "log.csv")
     losses, dice = [axis.lines for axis in figures[0].axes]
-    assert [line.get_label() for line in losses] == ["loss_x one", "loss_x two"]    # not the total
-    assert [line.get_xdata().tolist() for line in dice] == [[0, 1], [2, 3]]
-    np.testing.assert_array_equal([line.get_ydata() for line in dice], [[0.1, np.nan],
-                                                                        [np.nan, 0.4]])
+    assert [line.get_label() for line in losses] == ["loss_x"]                  # not the total
+    np.testing.assert_array_equal(dice[0].get_xydata(), [[0, 0.1], [1, np.nan]])
 
 
 def test_curves_without_validation_have_one_panel_and_of_nothing_none(tmp_path, figures):
