@@ -94,8 +94,9 @@ def test_a_folder_has_one_writer(trained, cells, tmp_path, capsys):
     descriptor = os.open(out, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        line = conftest.refused(train_cps, capsys, *arguments(cells, out, "--overwrite"))
-        assert "another process is writing" in line
+        for flags in arguments(cells, out, "--overwrite"), ("--resume", "--out-dir", out):
+            line = conftest.refused(train_cps, capsys, *flags)
+            assert "another process is writing" in line
     finally:
         os.close(descriptor)
 
@@ -191,6 +192,25 @@ def test_a_checkpoint_predicts_as_its_run_did(trained, cells, tmp_path):
 def test_a_flag_without_effect_is_refused(trained, cells, capsys, flags, words):
     assert words in conftest.refused(train_cps, capsys, "--checkpoint", trained, "--test-volume",
                                      cells / "image.tif", *flags)
+
+
+def test_a_training_starts_from_the_networks_of_another(trained, cells, tmp_path, capsys):
+    """--init: with a rate of almost 0 the weights stay those of the other run."""
+    for init in trained, trained / "best.pt":
+        run(train_cps, *arguments(cells, tmp_path / "next", "--init", init, "--lr", "1e-12",
+                                  "--label-slices", "0,5", "--overwrite"))
+        one, other = [emseg.load_checkpoint(each)["modules"]["network"]
+                      for each in (trained, tmp_path / "next")]
+        for key in [key for key in one if key.endswith(("weight", "bias"))]:
+            torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-9)
+    line = conftest.refused(train_cps, capsys, *arguments(
+        cells, tmp_path / "other", "--init", trained, "--width", "5"))
+    assert "best.pt: does not fit this network" in line
+
+
+def test_quick_is_a_dictionary_of_flags_and_what_is_typed_wins():
+    args = train_cps.parse_args(["--volume", "a.tif", "--label", "b.tif", "--quick", "--lr", "1"])
+    assert args.width < 64 and args.lr == 1 and args.epochs * args.steps_per_epoch < 1000
 
 
 class Evil:
