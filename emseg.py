@@ -3734,13 +3734,15 @@ class Run:
         """Start or resume: modules are the networks and optimisers to save, by name."""
         self.modules, self.steps_per_epoch = {**modules, "scaler": self.scaler}, steps_per_epoch
         self.total = self.args.epochs * steps_per_epoch
-        self.create()
-        if self.args.resume and (self.folder / "last.pt").exists():
-            self._restore(load_checkpoint(self.folder / "last.pt"))
-        elif self.args.init:
+        last = self.folder / "last.pt"
+        resumed = self.args.resume and last.exists()
+        if self.args.init and not resumed:
             earlier = load_checkpoint(self.args.init)
             for key in earlier["modules"].keys() & modules.keys():
                 load_weights(modules[key], earlier, key, self.args.init)
+        self.create()
+        if resumed:
+            self._restore(load_checkpoint(last))
         self.printed, self.session, self.warned = 0.0, (time.monotonic(), self.step), False
 
     def epochs(self):
