@@ -5,8 +5,9 @@
 
 Every finished run adds a row to tests/results.csv, or one for each stage of its method. A run that
 was interrupted goes on the next time. Budgets: "cpu" are small networks, up to an hour on one
-thread in float32, or many of them side by side on one GPU (--device cuda --budget cpu --jobs 16);
-"gpu" are the papers' settings, as far as 8 minutes of an H100 carry.
+thread in float32, or many of them side by side on one GPU (--device cuda --budget cpu --jobs 16,
+after nvidia-cuda-mps-control -d, by which processes share a GPU); "gpu" are the papers' settings,
+as far as 8 minutes of an H100 carry.
 """
 
 import argparse
