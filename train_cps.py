@@ -57,8 +57,8 @@ Expect:
     GPU    0.23 s a step at the defaults on an H200; not trained to the end
     CPU    test Dice 0.82 (mitochondria) and 0.90 (nucleus), seed 0, 175 s on two cores without bf16
     EPFL mitochondria, resunet of width 16, 1000 steps (tests/replicate.py cps), test IoU from one
-    labelled slice: supervised 0.781 +- 0.031 (3 seeds), CPS 0.882 +- 0.009 and CPS + CutMix 0.863
-    +- 0.011 (2 seeds); from all 110 slices 0.895 +- 0.009 (2); one to two minutes on an H200
+    labelled slice (3 seeds): supervised 0.781 +- 0.031, CPS 0.875 +- 0.013, CPS + CutMix 0.862 +-
+    0.008; from all 110 slices 0.894 +- 0.007; one to two minutes on an H200
 """
 
 import argparse
