@@ -524,8 +524,12 @@ def _count_values(array):
     flat = array.ravel()
     if array.itemsize > 2:
         return np.bincount(flat)
+    odd, pairs = flat[len(flat) // 2 * 2 :], flat[: len(flat) // 2 * 2]
+    if array.itemsize == 1:             # two bytes at once: nearly three times as fast
+        counts = _count_values(pairs.view(np.uint16)).reshape(256, 256)
+        return counts.sum(0) + counts.sum(1) + np.bincount(odd, minlength=256)
     parts = np.array_split(flat, 1 + flat.size // 2**22)  # bincount makes an int64 copy
-    return sum(np.bincount(part, minlength=2 ** (8 * array.itemsize)) for part in parts)
+    return sum(np.bincount(part, minlength=2**16) for part in parts)
 
 
 class Resampled(LazyArray):
@@ -711,6 +715,9 @@ class Labels(LazyArray):
                 raw = self.raw.read(slice(row, row + 1), y, x)[0]
                 if self.table is None:
                     out[i] = self.ids[np.searchsorted(self.values, raw)]
+                elif raw.itemsize == 1:             # three times as fast as to index the table
+                    ids = raw.tobytes().translate(self.table.tobytes())
+                    out[i] = np.frombuffer(ids, np.uint8).reshape(raw.shape)
                 else:
                     out[i] = self.table[raw.view(f"u{raw.itemsize}")]
         return out
@@ -2621,10 +2628,10 @@ def confusion(pred, label, n_classes):
     pred, label: uint8 (Z, Y, X), label with IGNORE, which is counted nowhere.
     """
     counts = np.zeros((len(label), n_classes, n_classes), dtype=np.int64)
+    kind = np.uint8 if n_classes <= 15 else np.uint16   # one byte is counted faster
     for z, (p, l) in enumerate(zip(pred, label)):
-        pair = l.astype(np.uint16) * n_classes + p      # IGNORE makes more than all others: cut
-        found = np.bincount(pair.ravel(), minlength=n_classes**2)[: n_classes**2]
-        counts[z] = found.reshape(n_classes, n_classes)
+        pair = l.astype(kind) * kind(n_classes) + p     # IGNORE makes more than all others: cut
+        counts[z] = _count_values(pair)[: n_classes**2].reshape(n_classes, n_classes)
     return counts
 
 
