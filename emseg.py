@@ -1229,11 +1229,8 @@ def measure_normalization(images, slices, mode):
     """Mean and standard deviation of the training slices: {"mode", "mean", "std"}, in grey levels.
 
     `zscore` and `equalize` average each slice's mean and standard deviation (Pagano 2023, authors'
-    code) over at most 32 evenly spaced slices; `unit` maps 0..255 to 0..1; for `volume` see
-    standardize.
+    code) over at most 32 evenly spaced slices; for `volume` see as_uint8.
     """
-    if mode == "unit":
-        return {"mode": mode, "mean": 0.0, "std": 255.0}
     if mode == "volume":
         return {"mode": mode, **STANDARD}
     chosen = [(image, z) for image, zs in zip(images, slices) for z in zs]
@@ -3086,9 +3083,9 @@ def add_common_args(parser, models, sources):
          help="voxel size in nm, in place of the files'")
     data("--downsample", type=positive(int), default=1, metavar="N",
          help="show the network slices N times smaller in y and x")
-    data("--normalize", choices=("zscore", "volume", "unit", "equalize"), default="zscore",
+    data("--normalize", choices=("zscore", "volume", "equalize"), default="zscore",
          help="grey levels: zero mean and unit variance, of all training slices together or of "
-         "each volume by itself; 0..1; histogram equalisation per slice")
+         "each volume by itself; histogram equalisation per slice")
     training = parser.add_argument_group("training").add_argument
     training("--model", choices=sorted(models), help="the network")
     training("--width", type=positive(int), metavar="N", help="filters of the first level; "

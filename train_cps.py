@@ -11,13 +11,12 @@ a network must recognise an object from a part of it.
 
 Equations:
     eq. 1 (soft Dice)               dice_loss, emseg.soft_dice_loss
-    eq. 2 (CPS loss)                cps_loss, with the network's own loss (loss_of), or cross
-                                    entropy as in Chen 2021: --cps-loss
+    eq. 2 (CPS loss)                cps_loss, with the network's own loss (loss_of)
     eq. 3 (total loss)              main: loss = loss_sup + weight * loss_cps
     section 2.3 (networks)          emseg.NETWORKS; their losses: dice_loss, tanimoto_loss with
                                     tanimoto_targets, ensemble_loss; their trainings: RECIPES
     section 2.4.1 (warm-up)         cps_weight
-    section 2.4.2 (CutMix)          cps_cutmix_loss, cutmix_boxes, mix; --cps-on
+    section 2.4.2 (CutMix)          cps_cutmix_loss, cutmix_boxes, mix
     figure 5 (Dice against z)       emseg.save_slice_dice
 
 Differences from the paper:
@@ -27,27 +26,22 @@ Differences from the paper:
        left out. Epochs are counted in fractions, so that lambda grows with every step.
     3. Crops are drawn again until they hold foreground, as in the authors' code, but 50 times at
        most, then around a voxel of it. Of several classes one is drawn first, and sought.
-    4. --downsample averages blocks of pixels; the authors interpolate bilinearly. A crop larger
-       than the slice is refused; the authors mirror the slice.
-    5. Validation, if any, uses whole slices; the authors use random crops. Its Dice decides on the
-       plateau schedule too; the authors watch the validation loss.
-    6. Large slices are predicted in tiles that overlap by a quarter and blend smoothly (networks
-       whose output depends on the whole image: in tiles of the size of the crops); the authors'
-       overlap by three quarters and count alike.
+    4. --downsample averages blocks of pixels; the authors interpolate bilinearly.
+    5. Validation, if any, uses whole slices, and its Dice decides on the plateau schedule; the
+       authors use random crops and their loss.
+    6. Large slices are predicted in tiles that share 96 pixels and blend smoothly (in tiles of the
+       size of the crops by networks whose output depends on the whole image); the authors' overlap
+       by three quarters and count alike.
     7. Slices are equalised (section 2.1.2) only with --normalize equalize.
     8. Several foreground classes are one softmax; the authors train one network for each, as
-       --label-map "2=1,*=0" does. Their distances are sigmoids (a softmax over classes in
-       Diakogiannis's code).
+       --label-map "2=1,*=0" does. Their distances and boundaries are sigmoids (a softmax over
+       classes in Diakogiannis's code); boundaries are found by comparing neighbours, not by
+       Canny's filter.
     9. All encoders start from random weights; whether the authors' started from ImageNet's is not
-       in the paper. The average of branches, which the paper reports for UNet++, is
-       --average-branches: its 26,072,337 parameters have one head.
-    10. Boundaries are an edge of one pixel, grown by its four neighbours, as in the authors' code,
-       but found by comparing neighbours instead of Canny's filter.
-    11. SenFormer's warm-up is at most 7 % of the steps. What the authors did not train is marked
-       as ours in RECIPES. "resunet" is the authors' small U-Net with their training; the row
-       "ResUNet" of the paper's tables is another, residual network of 2021.
-    12. Supervised CutMix (tried in section 2.4.2, off by default) mixes each crop with the next.
-    13. The networks of other papers are offered too; they train as resunet does.
+       in the paper. The average of branches, which it reports for UNet++, is --average-branches.
+    10. SenFormer's warm-up is at most 7 % of the steps. What the authors did not train is marked
+       as ours in RECIPES; networks of other papers train as resunet does. "resunet" is the authors'
+       small U-Net; the row "ResUNet" of the paper's tables is another, residual one of 2021.
 
 Run:
     GPU    python train_cps.py --volume stack.tif --label drawn.tif --label-slices n=7
@@ -95,13 +89,13 @@ RECIPES = {
     "cps": {**HEAVY_CPS, "others": dict(LINEAR, lr=1e-3, batch_size=12, epochs=300)},
     "cps + cutmix": {**HEAVY_CPS, "others": dict(LINEAR, lr=1e-3, batch_size=20)},
 }
+SETTINGS = "model", "method", "cutmix", *RECIPES["cps"]["others"]      # printed at the start
 
 
 def recipe(args):
     """The defaults of a command line that depend on its method and network."""
-    cutmix = args.method == "cps" if args.cutmix is None else args.cutmix
-    rows = RECIPES["cps + cutmix" if cutmix and args.method == "cps" else args.method]
-    return {"cutmix": cutmix, **rows.get(args.model, rows["others"])}
+    rows = RECIPES["cps + cutmix" if args.method == "cps" and args.cutmix else args.method]
+    return rows.get(args.model, rows["others"])
 
 
 # -- losses: heads is the list of a network's logits (B, C, H, W) ----------------------------------
@@ -113,7 +107,7 @@ def dice_loss(heads, label):
 
 
 def ce_loss(heads, label):
-    """Cross entropy, the mean over the branches of a network: CPS as Chen (2021) had it."""
+    """Cross entropy, the mean over the branches or learners of a network."""
     return sum(emseg.cross_entropy(logits, label) for logits in heads) / len(heads)
 
 
@@ -217,13 +211,6 @@ def rate_drops(losses, patience=15, most=2):
     return drops
 
 
-def watched(run):
-    """What decides on the drops, a value for each epoch: 1 - validation Dice, or the supervised
-    loss where nothing validates."""
-    return ([1 - dice for dice in run.history]
-            or [losses["loss_watched"] for losses in run.losses])
-
-
 def optimizer_of(network, args):
     """Adam; with weight decay AdamW, which leaves biases, norms, tables of positions and queries
     alone (Liu 2021, Bousselham 2022)."""
@@ -243,32 +230,26 @@ def pseudo_label(network, heads):
     return emseg.class_ids(emseg.probabilities(logits.detach()))
 
 
-def cps_loss(heads_of, networks, loss, heads_l, image_u, on):
+def cps_loss(heads_of, networks, loss, heads_l, image_u):
     """Cross pseudo supervision (eq. 2): each network learns what the other one predicts.
 
     heads_of: network, image (B, 1, H, W) -> list of logits (B, C, H, W); heads_l: those of both
-    networks for the labelled images; image_u (B, 1, H, W): unlabelled ones; on: "both" or
-    "unlabelled" images.
+    networks for the labelled images; image_u (B, 1, H, W): unlabelled ones. Both teach.
     """
     heads_u = [heads_of(network, image_u) for network in networks]
-    if on == "both":
-        heads_a, heads_b = [[torch.cat(pair) for pair in zip(*each)]
-                            for each in zip(heads_l, heads_u)]
-    else:
-        heads_a, heads_b = heads_u
+    heads_a, heads_b = [[torch.cat(pair) for pair in zip(*each)] for each in zip(heads_l, heads_u)]
     pseudo_a, pseudo_b = map(pseudo_label, networks, (heads_a, heads_b))
     return loss(heads_a, pseudo_b) + loss(heads_b, pseudo_a)
 
 
-def cps_cutmix_loss(heads_of, networks, loss, image_l, image_u, on):
+def cps_cutmix_loss(heads_of, networks, loss, image_l, image_u):
     """Cross pseudo supervision with CutMix (section 2.4.2): see cps_loss.
 
     The whole images teach, in one batch, and each network learns from mixtures of them what the
     other one predicts of the whole ones. Labelled crops are mixed with labelled ones, so that half
     of the batch holds foreground.
     """
-    images = (image_l, image_u) if on == "both" else (image_u,)
-    image = torch.cat([each[half::2] for half in (0, 1) for each in images])
+    image = torch.cat([each[half::2] for half in (0, 1) for each in (image_l, image_u)])
     with torch.no_grad():
         pseudo_a, pseudo_b = [pseudo_label(network, heads_of(network, image))
                               for network in networks]
@@ -315,13 +296,8 @@ def parse_args(argv=None):
     method = parser.add_argument_group("method (Pagano 2023)").add_argument
     method("--method", choices=("supervised", "cps"), default="cps",
            help="labelled slices only, or cross pseudo supervision as well (section 2.4.1)")
-    method("--cutmix", action=argparse.BooleanOptionalAction,
-           help="mix the images of the CPS loss, or of supervised training; default: for cps "
-           "(section 2.4.2)")
-    method("--cps-on", choices=("both", "unlabelled"), default="both",
-           help="the images of the CPS loss (section 2.4.2: both)")
-    method("--cps-loss", choices=("own", "cross-entropy"), default="own",
-           help="the network's own loss, soft Dice of most, or cross entropy (section 2.4.1)")
+    method("--cutmix", action=argparse.BooleanOptionalAction, default=True,
+           help="mix the images of the CPS loss (section 2.4.2)")
     method("--cps-weight", type=emseg.positive(float), default=1.0, metavar="W",
            help="lambda of eq. 3 after its warm-up (section 2.4.1)")
     method("--cps-warmup", nargs=2, type=emseg.nonnegative, metavar=("START", "END"),
@@ -360,18 +336,6 @@ def parse_args(argv=None):
         parser.error(f"--batch-size {args.batch_size}: half of the crops are labelled and CutMix "
                      f"mixes in pairs; give a multiple of {wanted}")
     return args
-
-
-def describe(args):
-    """One line: how the network is trained."""
-    loss = loss_of(args.model)
-    kind = {dice_loss: "soft Dice", ensemble_loss: "cross entropy of ensemble and learners"}.get(
-        loss, "Tanimoto of segmentation, boundary and distance")
-    method = ("supervised" if args.method == "supervised" else "CPS") + " + CutMix" * args.cutmix
-    decay = f"AdamW, weight decay {args.weight_decay:g}" if args.weight_decay else "Adam"
-    return (f"{args.model}, {method}: {kind}; {decay}, learning rate {args.lr:g}, {args.schedule}; "
-            f"batches of {args.batch_size}, {args.epochs} epochs, gradients "
-            + (f"clipped at {args.clip:g}" if args.clip else "not clipped"))
 
 
 def make_network(args):
@@ -426,7 +390,7 @@ def main(args):
 
     # train
     count = args.batch_size // 2 if cps else args.batch_size
-    emseg.print0(describe(args))
+    emseg.print0(", ".join(f"{key.replace('_', ' ')} {getattr(args, key)}" for key in SETTINGS))
     run.begin(args.steps_per_epoch or math.ceil(64 * len(labelled.slices) / count),
               **dict(zip(("network", "network_b"), networks)),
               **dict(zip(("optimizer", "optimizer_b"), optimizers)))
@@ -437,16 +401,13 @@ def main(args):
     for epoch in run.epochs():
         for network in networks:
             network.train()
-        drops = rate_drops(watched(run)) if args.schedule == "plateau" else 0
+        drops = rate_drops([1 - dice for dice in run.history] or        # of the validation, if any
+                           [losses.get("loss_sup", losses["loss"]) for losses in run.losses]
+                           ) if args.schedule == "plateau" else 0
         loss_function = loss_of(args.model, drops)
-        loss_of_cps = ce_loss if args.cps_loss == "cross-entropy" else loss_function
         for step in run.steps(epoch):
             lr = learning_rate(args, step, run.total, drops)
             image_l, label_l = emseg.augment(*next(batches_l), run.normalization, **AUGMENTATION)
-            if args.cutmix and not cps:
-                box = cutmix_boxes(len(image_l), image_l.shape[-2:], image_l.device)
-                image_l, label_l = [mix(torch.cat([each, each.roll(1, 0)]), box)
-                                    for each in (image_l, label_l)]
             heads_l = [heads_of(network, image_l) for network in networks]
             loss_sup = sum(loss_function(heads, label_l) for heads in heads_l)
             loss, terms = loss_sup, {}
@@ -456,15 +417,11 @@ def main(args):
                 if weight:
                     image_u, _ = emseg.augment(image_u, None, run.normalization, **AUGMENTATION)
                     loss_cps = cps_cutmix_loss(
-                        heads_of, networks, loss_of_cps, image_l, image_u, args.cps_on
+                        heads_of, networks, loss_function, image_l, image_u
                     ) if args.cutmix else cps_loss(
-                        heads_of, networks, loss_of_cps, heads_l, image_u, args.cps_on)
+                        heads_of, networks, loss_function, heads_l, image_u)
                 loss = loss_sup + weight * loss_cps                                     # eq. 3
                 terms = {"loss_sup": loss_sup, "loss_cps": loss_cps}
-            if args.schedule == "plateau" and not val:
-                with torch.no_grad():                   # comparable between epochs: at depth 0
-                    terms["loss_watched"] = sum(loss_of(args.model)(heads, label_l)
-                                                for heads in heads_l)
             run.update(loss, lr, *zip(networks, optimizers), clip=args.clip)
             run.log(lr=lr, loss=loss, **terms)
         run.end_epoch(emseg.validate(run, predict, val))
