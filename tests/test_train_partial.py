@@ -1,8 +1,6 @@
 """train_partial.py: its equations, merged labels, and whole runs on small and real data."""
 
-import contextlib
 import functools
-import io
 
 import numpy as np
 import pytest
@@ -35,11 +33,10 @@ def train(cells, out, *more):
 
 @pytest.fixture(scope="module")
 def trained(cells, tmp_path_factory):
-    """A finished tiny run with validation, and what it printed."""
+    """A finished tiny run with validation."""
     folder = tmp_path_factory.mktemp("runs") / "trained"
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        train(cells, folder)
-    return folder, out.getvalue()
+    train(cells, folder)
+    return folder
 
 
 # -- equations 1 to 4
@@ -155,7 +152,6 @@ def test_a_full_label_file_can_stand_in_for_a_partial_one(tmp_path):
 def test_the_network_and_the_defaults_are_the_papers():
     network = train_partial.MODELS["unet5"](1, 5)
     assert emseg.count_parameters(network) == 7_759_653
-    assert not any("Norm" in type(module).__name__ for module in network.modules())
     args = train_partial.parse_args(["--volume", "a", "--label", "b"])
     assert (args.model, args.epochs, args.width) == ("unet5", 200, None)
     assert train_partial.AUGMENTATION == {"rotation": 180, "scale": 0.2}
@@ -166,12 +162,10 @@ def test_the_network_and_the_defaults_are_the_papers():
 
 
 def test_eq_1_is_a_sum_and_partially_labelled_slices_do_not_score(trained):
-    folder, printed = trained
-    for row in log_without_seconds(folder):
+    for row in log_without_seconds(trained):
         parts = [float(row[key]) for key in ("loss_full", "loss_partial")]
         assert float(row["loss"]) == pytest.approx(sum(parts), rel=1e-5) and min(parts) > 0
-    assert metrics(folder)["volumes"][0]["ignored"] == 7 * 112 * 128
-    assert "mitochondrion drawn as background" in printed
+    assert metrics(trained)["volumes"][0]["ignored"] == 7 * 112 * 128
 
 
 def test_the_demo_has_full_and_partial_labels(tmp_path):
@@ -182,68 +176,42 @@ def test_the_demo_has_full_and_partial_labels(tmp_path):
     assert metrics(tmp_path / "run")["volumes"][0]["ignored"] == 0
 
 
-def test_resized_tomograms_keep_their_own_size_in_predictions(tmp_path):
-    for seed, name in enumerate(("full", "partial", "test")):
-        image, label = emseg.phantom((18 + 4 * seed, 72 - seed, 64 + seed), (30, 25, 25), seed)
-        emseg.write_volumes([str(tmp_path / f"{name}{part}.mrc") for part in ("", "_label")],
-                            image, [label], (30.0, 25.0, 25.0))
-    run("--volume", tmp_path / "full.mrc", "--label", tmp_path / "full_label.mrc", "--partial",
-        tmp_path / "partial.mrc", tmp_path / "partial_label.mrc", "3=1,4=1", "--test-volume",
-        tmp_path / "test.mrc", *CLASSES, "--out-dir", tmp_path / "run", *TINY, "--resize", 16, 48,
-        48, "--save-probability")
-    prediction = emseg.open_volume(tmp_path / "run" / "prediction.mrc")
-    assert prediction.shape == (26, 70, 66)
-    assert prediction.voxel_size == pytest.approx((30, 25, 25))
+def test_partial_labels_alone_and_resized_volumes(cells, tmp_path):
+    """Predictions keep the shape of their volume."""
+    image, label = cells / "image.tif", cells / "label.tif"
+    run("--partial", f"{image}@0:3", f"{label}@0:3", "3=0", "--partial", f"{image}@3:7",
+        f"{label}@3:7", "4=0", "--test-volume", f"{image}@8:12,0:110,0:126", *CLASSES, "--out-dir",
+        tmp_path / "run", *TINY, "--resize", 6, 48, 64, "--save-probability")
+    prediction = emseg.open_volume(tmp_path / "run" / "prediction.tif")
+    assert prediction.shape == (4, 110, 126) and prediction.voxel_size == pytest.approx((20, 8, 8))
     probability = tifffile.imread(tmp_path / "run" / "probability.tif")
     np.testing.assert_array_equal(probability.argmax(1), prediction[:])
-
-
-def test_several_label_sets_and_no_full_one_tell_all_classes_apart(tmp_path):
-    """The lung and heart of section 1: each is drawn in a data set of its own, as a mask."""
-    rng = np.random.default_rng(0)
-    truth = rng.integers(0, 3, (12, 4, 4)).repeat(16, 1).repeat(16, 2).astype(np.uint8)
-    image = np.array([120, 200, 40])[truth] + rng.normal(0, 5, truth.shape)
-    for name, array in (("image", image.clip(0, 255)), ("truth", truth),
-                        ("lung", 255 * (truth == 1)), ("heart", 255 * (truth == 2))):
-        tifffile.imwrite(tmp_path / f"{name}.tif", array.astype(np.uint8))
-    run("--partial", tmp_path / "image.tif@0:5", tmp_path / "lung.tif@0:5", "2=0", "--partial",
-        tmp_path / "image.tif@5:10", tmp_path / "heart.tif@5:10", "1=0", "--classes", "background",
-        "lung", "heart", "--test-volume", tmp_path / "image.tif@10:12", "--test-label",
-        tmp_path / "truth.tif@10:12", "--out-dir", tmp_path / "run", *TINY, "--model", "unet",
-        "--width", 8, "--patch-size", 32, 32, "--epochs", 1, "--steps-per-epoch", 40, "--lr",
-        "1e-2")
-    assert metrics(tmp_path / "run")["mean"]["dice"] > 0.8
-    assert float(log_without_seconds(tmp_path / "run")[0]["loss_full"]) == 0
+    assert {float(row["loss_full"]) for row in log_without_seconds(tmp_path / "run")} == {0}
 
 
 def test_a_checkpoint_predicts_as_its_run_did(trained, cells, tmp_path):
-    run("--checkpoint", trained[0], "--test-volume", cells / "image.tif", "--test-label",
+    run("--checkpoint", trained, "--test-volume", cells / "image.tif", "--test-label",
         cells / "label.tif", "--out-dir", tmp_path / "again", "--device", "cpu")
-    assert metrics(tmp_path / "again")["mean"] == metrics(trained[0])["mean"]
+    assert metrics(tmp_path / "again")["mean"] == metrics(trained)["mean"]
 
 
-def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monkeypatch):
+def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monkeypatch, capsys):
     conftest.interrupt_after(monkeypatch, 4)
     with pytest.raises(SystemExit) as stopped:
         train(cells, tmp_path / "run")
     assert stopped.value.code == 130
+    assert "mitochondrion drawn as background" in capsys.readouterr().out
     monkeypatch.undo()
     run("--resume", "--out-dir", tmp_path / "run")
-    assert torch.equal(*[weights(folder / "best.pt") for folder in (trained[0], tmp_path / "run")])
-    assert log_without_seconds(trained[0]) == log_without_seconds(tmp_path / "run")
-
-
-# -- bad input
+    assert torch.equal(*[weights(folder / "best.pt") for folder in (trained, tmp_path / "run")])
+    assert log_without_seconds(trained) == log_without_seconds(tmp_path / "run")
 
 
 @pytest.mark.parametrize("change, message", [
-    (["--partial", "missing.tif", "missing.tif", "3=1"], "missing.tif: no such file"),
-    (["--partial", "{image}@3:7", "{label}@3:6", "3=1"], "do not fit"),
     (["--partial", "{image}@3:7", "{label}@3:7", "5=1"], "classes 0 to 4"),
     (["--partial", "{image}@3:7", "{image}@3:7", "3=1"], "class ids 0 to 4"),
     (["--unlabeled-volume", "{image}"], "goes to --partial"),
     (["--resize", "4", "64", "64", "--downsample", "2"], "give one of them"),
-    (["--resize", "4", "32", "32"], "do not fit into 4 x 32 x 32"),
     (["--val-slices", "0,1,2"], "no slice to train on shows the class mitochondrion"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, change, message):

@@ -28,15 +28,12 @@ def training_data(cells):
             "--label-slices", "0,3,7"]
 
 
-def test_data(cells):
+def new_data(cells):
     return ["--test-volume", cells / "image.tif@8:12", "--test-label", cells / "mito.tif@8:12"]
 
 
-test_data.__test__ = False
-
-
 def train(cells, out, *more):
-    run(*training_data(cells), *test_data(cells), "--out-dir", out, *TINY, *more)
+    run(*training_data(cells), *new_data(cells), "--out-dir", out, *TINY, *more)
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +104,8 @@ def test_half_of_the_crops_are_deformed():
 
 def slow_remove_small(mask, min_size):
     objects, count = ndimage.label(mask, CROSS)
-    for number in range(1, count + 1):
-        if (objects == number).sum() < min_size:
-            mask = mask & (objects != number)
-    return mask
+    return mask & np.isin(objects, [n for n in range(1, count + 1)
+                                    if (objects == n).sum() >= min_size])
 
 
 def slow_stage_2(ids, label, slices, classes, erosions, min_size):
@@ -251,7 +246,7 @@ def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monk
 def test_a_checkpoint_predicts_through_all_stages(trained, cells, tmp_path):
     for checkpoint, name, stage in ((trained, "all", "stages/0_coarse.tif"),
                                     (trained / "coarse", "coarse", "prediction.tif")):
-        run("--checkpoint", checkpoint, *test_data(cells), "--out-dir", tmp_path / name, "--device",
+        run("--checkpoint", checkpoint, *new_data(cells), "--out-dir", tmp_path / name, "--device",
             "cpu", "--no-tta", "--threshold", "0.05", "--save-probability")
         np.testing.assert_array_equal(ids_of(tmp_path / name, "probability.tif") > 0.05,
                                       ids_of(tmp_path / name, "prediction.tif") == 1)
@@ -271,12 +266,10 @@ def test_the_training_stack_is_refined_with_its_annotation(trained, cells, tmp_p
 
 
 def test_validation_chooses_the_epoch_of_each_network(cells, tmp_path, monkeypatch):
-    values = iter([0.2, 0.9, 0.3, 0.1, 0.8, 0.5])
-    shown = []
+    values, shown = iter([0.2, 0.9, 0.3, 0.1, 0.8, 0.5]), []
 
     def validate(run, predict, items, **options):
         shown.append(items[0].image[3].max())
-        assert list(items[0].label.slices) == [3]
         return {"val_dice": next(values)}
 
     monkeypatch.setattr(emseg, "validate", validate)
@@ -285,7 +278,6 @@ def test_validation_chooses_the_epoch_of_each_network(cells, tmp_path, monkeypat
         assert emseg.load_checkpoint(tmp_path / stage)["step"] == 2 * 3
         best = weights(tmp_path / "best.pt", key)
         assert torch.equal(best, weights(tmp_path / stage / "best.pt"))
-    assert metrics(tmp_path)["selected_on"] == "validation"
     assert min(shown[:3]) > 1 >= max(shown[3:])             # slices, then their coarse masks
     soft = ids_of(tmp_path, "stages/0_mpp.tif")
     assert (soft[3] != mitochondria(cells, "3:4")[0]).any()     # it does not leak into soft labels
@@ -307,9 +299,8 @@ def test_many_classes_smaller_slices_and_unlabelled_volumes(cells, tmp_path):
 
 
 def test_a_3d_network_can_be_stage_1_alone(cells, tmp_path):
-    data = f"{cells}/image.tif@:,{CORNER}", f"{cells}/mito.tif@:,{CORNER}"
-    run("--volume", data[0], "--label", data[1], "--label-slices", "0:12:4", "--val-slices", "8",
-        "--test-volume", data[0], "--test-label", data[1], "--out-dir", tmp_path, *TINY, "--model",
+    run("--volume", f"{cells}/image.tif@:,{CORNER}", "--label", f"{cells}/mito.tif@:,{CORNER}",
+        "--label-slices", "0:12:4", "--val-slices", "8", "--out-dir", tmp_path, *TINY, "--model",
         "unet3d", "--patch-size", 8, 32, 32, "--epochs", 3, "--lr", "1e-3", "--no-mpp")
     assert "stages" not in metrics(tmp_path) and not (tmp_path / "stages").exists()
     losses = [float(row["loss"]) for row in log_without_seconds(tmp_path / "coarse")]
@@ -320,7 +311,6 @@ def test_a_3d_network_can_be_stage_1_alone(cells, tmp_path):
     (["--context", "4"], "no middle slice"),
     (["--patch-size", "30", "32"], "nearest to 30: 24 or 32"),
     (["--model", "unet3d"], "unet3d takes three sides, Z Y X"),
-    (["--model", "unet3d", "--patch-size", "16", "32", "32"], "do not fit into 8 x 112 x 128"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, change, message):
     out = tmp_path / "out"
