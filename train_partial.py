@@ -10,17 +10,17 @@ merged alike, can be compared with it. Both kinds of volumes train one network t
 structures apart; in the paper this improves even those that the partial annotation does not show.
 
 Equations:
-    eq. 1 (sum over both kinds of volumes)      loss_terms, train_network
+    eq. 1 (sum over both kinds of volumes)      loss_terms
     eq. 2 (cross entropy, full labels)          merged_cross_entropy, where nothing is merged
     eq. 3 (cross entropy, partial labels)       merged_cross_entropy
     eq. 4 (merged probabilities)                merged_cross_entropy; T_P from parse_merge
     section 2.1 (one shape for all volumes)     --resize, emseg.resize
     section 2.3 (network)                       emseg.UNet5, 7,759,653 parameters with 5 classes
-    section 3 (table 1)                         --compare, table_1
+    section 3 (table 1)                         the baseline is the same command without --partial
 
 A batch is drawn from the annotated slices of all volumes, each as likely as any other. Eq. 1 sums
-over all voxels, so this is its unbiased sample: a slice counts the same in whatever volume it is,
-and fully labelled slices are not repeated to balance the batch.
+over all voxels, so this is its unbiased sample: fully labelled slices are not repeated to balance
+the batch.
 
 Differences from the paper:
     1. Losses are divided by the number of annotated pixels in the batch; eqs. 1 to 3 are sums.
@@ -39,19 +39,16 @@ Run:
     CPU    python train_partial.py --demo
 
 Expect:
-    GPU    not run
-    CPU    test Dice of baseline and mixed labels 0.418 and 0.604, mean of four structures, seed 0
-    Fly neuropil, 3 full and 11 partial slices (command in the README), width 16, 600 steps each:
-    test Dice of the baseline 0.518 +- 0.093, of mixed labels 0.533 +- 0.091, seeds 0 to 2 (mixed
-    labels ahead in each); 26 to 33 minutes for both and 1.7 GiB, one CPU thread beside other work
+    GPU    not run at the paper's settings
+    CPU    test Dice of membrane, nucleus, mitochondrion 0.72, 0.52, 0.81, seed 0, 75 s, one thread
+    Fly neuropil, 3 full and 11 partial slices (tests/replicate.py partial), width 16, test Dice of
+    baseline and mixed labels: 0.577 +- 0.071 and 0.612 +- 0.007 after 600 steps, 0.738 +- 0.023 and
+    0.774 +- 0.013 after 2800 (3 seeds); up to 1.4 minutes and 0.4 GiB each on an H200
 """
 
-import csv
-import json
 import math
 import re
 
-import numpy as np
 import torch
 
 import emseg
@@ -107,54 +104,6 @@ def loss_terms(logits, label, merge, partial):
     return (per_crop * ~partial).sum() / pixels, (per_crop * partial).sum() / pixels
 
 
-def dice_of_run(folder, structures):
-    """{set: [Dice of each structure, their average]} of a finished run: of validation in its best
-    epoch and of testing, where there are labels; None where Dice is undefined."""
-    with open(folder / "log.csv", newline="") as file:
-        epochs = [row for row in csv.DictReader(file) if row.get("val_dice")]
-    sets, mean = {}, json.loads((folder / "metrics.json").read_text())["mean"]
-    if epochs:
-        best = max(epochs, key=lambda row: float(row["val_dice"]))
-        columns = [*(f"val_dice_{name}" for name in structures), "val_dice"]
-        sets["Validation set"] = [float(best[key]) if best[key] else None for key in columns]
-    if mean:
-        sets["Testing set"] = [*(mean["per_class"][k]["dice"] for k in structures), mean["dice"]]
-    return sets
-
-
-def table_1(structures, baseline, mixed):
-    """The paper's table 1 as Markdown: Dice of both methods (see dice_of_run) and their difference
-    in percent."""
-    columns = [*structures, "average"]
-    lines = [f"| DSC | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
-    for name in baseline:
-        for title, dice in (("Baseline", baseline[name]), ("Mixed labels", mixed[name])):
-            values = ["undefined" if d is None else f"{d:.3f}" for d in dice]
-            lines.append(f"| {name}: {title} | {' | '.join(values)} |")
-        change = [f"{100 * (after / before - 1):+.1f}%" if before and after is not None
-                  else "undefined" for before, after in zip(baseline[name], mixed[name])]
-        lines.append(f"| {name}: Difference in percentage | {' | '.join(change)} |")
-    return "\n".join(lines)
-
-
-def write_cells(run):
-    """--demo: synthetic volumes as files. In the partially labelled ones mitochondria and vesicles
-    are part of "membrane", as in the paper."""
-    args, voxel_size, rng = run.args, (12.0, 12.0, 12.0), np.random.default_rng(run.args.seed)
-    pairs = {name: [str(run.path(f"demo/{name}{part}.{ending}")) for part in ("", "_label")]
-             for name, ending in {"full": "tif", "partial1": "mrc", "partial2": "mrc",
-                                  "test": "mrc"}.items()}
-    args.volume, args.label = [[path] for path in pairs["full"]]
-    args.test_volume, args.test_label = [[path] for path in pairs["test"]]
-    args.partial = [[*pairs[name], "3=1,4=1"] for name in ("partial1", "partial2")]
-    for name, pair in pairs.items() if run.rank == 0 and not args.resume else ():
-        image, label = emseg.phantom(rng.integers(64, 89, 3), voxel_size, rng)
-        if name.startswith("partial"):
-            label[label >= emseg.MITOCHONDRION] = emseg.MEMBRANE
-        emseg.write_volumes(pair, image, [label], voxel_size)
-    run.barrier()
-
-
 def parse_args(argv=None):
     parser = emseg.Parser(__file__, __doc__)
     emseg.add_common_args(parser, MODELS, sources={
@@ -166,45 +115,43 @@ def parse_args(argv=None):
     method("--partial", nargs=3, action="append", default=[], metavar=("VOLUME", "LABEL", "MERGE"),
            help="a partially labelled volume; MERGE 3=1,4=1 says that classes 3 and 4 were drawn "
            "as 1, by their ids after --label-map (section 2.2); repeat it for each volume")
-    method("--compare", action="store_true",
-           help="train a baseline on --volume alone, then on all volumes, in the subfolders "
-           "baseline and mixed, and print the Dice of both (section 3, table 1)")
     method("--resize", nargs=3, type=emseg.positive(int), metavar=("Z", "Y", "X"),
            help="show the network volumes of this shape, resized linearly, labels by the nearest "
            "voxel (section 2.1: 512 512 512); predictions keep the shape of the volume; in place "
            "of --downsample")
     parser.set_defaults(model="unet5", epochs=200, batch_size=8, patch_size=[512, 512], lr=1e-3,
                         normalize="volume")
-    demo = dict(model="unet", width=8, epochs=20, batch_size=4, resize=[64, 80, 80],
-                patch_size=[80, 80], lr=5e-3, compare=True, classes=emseg.PHANTOM_CLASSES)
+    demo = dict(model="unet", width=8, epochs=20, steps_per_epoch=30, batch_size=4, lr=3e-3,
+                patch_size=[96, 96], label_map="1=1,2=2,3=3,*=0",
+                classes=["background", "membrane", "nucleus", "mitochondrion"])
     args = emseg.parse(parser, argv, demo)
     if args.unlabeled_volume:
         parser.error("--unlabeled-volume: this method learns from labels only; a volume with some "
                      "labels goes to --partial")
     if args.resize and args.downsample > 1:
         parser.error("--resize and --downsample both set the resolution; give one of them")
-    if args.demo or args.checkpoint:
-        return args
-    if not args.volume and (args.label_slices or args.val_slices):
-        parser.error("--label-slices and --val-slices choose slices of --volume; give one")
-    if not args.volume and not args.classes:
+    if args.partial and not (args.volume or args.classes):
         parser.error("--partial without --volume: no file shows all classes; name them with "
                      "--classes, the background's first")
-    if args.compare and not (args.partial and args.volume):
-        parser.error("--compare needs --volume for the baseline, and --partial for what is "
-                     "compared with it")
-    if args.compare and not (args.test_label or args.val_label or args.val_slices):
-        parser.error("--compare has no labels to score with; give --test-label, --val-label or "
-                     "--val-slices")
     return args
+
+
+def make_network(args):
+    """A network of the command line, or of a checkpoint's."""
+    return MODELS[args.model](1, emseg.out_channels(args.classes), args.width)
 
 
 @emseg.command
 def main(args):
     # run folder, seed, device
     run = emseg.Run(args, __file__)
+    if run.finished:
+        return
     if args.demo:
-        write_cells(run)
+        emseg.write_demo(run, shape=(64, 96, 96), voxel_size=(12.0, 12.0, 12.0))
+        (volume,), (label,) = args.volume, args.label
+        args.volume, args.label = [f"{volume}@0:24"], [f"{label}@0:24"]
+        args.partial = [[f"{volume}@24:", f"{label}@24:", "3=1"]]
     if args.checkpoint:
         network = run.load(make_network(args))
         return finish(run, network, emseg.open_test(args, run.used))
@@ -215,50 +162,21 @@ def main(args):
     for volume, label, text in args.partial:
         merges.append(parse_merge(text, len(args.classes)))
         train += emseg.open_items([volume], [label], args, merge=merges[-1])
-        drawn = [f"{args.classes[k]} drawn as {args.classes[target]}"
-                 for k, target in enumerate(merges[-1]) if k != target]
-        emseg.print0(f"{label}: {', '.join(drawn)}")
+        emseg.print0(f"{label}: " + ", ".join(
+            f"{args.classes[k]} drawn as {args.classes[target]}"
+            for k, target in enumerate(merges[-1]) if k != target))
     run.used = emseg.used_slices(train + val)
     test = emseg.open_test(args, run.used, train)
     emseg.describe_data(args, train=train, validate=val, test=test)
     emseg.check_annotation(train, args)
     images, targets, slices = zip(*[(item.image, item.target, item.slices) for item in train])
-    volumes = {"baseline": full, "mixed": len(train)} if args.compare else {"": len(train)}
-    patches = {name: emseg.Patches(images, targets, args.patch_size, slices[:count],
-                                   seed=(args.seed, 0), numbered=True)
-               for name, count in volumes.items()}
-    with torch.device("meta"):
-        emseg.check_patch_size(make_network(args), args.patch_size, args.model)
-
-    # one complete run, or two
-    for name, count in volumes.items():
-        each = run
-        if name:
-            partial = args.partial if name == "mixed" else []
-            each = emseg.Run(run.args_of(name, compare=False, partial=partial), __file__)
-        each.used = run.used
-        each.normalization = emseg.measure_normalization(images, slices[:count], args.normalize)
-        train_network(each, patches[name], merges, full, val, test)
-    if args.compare and run.rank == 0:
-        table = table_1(args.classes[1:], *[dice_of_run(run.folder / name, args.classes[1:])
-                                            for name in volumes])
-        emseg.write_text(run.path("table.md"), table + "\n")
-        emseg.print0(table)
-
-
-def make_network(args):
-    """A network of the command line, or of a checkpoint's."""
-    return MODELS[args.model](1, emseg.out_channels(args.classes), args.width)
-
-
-def train_network(run, patches, merges, full, val, test):
-    """One run. merges: T_P of each volume, of which the first `full` are fully labelled."""
-    args = run.args
-    if run.finished:
-        return
+    run.normalization = emseg.measure_normalization(images, slices, args.normalize)
+    patches = emseg.Patches(images, targets, args.patch_size, slices, seed=(args.seed, 0),
+                            numbered=True)
 
     # networks
     network = run.prepare(make_network(args))
+    emseg.check_patch_size(network, args.patch_size, args.model)
 
     def predict(image):
         """uint8 slices (B, H, W) -> probabilities (B, C, H, W)."""
@@ -292,14 +210,9 @@ def train_network(run, patches, merges, full, val, test):
 
 
 def finish(run, network, test):
-    """Predict the test volumes, score the predictions and draw their structures in 3D."""
+    """Predict the test volumes and score the predictions."""
     predictions = emseg.predict_all(run, lambda image: emseg.see(run, network, image), test)
     emseg.report(run, test, predictions, emseg.count_parameters(network))
-    for item, path in zip(test, predictions) if run.rank == 0 else ():
-        truth = {"truth": item.label} if item.label is not None else {}
-        name = emseg.result_name("surfaces", item, test).replace(".tif", ".png")
-        emseg.save_surfaces(run.path(name), {**truth, "prediction": emseg.open_volume(path)},
-                            run.args.classes)
 
 
 if __name__ == "__main__":

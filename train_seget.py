@@ -9,8 +9,8 @@ strided convolutions instead of pooling, a center that looks through dilations 1
 side, and a decoder whose levels are all fused for the result. Small structures weigh as much as the
 background of their patch, and rare ones are shown more often.
 
-Each structure is a run of its own, in a subfolder of its name; when all are trained, their score
-maps are merged into one prediction. A single structure needs no subfolder.
+Each of several structures is a run of its own, in a subfolder of its name; when all are trained,
+their score maps are merged into one prediction.
 
 Equations:
     eq. 1 (loss)                                train_structure: loss
@@ -20,9 +20,8 @@ Equations:
     sections 2.1, 2.3, 2.4 (network)            SegET, 4,796,761 parameters
     section 3.1 (patches)                       SlidingWindows
     section 3.2 (weights, copies, settings)     foreground_weight, SlidingWindows, PRESETS
-    section 3.2 (integrated score maps)         merge_structures
+    section 3.2 (integrated score maps)         merge_scores
     section 3.3 (rival networks)                unet; emseg.FCN8s, SegNet, DeepLabV3Plus
-    figure 4, table 1                           save_maps, table_1
 
 Widths that the paper leaves open: the third convolution of an encoder block halves the channels,
 and the skip is what it returns; all seven convolutions of the center have 16 times the width (256);
@@ -34,18 +33,15 @@ Differences from the paper:
        Jaccard distance is taken over the batch, with one pixel added to both of its sums; a
        structure that is none of the five has the settings of "other structures" in PRESETS. The
        center's "dilation 0" is read as 1.
-    2. n copies of a patch means that it occurs 1 + n times.
+    2. n copies of a patch: it occurs 1 + n times.
     3. Slices are predicted whole, or in overlapping tiles beyond 1024 pixels; the paper's
        validation set is made of patches. So mIoU is over all pixels of the validation slices.
-    4. Epochs without improvement are counted as Keras does: the rate is halved after the given
-       number of them, and again after as many more. But any improvement counts here, where the
-       rate reducer of Keras wants one of 0.0001 (min_delta).
+    4. As in Keras the rate is halved after the given number of epochs without improvement, and
+       again after as many more; but any improvement counts, where Keras wants one of 0.0001.
     5. Rivals have the widths of their own papers (--width 16 makes them as wide as SegET), and
        BatchNorm. The paper adapted theirs by trial.
     6. Networks begin as in Keras, which the authors used (Glorot's uniform weights).
-    7. No augmentation, as in the paper; --augment adds flips and quarter turns.
-    8. A pixel that several masks claim counts in the scores of each structure, and in the merged
-       ones not at all (--overlap).
+    7. A pixel that several masks claim does not count in the merged scores.
 
 Run:
     GPU    python train_seget.py --volume cell.mrc --label synapse=synapse.mrc mts=mts.mrc \\
@@ -53,12 +49,14 @@ Run:
     CPU    python train_seget.py --demo
 
 Expect:
-    GPU    not run
-    CPU    test mIoU of membrane, mitochondrion, vesicle 0.752, 0.758, 0.697, average 0.736, seed 0
-    EPFL organelles, every fifth of 20 slices held out (command in the README), width 16, at most
-    1000 steps each, seed 0: validation mIoU of mitochondria, vesicles, PSD 0.949, 0.795, 0.828,
-    average 0.857 (unet 0.856, fcn8s 0.799, deeplabv3plus 0.740, segnet 0.733); 47 minutes for all
-    three and 1.4 GiB, one CPU thread beside other work
+    GPU    not run at the paper's settings
+    CPU    test mIoU of membrane, mitochondrion, vesicle 0.752, 0.758, 0.697, average 0.736, seed 0,
+           153 s of one thread on a busy machine
+    EPFL organelles, every fifth of 20 slices held out (tests/replicate.py seget), width 8, 1080
+    steps for all three structures together, validation mIoU, average of mitochondria, vesicles and
+    PSD: seget 0.820 +- 0.013, unet 0.840 +- 0.017, deeplabv3plus 0.803 +- 0.009, fcn8s 0.788 +-
+    0.008, segnet 0.686 +- 0.056; seget with --weight-cap 1000 --copies 2, which are for rarer
+    structures, 0.750 +- 0.019 (3 seeds); a minute and 0.4 GiB on an H200
 """
 
 import argparse
@@ -71,7 +69,6 @@ import os
 
 import numpy as np
 import torch
-from matplotlib.colors import to_rgb
 from torch import nn
 
 import emseg
@@ -89,7 +86,7 @@ PRESETS = {
     "other structures": (1e-3, 1e-5, 100, 8, 3, 0, 0),              # not in paper
 }
 AUGMENTATION = {"flip": True, "rot90": True}            # --augment
-LABELS = {"label": "volume", "val_label": "val_volume", "test_label": "test_volume"}
+LABELS = ("label", "val_label", "test_label")
 
 
 # -- network ---------------------------------------------------------------------------------------
@@ -193,8 +190,8 @@ class SlidingWindows(emseg.Patches):
     """All patches of a sliding window, in random order, again and again (section 3.1).
 
     stride (Y, X); for all else see emseg.Patches. The last window of a row or column ends at the
-    border, so that the others keep their stride. Patches that hold the structure occur 1 + copies
-    times (section 3.2). Each run of len() items shows every patch once.
+    border. Patches that hold the structure occur 1 + copies times (section 3.2). Each run of len()
+    items shows every patch once.
     """
 
     def __init__(self, images, labels, patch_size, stride, slices, copies=0, seed=0):
@@ -206,7 +203,6 @@ class SlidingWindows(emseg.Patches):
                 window = tuple(slice(a, a + side) for a, side in zip(corner, patch_size))
                 positive = int(structure[window].any())
                 self.windows += [(v, (slice(z, z + 1), *window))] * (1 + copies * positive)
-        self.order = None, None                         # pass, its order
 
     @staticmethod
     def starts(side, patch, stride):
@@ -218,10 +214,8 @@ class SlidingWindows(emseg.Patches):
 
     def __getitem__(self, index):
         passes, place = divmod(index, len(self))
-        if self.order[0] != passes:
-            rng = np.random.default_rng((*self.seed, passes))
-            self.order = passes, rng.permutation(len(self))
-        v, window = self.windows[self.order[1][place]]
+        order = np.random.default_rng((*self.seed, passes)).permutation(len(self))
+        v, window = self.windows[order[place]]
         return self._crop(self.images[v], window), self._crop(self.labels[v], window)
 
 
@@ -246,37 +240,31 @@ def split_name(label):
     return (name, path) if equals and "/" not in name else (None, label)
 
 
-def structures_of(args, checkpoint):
+def structures_of(args):
     """{name of a structure: what is different in the arguments of its own run}.
 
     Names come from --classes or a checkpoint, or else from --label. Labels without a name are masks
     of the only structure, or hold the class ids of --classes. Raises InputError.
     """
     labels = {kind: [split_name(text) for text in getattr(args, kind)] for kind in LABELS}
-    trained = map(split_name, checkpoint["args"]["label"] if checkpoint else args.label)
-    named = [*dict.fromkeys(name for name, _ in trained if name)]
-    background, *names = args.classes or ["background", *(named or ["foreground"])]
-    ids = len(names) > 1 and not named
-    allowed = [None] if ids else names if len(names) > 1 else [None, *names]
-    for name, path in itertools.chain(*labels.values()):
-        if name not in allowed:
-            raise emseg.InputError(
-                f"{path}: " + ("labels of class ids have no name; give the path alone" if ids else
-                               "labels of which structure? Give NAME=PATH, where NAME is "
-                               + " or ".join(names)))
+    given = {name for pairs in labels.values() for name, _ in pairs}
+    background, *names = args.classes or [
+        "background", *dict.fromkeys(name or "foreground" for name, _ in labels["label"])]
+    if given != {None} and not given <= {*names}:
+        raise emseg.InputError(f"labels of which structure? Give all as NAME=PATH, where NAME is "
+                               f"{' or '.join(names)}, or all without a name")
     structures = {}
     for k, name in enumerate(names, 1):
-        own = {kind: [path for other, path in given if other in (None, name)]
-               for kind, given in labels.items()}
-        for kind, volumes in LABELS.items():
-            given, wanted = len(own[kind]), len(getattr(args, volumes))
-            if given != wanted and (given or kind != "test_label"):
-                raise emseg.InputError(
-                    f"{emseg.flag_name(kind)} has {given} paths for {name}, but "
-                    f"{emseg.flag_name(volumes)} has {wanted}; give one for each volume")
+        own = {kind: [path for other, path in pairs if other in (None, name)]
+               for kind, pairs in labels.items()}
+        for kind in LABELS:
+            count, wanted = len(own[kind]), len(getattr(args, kind.replace("label", "volume")))
+            if count != wanted and (count or kind != "test_label"):
+                raise emseg.InputError(f"{emseg.flag_name(kind)} has {count} paths for {name}; "
+                                       f"give one for each of {wanted} volumes")
         preset = zip(SETTINGS, PRESETS.get(name.lower(), PRESETS["other structures"]))
         own |= {key: value for key, value in preset if getattr(args, key) is None}
-        if ids:
+        if None in given and len(names) > 1:
             own["label_map"] = one_class(args.label_map, k, len(args.classes))
         structures[name] = {**own, "classes": [background, name]}
     return structures
@@ -290,92 +278,44 @@ def one_class(label_map, k, n_classes):
 
 
 def open_structure(args, used):
-    """The data of one structure: Items to train on, to validate on and to test on, and the patches.
-
-    used: of a checkpoint, with which only test Items are opened. Raises InputError, also where no
-    validation slice shows the structure: background alone would choose the epoch and the rate.
+    """(train, val, test, patches) of a structure; of a checkpoint, with `used` slices, test alone.
+    Validation without the structure is refused: background alone would choose the epoch.
     """
     if args.checkpoint:
         return [], [], emseg.open_test(args, used), None
     train, val = emseg.open_training(args, require_foreground=False)
     emseg.check_annotation(train, args)
     if not any((item.target[z] == 1).any() for item in val for z in item.slices):
-        raise emseg.InputError(f"no validation slice shows {args.classes[1]}; choose others with "
-                               f"--val-slices or --val-volume")
+        raise emseg.InputError(f"no validation slice shows {args.classes[1]}; choose others: "
+                               f"--val-slices, --val-volume")
     images, targets, slices = zip(*[(item.image, item.target, item.slices) for item in train])
     patches = SlidingWindows(images, targets, args.patch_size, args.stride, slices, args.copies,
                              args.seed)
     return train, val, emseg.open_test(args, emseg.used_slices(train + val), train, val), patches
 
 
-def merge_structures(prob, threshold, overlap):
-    """Integrate the score maps of all structures (section 3.2): class ids int64 (n, H, W).
-
-    prob (n, K, H, W). A pixel in which no structure reaches the threshold is background (0).
-    overlap: of several, the one with the "highest" score counts, or the "last" one.
-    """
-    claimed = prob > threshold
-    if overlap == "last":
-        prob = torch.arange(1, prob.shape[1] + 1, device=prob.device).view(1, -1, 1, 1)
-    score, k = torch.where(claimed, prob, 0).max(dim=1)
-    return torch.where(score > 0, k + 1, 0)
+def merge_scores(prob, threshold=0.5):
+    """Integrate the score maps (n, K, H, W) of all structures (section 3.2): class ids (n, H, W)
+    int64. The highest score counts; where none is above the threshold is background."""
+    score, k = prob.max(dim=1)
+    return torch.where(score > threshold, k + 1, 0)
 
 
 class MergedLabels(emseg.LazyArray):
-    """The masks of several structures as class ids 1, 2, …; see merge_structures.
+    """The masks (Labels) of several structures as class ids 1, 2, …; IGNORE where one of them is,
+    and where several claim a voxel."""
 
-    A pixel is IGNORE where it is in one of them, and where several claim it (overlap "highest").
-    labels: Labels of the structures; slices: those that all of them score.
-    """
-
-    def __init__(self, labels, overlap):
+    def __init__(self, labels):
         first = labels[0]
         super().__init__(first.path, first.shape, first.dtype, first.voxel_size)
-        self.labels, self.overlap = labels, overlap
-        self.slices = functools.reduce(np.intersect1d, [label.slices for label in labels])
+        self.labels = labels
+        self.slices = functools.reduce(np.union1d, [label.slices for label in labels])
 
     def read(self, z, y, x):
-        masks = np.stack([label.read(z, y, x) for label in self.labels], -1)
-        ids = ((masks == 1) * np.arange(1, len(self.labels) + 1)).max(-1).astype(np.uint8)
-        ids[(masks == emseg.IGNORE).any(-1)] = emseg.IGNORE
-        if self.overlap == "highest":
-            ids[(masks == 1).sum(-1) > 1] = emseg.IGNORE
-        return ids
-
-
-# -- the command -----------------------------------------------------------------------------------
-
-
-def save_maps(path, items, predictions, classes):
-    """maps.png (figure 4): the image, and prediction and truth in colours on black, IGNORE in grey,
-    of the middle annotated slice of each Item. predictions: their paths."""
-    palette = np.zeros((256, 3))
-    palette[1 : len(classes)] = [to_rgb(color) for color, _ in
-                                 zip(itertools.cycle(emseg.CLASS_COLORS), classes[1:])]
-    palette[emseg.IGNORE] = 0.45
-    figure = emseg.new_figure(figsize=(12, 4.3 * len(items)))
-    axes = figure.subplots(len(items), 3, squeeze=False)
-    for row, item, prediction in zip(axes, items, map(emseg.open_volume, predictions)):
-        zs = range(len(prediction)) if item.label is None else item.label.slices
-        z = zs[len(zs) // 2]
-        panels = {f"{item.name}  z = {z}": emseg.overlay(emseg.as_uint8(item.volume)[z]),
-                  "prediction": palette[prediction[z]]}
-        if item.label is not None:
-            panels["truth"] = palette[item.label[z]]
-        for axis in row:
-            axis.set_axis_off()
-        for axis, (title, rgb) in zip(row, panels.items()):
-            axis.set_title(emseg.plain(title))
-            axis.imshow(rgb)
-    emseg.legend(figure, classes, False, emseg.CLASS_COLORS)
-    emseg.save_figure(figure, path)
-
-
-def table_1(model, scored, miou):
-    """The paper's table 1 as Markdown. scored: what was; miou: {column: mIoU or None}."""
-    cells = ["undefined" if value is None else f"{value:.4f}" for value in miou.values()]
-    return "\n".join([f"| mIoU, {scored} | {' | '.join(miou)} |", f"| --- |{' --- |' * len(miou)}",
-                      f"| {model} | {' | '.join(cells)} |"])
+        masks = np.stack([label.read(z, y, x) for label in self.labels])
+        claims = masks.sum(0, dtype=int)
+        ids = np.select([claims == 0, claims == 1], [0, masks.argmax(0) + 1], emseg.IGNORE)
+        return ids.astype(self.dtype)
 
 
 def parse_args(argv=None):
@@ -393,8 +333,8 @@ def parse_args(argv=None):
     method("--stride", type=emseg.positive(int), nargs=2, metavar=("Y", "X"),
            help="of the sliding window; default: half of --patch-size, as in section 3.1")
     method("--weight-cap", type=emseg.nonnegative, metavar="W",
-           help="highest weight of a foreground pixel, which is the background/foreground ratio of "
-           f"its patch; 0: no weights ({preset})")
+           help="highest weight of a foreground pixel (of the background/foreground ratio of its "
+           f"patch); 0: no weights ({preset})")
     method("--copies", type=int, metavar="N",
            help=f"how often patches with the structure are repeated ({preset})")
     method("--decay", type=emseg.nonnegative, metavar="D",
@@ -407,15 +347,11 @@ def parse_args(argv=None):
            help="lambda of eq. 1 (not in paper)")
     method("--augment", action=argparse.BooleanOptionalAction, default=False,
            help="random flips and quarter turns (not in paper)")
-    method("--overlap", choices=("highest", "last"), default="highest",
-           help="where several structures claim a pixel of the merged prediction: the one with the "
-           "highest score counts (section 3.2), or the one named last, for structures inside of "
-           "others")
     parser.set_defaults(model="seget", batch_size=12, patch_size=[512, 512])
     demo = dict(width=8, epochs=4, batch_size=1, patch_size=[144, 144], lr=6e-3, decay=4e-3,
                 augment=True, label_map="1=1,3=2,4=3,*=0",
                 classes=["background", "membrane", "mitochondrion", "vesicle"])
-    args = emseg.parse(parser, argv, demo, of_prediction=("overlap",))
+    args = emseg.parse(parser, argv, demo)
     if args.unlabeled_volume:
         parser.error("--unlabeled-volume: this method learns from labels only; leave it out")
     args.stride = args.stride or [max(1, side // 2) for side in args.patch_size]
@@ -433,89 +369,36 @@ def make_network(args):
 def main(args):
     # run folder, seed, device
     run = emseg.Run(args, __file__)
+    if run.finished:
+        return
     if args.demo:
-        emseg.write_demo(run, (20, 160, 160), voxel_size=(20.0, 16.0, 16.0))
+        emseg.write_demo(run, shape=(20, 160, 160), voxel_size=(20.0, 16.0, 16.0))
 
     # data: of all structures, so that mistakes show before one is trained
-    structures = structures_of(args, run.checkpoint)
+    structures = structures_of(args)
     data = {name: open_structure(argparse.Namespace(**{**vars(args), **own}), run.used)
             for name, own in structures.items()}
-    if not args.checkpoint:
-        with torch.device("meta"):
-            emseg.check_patch_size(make_network(args), args.patch_size, args.model)
+    with torch.device("meta"):
+        emseg.check_patch_size(make_network(args), args.patch_size, args.model)
 
-    # train, predict, evaluate: one complete run for each structure
+    # one complete run, or one for each structure
     runs = {}
     for name, own in structures.items():
-        if len(structures) > 1:
-            own["checkpoint"] = args.checkpoint and os.path.join(
-                args.checkpoint.removesuffix("best.pt"), name)
-            runs[name] = emseg.Run(run.args_of(name, **own), __file__)
-        else:
+        if len(structures) == 1:
             vars(args).update({key: own[key] for key in own if key not in LABELS})
-            runs[name] = run
+            return train_structure(run, *data[name])
+        if args.checkpoint:
+            own["checkpoint"] = os.path.join(args.checkpoint.removesuffix("best.pt"), name)
+        runs[name] = emseg.Run(run.args_of(name, **own), __file__)
         train_structure(runs[name], *data[name])
-    reports = {name: json.loads((each.folder / "metrics.json").read_text())
-               for name, each in runs.items()}
-    miou = {name: report["mean"] and report["mean"]["miou"] for name, report in reports.items()}
-    miou["average"] = None if None in miou.values() else float(np.mean([*miou.values()]))
-    if len(structures) > 1:
-        merge_runs(run, runs, [test for *_, test, _ in data.values()], reports, miou)
-    if run.rank == 0:
-        table = table_1(args.model, "test" if args.test_volume else "validation", miou)
-        emseg.write_text(run.path("table.md"), table + "\n")
-        emseg.print0(table)
-
-
-def merge_runs(run, runs, tests, reports, miou):
-    """Predict all structures together with the networks of their runs, and score that.
-
-    tests: the test Items of each structure; reports: what their metrics.json hold.
-    """
-    args, networks = run.args, {}
-    args.classes = [next(iter(runs.values())).args.classes[0], *runs]
-    for name, each in runs.items():
-        each.checkpoint = each.checkpoint or emseg.load_checkpoint(each.folder)
-        each.normalization = each.checkpoint["normalization"]
-        networks[name] = each.load(make_network(args))
-    if not args.checkpoint:                 # for --checkpoint, which finds the networks beside it
-        run.modules, run.used = {}, sum([each.checkpoint["used"] for each in runs.values()], [])
-        run.save("best.pt")
-
-    def predict(image):
-        """uint8 slices (B, H, W) -> probabilities (B, K, H, W) of all structures."""
-        return torch.cat([emseg.see(runs[name], networks[name], image) for name in runs], dim=1)
-
-    test = []
-    for items in zip(*tests):
-        labels = [item.label for item in items]
-        merged = None if None in labels else MergedLabels(labels, args.overlap)
-        if merged is not None and not len(merged.slices):       # none that all structures score
-            merged = None
-        test.append(dataclasses.replace(items[0], label=merged))
-    predictions = emseg.predict_all(
-        run, predict, test, channels=len(networks),
-        decide=functools.partial(merge_structures, threshold=0.5, overlap=args.overlap))
-
-    run.seconds = sum(report["train_seconds"] for report in reports.values())
-    run.best = float(np.mean([report["best"] for report in reports.values()]))
-    emseg.report(run, test, predictions, sum(map(emseg.count_parameters, networks.values())),
-                 structures={name: report["mean"] for name, report in reports.items()},
-                 average={"miou": miou["average"]})
-    if run.rank == 0:
-        save_maps(run.path("maps.png"), test, predictions, args.classes)
+    merge_runs(run, runs, [test for *_, test, _ in data.values()])
 
 
 def train_structure(run, train, val, test, patches):
-    """One structure, from its data (see open_structure) to its scores."""
+    """The run of one structure; for its data see open_structure."""
     args = run.args
     if run.finished:
         return
-
-    def predict(image):
-        """uint8 slices (B, H, W) -> probabilities (B, 1, H, W)."""
-        return emseg.see(run, network, image)
-
     if args.checkpoint:
         network = run.load(make_network(args))
         return finish(run, network, test)
@@ -529,6 +412,10 @@ def train_structure(run, train, val, test, patches):
     # networks
     network = run.prepare(make_network(args).apply(emseg.glorot_initialization))
 
+    def predict(image):
+        """uint8 slices (B, H, W) -> probabilities (B, 1, H, W)."""
+        return emseg.see(run, network, image)
+
     # optimiser
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
 
@@ -541,8 +428,7 @@ def train_structure(run, train, val, test, patches):
     for epoch in run.epochs():
         waited, drops = plateau(run.history, args.reduce_patience)
         if waited >= args.patience:
-            emseg.print0(f"{args.classes[1]}: training ends early: the last {waited} epochs did "
-                         f"not segment the validation slices better than epoch "
+            emseg.print0(f"the last {waited} epochs were not better than epoch "
                          f"{epoch - waited - 1}, which is kept (mIoU {run.best:.4f})")
             break
         network.train()
@@ -571,6 +457,43 @@ def finish(run, network, test):
     """Predict the test volumes and score the predictions."""
     predictions = emseg.predict_all(run, lambda image: emseg.see(run, network, image), test)
     emseg.report(run, test, predictions, emseg.count_parameters(network))
+
+
+def merge_runs(run, runs, tests):
+    """Predict all structures together with the networks of their runs, and score that.
+
+    runs: {name: Run} of the structures; tests: the test Items of each.
+    """
+    args, networks, test = run.args, {}, []
+    args.classes = [next(iter(runs.values())).args.classes[0], *runs]
+    for name, each in runs.items():
+        each.checkpoint = each.checkpoint or emseg.load_checkpoint(each.folder)
+        each.normalization = each.checkpoint["normalization"]
+        networks[name] = each.load(make_network(args))
+    if not args.checkpoint:                 # for --checkpoint, which finds the networks beside it
+        run.modules, run.used = {}, sum([each.checkpoint["used"] for each in runs.values()], [])
+        run.save("best.pt")
+    for items in zip(*tests):
+        labels = [item.label for item in items]
+        merged = None if None in labels else MergedLabels(labels)
+        test.append(dataclasses.replace(items[0], label=merged))
+
+    def predict(image):
+        """uint8 slices (B, H, W) -> probabilities (B, K, H, W) of all structures."""
+        return torch.cat([emseg.see(runs[name], networks[name], image) for name in runs], dim=1)
+
+    predictions = emseg.predict_all(run, predict, test, channels=len(runs), decide=merge_scores)
+    reports = {name: json.loads((each.folder / "metrics.json").read_text())
+               for name, each in runs.items()}
+    means = {name: report["mean"] for name, report in reports.items()}
+    miou = {name: mean["miou"] for name, mean in means.items() if mean}                 # table 1
+    average = float(np.mean([*miou.values()])) if miou else None
+    run.seconds = sum(report["train_seconds"] for report in reports.values())
+    run.best = float(np.mean([report["best"] for report in reports.values()]))
+    emseg.report(run, test, predictions, sum(map(emseg.count_parameters, networks.values())),
+                 structures=means, average={"miou": average})
+    for name, value in {**miou, "average": average}.items() if miou else ():
+        emseg.print0(f"mIoU, {name}: {value:.4f}")
 
 
 if __name__ == "__main__":

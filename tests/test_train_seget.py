@@ -1,20 +1,17 @@
 """train_seget.py: SegET and its loss, patches and schedule; several structures in one command."""
 
 import functools
-import re
 
 import numpy as np
 import pytest
 import tifffile
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import conftest
 import emseg
 import train_seget
-from conftest import (InMemory, enlarged, log_without_seconds, metrics, normalised,
-                      random_statistics, weights)
+from conftest import InMemory, log_without_seconds, metrics, weights
 
 IGNORE = emseg.IGNORE
 run = functools.partial(conftest.run, train_seget)
@@ -25,12 +22,10 @@ TINY = ["--width", "2", "--patch-size", "48", "48", "--batch-size", "4", "--epoc
 
 @pytest.fixture(scope="module")
 def masks(cells, tmp_path_factory):
-    """A folder with a mask of 0 and 1 for the mitochondria and the vesicles of `cells`, and one of
-    the mitochondria grown by two pixels, which overlaps with both."""
+    """A folder with a mask of 0 and 1 for the mitochondria and the vesicles of `cells`."""
     folder = tmp_path_factory.mktemp("masks")
     label = tifffile.imread(cells / "label.tif")
-    grown = emseg.ndimage.binary_dilation(label == 3, np.ones((1, 9, 9)))
-    for name, mask in (("mito", label == 3), ("vesicle", label == 4), ("grown", grown)):
+    for name, mask in (("mito", label == 3), ("vesicle", label == 4)):
         tifffile.imwrite(folder / f"{name}.tif", mask.astype(np.uint8))
     return folder
 
@@ -56,34 +51,6 @@ def trained(cells, masks, tmp_path_factory):
 # -- network
 
 
-def seget_by_hand(state, x):
-    skips, levels = [], []
-    for level in range(4):
-        skips.append(normalised(state, f"encoder.{level}", x))
-        x = normalised(state, f"down.{level}", skips[-1], stride=2)
-    x = normalised(state, "center", x)
-    seen = [normalised(state, f"dilated.{i}", x, padding=d, dilation=d)
-            for i, d in enumerate((1, 2, 4, 8))]
-    x = normalised(state, "stack", torch.cat([x, *seen], 1))
-    for level in range(4):
-        x = normalised(state, f"decoder.{level}", torch.cat([enlarged(x, 2), skips[3 - level]], 1))
-        levels.append(x)
-    higher = torch.cat([enlarged(levels[0], 4), enlarged(levels[1], 2), levels[2]], 1)
-    higher = enlarged(normalised(state, "fuse_higher", higher), 2)
-    x = normalised(state, "fuse", torch.cat([higher, levels[3]], 1))
-    return F.conv2d(x, state["head.weight"], state["head.bias"])
-
-
-def test_seget_by_hand():
-    torch.manual_seed(0)
-    network = random_statistics(train_seget.SegET(2, 3, 4)).double()
-    x = torch.randn(2, 2, 48, 64, dtype=torch.float64)
-    with torch.no_grad():
-        wanted = seget_by_hand(network.state_dict(), x)
-        assert wanted.std() > 0.01
-        torch.testing.assert_close(network(x), wanted)
-
-
 def test_networks_have_the_convolutions_of_the_paper():
     with torch.device("meta"):
         network, unet = [train_seget.MODELS[name](1, 1) for name in ("seget", "unet")]
@@ -98,8 +65,8 @@ def test_networks_have_the_convolutions_of_the_paper():
 # -- loss
 
 
-def batch(seed=0):
-    torch.manual_seed(seed)
+def batch():
+    torch.manual_seed(0)
     label = (torch.rand(4, 6, 7) < torch.tensor([0.0, 0.05, 0.4, 0.9]).view(4, 1, 1)).long()
     label[torch.rand(4, 6, 7) < 0.1] = IGNORE
     return 3 * torch.randn(4, 1, 6, 7), label
@@ -119,15 +86,12 @@ def test_weights_are_the_ratio_of_the_very_patch():
 
 
 def test_jaccard_distance_is_equation_5():
-    logits, label = batch(2)
-    y = 1 / (1 + np.exp(-logits[:, 0].double().numpy()))
+    logits, label = batch()
     kept = (label != IGNORE).numpy()
-    y, t = y[kept], (label.numpy() == 1)[kept]
+    y, t = logits[:, 0].double().sigmoid().numpy()[kept], (label.numpy() == 1)[kept]
     overlap = (y * t).sum()
-    for smooth in (1, 0):
-        wanted = 1 - (overlap + smooth) / (y.sum() + t.sum() - overlap + smooth)
-        found = train_seget.jaccard_distance(logits, label, smooth)
-        assert found.item() == pytest.approx(wanted, rel=1e-5)
+    wanted = 1 - (overlap + 1) / (y.sum() + t.sum() - overlap + 1)
+    assert train_seget.jaccard_distance(logits, label).item() == pytest.approx(wanted, rel=1e-5)
     nothing = train_seget.jaccard_distance(torch.full_like(logits, -50.0), label * 0)
     assert nothing.item() == pytest.approx(0, abs=1e-6)
 
@@ -139,21 +103,7 @@ def test_the_regulariser_is_the_sum_of_squared_kernels():
     assert train_seget.squared_norm(network).item() == pytest.approx(wanted, rel=1e-5)
 
 
-# -- patches
-
-
-def coordinates(shape):
-    """A volume whose voxels say where they are, and a label with a structure and a lone pixel."""
-    z, y, x = np.indices(shape)
-    image = (z * shape[1] * shape[2] + y * shape[2] + x).astype(np.int32)
-    label = np.zeros(shape, np.uint8)
-    label[1, 30:33, 40:44] = 1
-    label[-1, -1, -1] = 1
-    return InMemory(image), InMemory(label)
-
-
-def corner(patch, shape):
-    return tuple(int(i) for i in np.unravel_index(int(patch[0, 0]), shape))
+# -- patches, schedule and settings
 
 
 def test_the_papers_patches_are_counted():
@@ -166,24 +116,22 @@ def test_the_papers_patches_are_counted():
 
 def test_a_pass_shows_every_patch_once_and_positive_ones_again():
     shape = 4, 50, 70
-    image, label = coordinates(shape)
-    patches = train_seget.SlidingWindows([image], [label], (16, 20), (10, 12), [[1, 3]], copies=3)
+    image = np.arange(4 * 50 * 70, dtype=np.int32).reshape(shape)       # voxels say where they are
+    label = np.zeros(shape, np.uint8)
+    label[1, 30:33, 40:44] = label[3, -1, -1] = 1
+    patches = train_seget.SlidingWindows([InMemory(image)], [InMemory(label)], (16, 20), (10, 12),
+                                         [[1, 3]], copies=3)
     every = [(z, y, x) for z in (1, 3) for y in (0, 10, 20, 30, 34)
              for x in (0, 12, 24, 36, 48, 50)]
     positive = [(1, y, x) for y in (20, 30) for x in (24, 36)] + [(3, 34, 50)]
-    orders = []
-    for passes in range(2):
-        orders.append([])
-        for i in range(len(patches)):
-            patch, truth = patches[passes * len(patches) + i]
-            z, y, x = corner(patch, shape)
-            np.testing.assert_array_equal(truth, label.array[z, y : y + 16, x : x + 20])
-            orders[-1].append((z, y, x))
+    orders = [[], []]
+    for i in range(2 * len(patches)):
+        patch, truth = patches[i]
+        z, y, x = np.unravel_index(int(patch[0, 0]), shape)
+        np.testing.assert_array_equal(truth, label[z, y : y + 16, x : x + 20])
+        orders[i // len(patches)].append((z, y, x))
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(every + 3 * positive)
     assert orders[0] != orders[1]
-
-
-# -- schedule and settings
 
 
 def test_the_schedule_is_that_of_keras():
@@ -193,19 +141,15 @@ def test_the_schedule_is_that_of_keras():
         (0, 0), (0, 0), (0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (0, 2), (1, 2), (2, 3)]
 
 
-def test_settings_are_those_of_section_3_2():
+def test_settings_are_those_of_section_3_2_unless_a_flag_overrides_them():
     wanted = {"synapse": (1e-4, 1e-6, 38, 8, 3, 0, 0), "mts": (1e-3, 1e-5, 300, 8, 3, 2000, 0),
               "centriole": (2e-3, 1e-6, 300, 10, 3, 2000, 4),
               "granules": (2e-3, 1e-5, 60, 5, 2, 0, 0), "golgi": (2e-3, 1e-5, 124, 5, 2, 1000, 2)}
     args = train_seget.parse_args(["--volume", "a", "--label", *[f"{n}=b" for n in wanted]])
-    keys = ("lr", "decay", "epochs", "patience", "reduce_patience", "weight_cap", "copies")
-    assert {name: tuple(own[key] for key in keys)
-            for name, own in train_seget.structures_of(args, None).items()} == wanted
+    assert {name: tuple(own[key] for key in train_seget.SETTINGS)
+            for name, own in train_seget.structures_of(args).items()} == wanted
     assert (args.batch_size, args.patch_size, args.stride) == (12, [512, 512], [256, 256])
     assert (args.model, args.val_slices, args.augment) == ("seget", "every=5", False)
-
-
-def test_flags_override_settings():
     synapse, nucleus = structures_of("--label", "Synapse=1", "Synapse=2", "nucleus=3", "nucleus=4",
                                      "--lr", "0.5").values()
     assert "lr" not in synapse and "lr" not in nucleus                  # it stays as typed
@@ -216,11 +160,10 @@ def test_flags_override_settings():
 
 
 def structures_of(*arguments):
-    return train_seget.structures_of(train_seget.parse_args(["--volume", "v1", "v2", *arguments]),
-                                     None)
+    return train_seget.structures_of(train_seget.parse_args(["--volume", "v1", "v2", *arguments]))
 
 
-def test_labels_are_sorted_by_structure_and_volume():
+def test_labels_are_sorted_by_structure_and_volume_and_class_ids_become_masks():
     found = structures_of("--label", "a=1", "b=2", "a=3", "b=4", "--test-volume", "t",
                           "--test-label", "b=5")
     assert list(found) == ["a", "b"]
@@ -228,46 +171,39 @@ def test_labels_are_sorted_by_structure_and_volume():
     assert found["a"]["test_label"] == [] and found["b"]["test_label"] == ["5"]
     assert found["a"]["classes"] == ["background", "a"]
     assert list(structures_of("--label", "/k=1/m1.tif", "/k=1/m2.tif")) == ["foreground"]
-
-
-def test_class_ids_become_one_mask_for_each_class():
-    found = structures_of("--label", "1", "2", "--classes", "bg", "mts", "golgi", "--label-map",
-                          "7=2,8:10=1,3=255,*=0")
-    assert {name: own["label_map"] for name, own in found.items()} == {
+    ids = structures_of("--label", "1", "2", "--classes", "bg", "mts", "golgi", "--label-map",
+                        "7=2,8:10=1,3=255,*=0")
+    assert {name: own["label_map"] for name, own in ids.items()} == {
         "mts": "7=0,8=1,9=1,3=255,*=0", "golgi": "7=1,8=0,9=0,3=255,*=0"}
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--label", "a=1", "a=2", "b=3", "b=4", "--test-volume", "t", "--test-label", "masks"],
-     "masks: labels of which structure.*NAME=PATH.*a or b"),
+     "which structure.*NAME=PATH.*a or b"),
     (["--label", "a=1", "a=2", "--test-volume", "t", "--test-label", "b=5"], "NAME is a"),
-    (["--label", "a=1", "a=2", "b=3"], "--label has 1 paths for b, but --volume has 2"),
-    (["--label", "1", "2", "--classes", "bg", "a", "b", "--test-volume", "t", "--test-label",
-      "a=3"], "class ids have no name"),
+    (["--label", "a=1", "a=2", "b=3"], "--label has 1 paths for b.* 2 volumes"),
 ])
 def test_labels_of_no_or_the_wrong_structure(arguments, message):
     with pytest.raises(emseg.InputError, match=message):
         structures_of(*arguments)
 
 
-@pytest.mark.parametrize("overlap, truth, merged", [
-    ("highest", [0, 1, IGNORE, IGNORE, 2], [0, 1, 1, 2, 2]),
-    ("last", [0, 1, 2, IGNORE, 2], [0, 1, 2, 2, 2])])
-def test_where_structures_overlap(overlap, truth, merged):
-    """The truth counts nowhere, or for the last structure; predictions follow the scores."""
-    one, two = [InMemory(np.array(mask, np.uint8).reshape(1, 1, 5))
-                for mask in ([0, 1, 1, IGNORE, 0], [0, 0, 1, 1, 1])]
-    assert train_seget.MergedLabels([one, two], overlap)[0].ravel().tolist() == truth
+def test_where_structures_overlap():
+    """The truth counts nowhere; of predictions above the threshold the highest score does."""
+    masks = [[0, 1, 1, IGNORE, 0, 1], [0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0]]
+    merged = train_seget.MergedLabels([InMemory(np.array([[mask]], np.uint8), slices)
+                                       for mask, slices in zip(masks, ([0], [0], []))])
+    assert merged[0].ravel().tolist() == [0, 1, IGNORE, IGNORE, 2, 1]
+    assert merged.slices.tolist() == [0] and merged[0].dtype == np.uint8
     prob = torch.tensor([[0.5, 0.9, 0.9, 0.6, 0.1], [0.5, 0.2, 0.8, 0.7, 0.6]]).view(1, 2, 1, 5)
-    assert train_seget.merge_structures(prob, 0.5, overlap).flatten().tolist() == merged
+    assert train_seget.merge_scores(prob).flatten().tolist() == [0, 1, 1, 2, 2]
 
 
 # -- runs
 
 
 def test_each_structure_is_a_run_and_metrics_hold_the_papers_table(trained, masks):
-    assert {"prediction.tif", "metrics.json", "maps.png", "table.md"} <= {
-        path.name for path in trained.iterdir()}
+    assert {"prediction.tif", "metrics.json", "figure.png"} <= {p.name for p in trained.iterdir()}
     content, found = metrics(trained), []
     for name in ("mito", "vesicle"):
         for row in log_without_seconds(trained / name):
@@ -279,71 +215,51 @@ def test_each_structure_is_a_run_and_metrics_hold_the_papers_table(trained, mask
                               / ((pred == k) | (truth == k)).sum() for k in (0, 1)]))     # eq. 6
         assert content["structures"][name]["miou"] == pytest.approx(found[-1])
     assert content["average"]["miou"] == pytest.approx(np.mean(found))
-    table = (trained / "table.md").read_text().splitlines()
-    assert table[0] == "| mIoU, test | mito | vesicle | average |"
-    assert table[2] == f"| seget | {found[0]:.4f} | {found[1]:.4f} | {np.mean(found):.4f} |"
 
 
-def test_a_single_structure_needs_no_subfolder_and_trains_alike(trained, cells, masks, tmp_path):
-    train(cells, masks, tmp_path / "alone", structures=("vesicle",))
-    assert torch.equal(weights(tmp_path / "alone" / "last.pt"),
-                       weights(trained / "vesicle" / "last.pt"))
-    assert metrics(tmp_path / "alone")["mean"] == metrics(trained / "vesicle")["mean"]
-    assert not any(path.is_dir() for path in (tmp_path / "alone").iterdir())
-    train(cells, masks, tmp_path / "alone", "--resume", structures=("vesicle",))    # all is done
-    run("--checkpoint", tmp_path / "alone" / "best.pt", "--test-volume",
-        cells / "image.tif@8:12", "--test-label", f"{masks}/vesicle.tif@8:12", "--out-dir",
-        tmp_path / "again")
-    assert metrics(tmp_path / "again")["mean"] == metrics(tmp_path / "alone")["mean"]
+def test_the_run_of_a_structure_is_a_checkpoint(trained, cells, masks, tmp_path):
+    run("--checkpoint", trained / "vesicle", "--test-volume", cells / "image.tif@8:12",
+        "--test-label", masks / "vesicle.tif@8:12", "--out-dir", tmp_path / "out")
+    assert metrics(tmp_path / "out")["mean"] == metrics(trained / "vesicle")["mean"]
+    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("overlap, checkpoint", [("highest", "."), ("last", "best.pt")])
-def test_a_run_of_several_structures_is_a_checkpoint(trained, cells, masks, tmp_path, overlap,
-                                                     checkpoint):
+def test_a_run_of_several_structures_is_a_checkpoint(trained, cells, masks, tmp_path):
     """It predicts as the run did; masks are score maps above 0.5, the merged prediction follows
     from these."""
-    run("--checkpoint", trained / checkpoint, "--test-volume", cells / "image.tif@8:12",
-        "--test-label", *labels(masks, "vesicle", "mito", crop="8:12"), "--out-dir",
-        tmp_path / "out", "--save-probability", "--overlap", overlap)
+    run("--checkpoint", trained, "--test-volume", cells / "image.tif@8:12", "--test-label",
+        *labels(masks, "vesicle", "mito", crop="8:12"), "--out-dir", tmp_path / "out",
+        "--save-probability")
     assert metrics(tmp_path / "out")["structures"] == metrics(trained)["structures"]
     prob = tifffile.imread(tmp_path / "out" / "probability.tif")
     for k, name in enumerate(("mito", "vesicle")):
         mask = tifffile.imread(tmp_path / "out" / name / "prediction.tif")
         np.testing.assert_array_equal(mask, prob[:, k] > 0.5)
         np.testing.assert_array_equal(mask, tifffile.imread(trained / name / "prediction.tif"))
-    merged = train_seget.merge_structures(torch.from_numpy(prob), 0.5, overlap)
+    merged = train_seget.merge_scores(torch.from_numpy(prob))
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "out" / "prediction.tif"), merged)
 
 
-def test_held_out_slices_score_and_do_not_leak(cells, masks, tmp_path):
-    """Slices 0, 5 and 10 of 12: what they show changes no weight and not the normalisation."""
-    image, mask = [tifffile.imread(path) for path in (cells / "image.tif", masks / "mito.tif")]
-    states, held = [], [0, 5, 10]
-    for name in ("one", "two"):
-        tifffile.imwrite(tmp_path / f"{name}.tif", image)
-        tifffile.imwrite(tmp_path / f"{name}_mask.tif", mask)
-        run("--volume", tmp_path / f"{name}.tif", "--label", f"mito={tmp_path}/{name}_mask.tif",
-            "--out-dir", tmp_path / name, *TINY)
-        states.append(torch.load(tmp_path / name / "last.pt", weights_only=True))
-        entry = metrics(tmp_path / name)["volumes"][0]
-        pred = tifffile.imread(tmp_path / name / "prediction.tif")
-        assert entry["ignored"] == 9 * 112 * 128
-        assert entry["per_class"]["mito"]["tp"] == ((pred == 1) & (mask == 1))[held].sum()
-        image[held] = np.random.default_rng(0).integers(0, 256, image[held].shape)
-        mask[held] = 1 - mask[held]
-    assert states[0]["normalization"] == states[1]["normalization"]
-    assert torch.equal(*[weights(tmp_path / name / "last.pt") for name in ("one", "two")])
-    assert states[0]["history"] != states[1]["history"]
+def test_every_fifth_slice_is_held_out_and_scores(cells, masks, tmp_path):
+    """And a single structure needs no subfolder."""
+    run("--volume", cells / "image.tif", "--label", masks / "mito.tif", "--out-dir",
+        tmp_path / "out", *TINY, "--epochs", "1")
+    held, (entry,) = [0, 5, 10], metrics(tmp_path / "out")["volumes"]
+    train, val = emseg.load_checkpoint(tmp_path / "out")["used"]
+    assert train["z"] == [1, 2, 3, 4, 6, 7, 8, 9, 11] and val["z"] == held
+    pred, mask = [tifffile.imread(path) for path in (tmp_path / "out/prediction.tif",
+                                                     masks / "mito.tif")]
+    assert entry["ignored"] == 9 * 112 * 128
+    assert entry["per_class"]["foreground"]["tp"] == ((pred == 1) & (mask == 1))[held].sum()
 
 
-def test_the_rate_is_halved_and_the_training_ended(cells, masks, tmp_path, capsys):
+def test_the_rate_is_halved_and_the_training_ended(cells, masks, tmp_path):
     """A rate too small to learn, and no BatchNorm: the first epoch stays the best one."""
     run("--volume", cells / "image.tif@0:8", "--label", *labels(masks, "mito"), "--out-dir",
         tmp_path / "out", *TINY, "--epochs", "30", "--lr", "1e-30", "--patience", "5",
         "--reduce-patience", "2", "--decay", "0.5", "--steps-per-epoch", "1", "--model", "unet5")
     rows = log_without_seconds(tmp_path / "out")
     assert len(rows) == 6
-    assert re.search("last 5 epochs .* not .* better than epoch 0", capsys.readouterr().out)
     rates = [float(row["lr"]) * (1 + 0.5 * step) / 1e-30 for step, row in enumerate(rows)]
     np.testing.assert_allclose(rates, [1, 1, 1, 0.5, 0.5, 0.25], rtol=1e-6)
     best = torch.load(tmp_path / "out" / "best.pt", weights_only=True)
@@ -367,17 +283,14 @@ def test_interrupted_and_resumed_is_bit_identical(trained, cells, masks, tmp_pat
     assert stopped.value.code == 130
     monkeypatch.undo()
     run("--resume", "--out-dir", tmp_path / "out")
-    for name in ("mito", "vesicle"):
-        for file in ("best.pt", "last.pt"):
-            assert torch.equal(weights(tmp_path / "out" / name / file),
-                               weights(trained / name / file))
+    for name in "mito", "vesicle":
+        assert torch.equal(*[weights(folder / name / "last.pt")
+                             for folder in (tmp_path / "out", trained)])
         assert log_without_seconds(tmp_path / "out" / name) == log_without_seconds(trained / name)
-    np.testing.assert_array_equal(tifffile.imread(tmp_path / "out" / "prediction.tif"),
-                                  tifffile.imread(trained / "prediction.tif"))
+    assert metrics(tmp_path / "out")["mean"] == metrics(trained)["mean"]
 
 
 @pytest.mark.parametrize("change, message", [
-    (["--patch-size", "128", "48"], "patches of 128 x 48 do not fit into"),
     (["--patch-size", "40", "48", "--model", "unet"], "nearest to 40: 32 or 48"),
     (["--label-map", "1=0,*=0"], "no slice to train on shows the class mito"),
     (["--val-slices", "7"], "no validation slice shows rare"),
@@ -391,19 +304,3 @@ def test_bad_data_of_any_structure_is_refused_before_one_trains(cells, masks, tm
                     *labels(masks, "mito"), f"rare={tmp_path / 'mask.tif'}", "--out-dir",
                     tmp_path / "out", *TINY, *change)
     assert message in found and not (tmp_path / "out").exists()
-
-
-ORGANELLES = {"mitochondrion": 0.65, "vesicles": 0.55}      # mIoU is 0.45, 0.48 without any
-
-
-def test_real_organelles_one_network_each(real_data, tmp_path):
-    masks = [f"{name}={real_data / 'lucchi_organelles' / name}@0:10,0:512,0:768"
-             for name in ORGANELLES]
-    run("--volume", f"{real_data / 'lucchi/Train_In'}@0:10,0:512,0:768", "--label", *masks,
-        "--label-map", "128:256=1,*=0", "--width", 8, "--downsample", 2, "--patch-size", 128, 128,
-        "--batch-size", 4, "--epochs", 6, "--steps-per-epoch", 25, "--lr", "6e-3", "--augment",
-        "--out-dir", tmp_path / "run", "--device", "cpu")
-    content = metrics(tmp_path / "run")
-    for name, least in ORGANELLES.items():
-        assert content["structures"][name]["miou"] > least
-    assert content["volumes"][0]["ignored"] > 8 * 512 * 768      # only slices 0 and 5 are scored
