@@ -2,8 +2,8 @@
 [--width 16]
 
 Prints, for each network, training patches per second, inference voxels per second, peak memory so
-far and the share of the machine's own matrix-product rate that training reaches; then where the
-time of a training step goes, what bf16 and channels-last gain, and what tiles cost. Whole volumes:
+far and the share of the machine's own matrix-product rate that training reaches; then what tiles
+cost in the prediction of large slices. Whole volumes:
 tests/large.py.
 """
 
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import emseg
 import train_2d3d
 import train_seget
+from conftest import InMemory
 
 OF_2D3D = ("2d3d", "2d3d-no-3x3x3", "2d3d-no-pyramid", "unet3d-thin", "unet3d-thick")
 NETWORKS = {**train_seget.MODELS, **emseg.NETWORKS_3D,
@@ -46,70 +47,49 @@ def matrix_rate(device, dtype, n=2048):
 
 
 class Step:
-    """One supervised training step of a network, in parts that can be timed."""
+    """One supervised training step of a network, and a prediction."""
 
-    def __init__(self, name, args, device, dtype, channels_last=True):
+    def __init__(self, name, args, device, dtype):
         self.device, self.dtype = device, dtype
-        self.network = NETWORKS[name](1, 1, args.width).to(device)
+        self.network = emseg.channels_last(NETWORKS[name](1, 1, args.width).to(device))
         flat = self.network.dims == 2
         *batch, h, w = (args.batch_size, args.patch, args.patch) if flat else BATCH_3D
         self.batch = (*batch, *(emseg.network_side(self.network, side) + 2 * self.network.margin
                                 for side in (h, w)))
-        if channels_last:
-            emseg.channels_last(self.network)
         self.optimizer = torch.optim.Adam(self.network.parameters())
         batch_size, *patch = self.batch
         image, label = emseg.phantom((16, patch[-2] + 32, patch[-1] + 32))
-        volume, truth = Array(image), Array((label == 3).astype(np.uint8))
-        self.patches = emseg.Patches([volume], [truth], patch, foreground=0.99)
-        self.batches = emseg.batches(self.patches, batch_size, 0, 10**4)
-        self.crops = self.load()
-        self.image, self.label = self.augment()
-        self.logits = self.forward()
+        volume, truth = InMemory(image), InMemory((label == 3).astype(np.uint8))
+        patches = emseg.Patches([volume], [truth], patch, foreground=0.99)
+        self.batches = emseg.batches(patches, batch_size, 0, 10**4)
+        self.load()
 
     def load(self):
-        return [crop.to(self.device) for crop in next(self.batches)]
+        crops = [crop.to(self.device) for crop in next(self.batches)]
+        self.image, self.label = emseg.augment(*crops, {"mean": 128, "std": 40}, flip=True,
+                                               rot90=True)
 
-    def augment(self):
-        return emseg.augment(*self.crops, {"mean": 128, "std": 40}, flip=True, rot90=True)
-
-    def forward(self):
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.network(self.image)
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def forward_backward(self):
-        logits = self.forward()
+        with self.autocast():
+            logits = self.network(self.image)
         label = emseg.crop_like(self.label, logits)
         emseg.soft_dice_loss(logits, label, squared=True).backward()
 
-    def update(self):
+    def whole(self):
+        self.load()
+        self.forward_backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
-
-    def whole(self):
-        self.crops = self.load()
-        self.image, self.label = self.augment()
-        self.forward_backward()
-        self.update()
         self.optimizer.zero_grad()
 
     def infer(self):
         self.network.eval()
-        with torch.inference_mode(), torch.autocast(self.device.type, self.dtype,
-                                                    enabled=self.dtype != torch.float32):
+        with torch.inference_mode(), self.autocast():
             emseg.predict_slices(self.network, self.image)
         self.network.train()
-
-
-class Array(emseg.LazyArray):
-    """A NumPy array as a lazy volume."""
-
-    def __init__(self, array):
-        super().__init__("memory", array.shape, array.dtype, None)
-        self.array = array
-
-    def read(self, z, y, x):
-        return self.array[z, y, x].copy()
 
 
 def floating_point_operations(step):
@@ -138,22 +118,6 @@ def networks(args, device, dtype):
               f"{emseg.peak_memory_gib(device) or 0:7.2f}{share:16.0%}")
 
 
-def parts(args, device, dtype):
-    step = Step(args.model, args, device, dtype)
-    forward = median_seconds(step.forward, device)
-    both = median_seconds(step.forward_backward, device)
-    print(f"\none step of {args.model}, milliseconds: "
-          f"loading {median_seconds(step.load, device) * 1e3:.1f}, "
-          f"augmentation {median_seconds(step.augment, device) * 1e3:.1f}, "
-          f"forward {forward * 1e3:.0f}, loss and backward {(both - forward) * 1e3:.0f}, "
-          f"update {median_seconds(step.update, device) * 1e3:.1f}; "
-          f"whole {median_seconds(step.whole, device) * 1e3:.0f}")
-    print("whole step by precision and memory format, milliseconds: " + ", ".join(
-        f"{str(kind)[6:]} {'channels-last' if last else 'contiguous'} "
-        f"{median_seconds(Step(args.model, args, device, kind, last).whole, device) * 1e3:.0f}"
-        for kind in (torch.float32, torch.bfloat16) for last in (False, True)))
-
-
 def tiles(args, device, dtype):
     """Large slices: in tiles, as they are predicted, against the whole slice at once."""
     network = emseg.NETWORKS[args.model](1, 1, args.width).to(device).eval()
@@ -178,7 +142,8 @@ def tiles(args, device, dtype):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="unet", choices=sorted(emseg.NETWORKS))
+    parser.add_argument("--model", default="unet", choices=sorted(emseg.NETWORKS),
+                        help="the network that predicts large slices")
     parser.add_argument("--networks", nargs="+", choices=sorted(NETWORKS), metavar="NAME",
                         help="default: all")
     parser.add_argument("--width", type=int, default=16)
@@ -193,7 +158,6 @@ def main():
     if device.type == "cpu":
         emseg.keep_freed_memory()
     networks(args, device, dtype)
-    parts(args, device, dtype)
     tiles(args, device, dtype)
 
 

@@ -5,11 +5,10 @@ import importlib
 import json
 import os
 import re
+import shlex
 import signal
-import struct
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 # Networks this small gain nothing from threads, and those of two processes wait for each other.
@@ -17,7 +16,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
-import tifffile
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
@@ -49,7 +47,6 @@ def cells(tmp_path_factory):
         with emseg.create_volume(folder / f"{name}.tif", array.shape, array.dtype,
                                  (20.0, 8.0, 8.0)) as writer:
             writer[:] = array
-    tifffile.imwrite(folder / "small.tif", image[:, :24, :24])
     return folder
 
 
@@ -67,6 +64,27 @@ def run(script, *arguments):
         script.main(script.parse_args([str(a) for a in arguments]))
 
 
+TINY = ["--model", "unet", "--width", "4", "--patch-size", "32", "32", "--batch-size", "4",
+        "--epochs", "2", "--steps-per-epoch", "3", "--downsample", "1", "--device", "cpu",
+        "--cps-warmup", "0.5", "1"]
+
+
+def tiny_cps(cells, out, *more):
+    """Arguments of a training of train_cps.py, which tests on slices that it has trained on too."""
+    return ["--volume", f"{cells}/image.tif@2:10", "--label", f"{cells}/mito.tif@2:10",
+            "--label-slices", "0,3,7", "--classes", "background", "mito", "--test-volume",
+            f"{cells}/image.tif", "--test-label", f"{cells}/mito.tif", "--out-dir", out, *TINY,
+            *more]
+
+
+@pytest.fixture(scope="session")
+def trained(cells, tmp_path_factory):
+    """A finished tiny run of train_cps.py: CPS and CutMix. Tests change nothing in it."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    run(importlib.import_module("train_cps"), *tiny_cps(cells, folder))
+    return folder
+
+
 def refused(script, capsys, *arguments):
     """The one line with which a script refuses its arguments."""
     with pytest.raises(SystemExit) as stopped:
@@ -76,15 +94,15 @@ def refused(script, capsys, *arguments):
     return lines[0]
 
 
-def interrupt_after(monkeypatch, steps):
-    """Press Ctrl-C after that many training steps."""
+def interrupt_after(monkeypatch, steps, number=signal.SIGINT):
+    """Press Ctrl-C, or send another signal, after that many training steps."""
     log, calls = emseg.Run.log, []
 
     def interrupting_log(self, **values):
         log(self, **values)
         calls.append(1)
         if len(calls) == steps:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(emseg.Run, "log", interrupting_log)
 
@@ -120,59 +138,11 @@ def metrics(folder):
     return json.loads((folder / "metrics.json").read_text(), parse_constant=no_constant)
 
 
-def parse_readme_commands(script, checkpoint, monkeypatch):
-    """Parse every README command of a script, with this checkpoint in place of the one it names;
-    return how many there are."""
-    content = torch.load(checkpoint, weights_only=True)
-    monkeypatch.setattr(emseg, "load_checkpoint", lambda path: content)
-    commands = readme_commands(Path(script.__file__).name)
-    for command in commands:
-        if "--resume" not in command:
-            script.parse_args(command)
-    return len(commands)
-
-
-STUBS = """
-python() { printf '%s\\0' "$@"; printf '\\0'; }
-torchrun() { shift; python "$@"; }
-pip() { true; }
-"""
-
-
 def readme_commands(script):
-    """The arguments of the README's commands that call this script, as a shell splits them; those
-    inside of a loop with all values of its variables."""
-    blocks = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", (ROOT / "README.md").read_text(), re.M)
-    commands = []
-    for block in blocks:
-        if script not in block or "cp " in block:
-            continue
-        done = subprocess.run(["bash", "-c", STUBS + textwrap.dedent(block)], capture_output=True,
-                              text=True, check=True)
-        each = [call.split("\0") for call in done.stdout.split("\0\0") if call]
-        commands += [call[1:] for call in each if call[0] == script]
-    return commands
-
-
-MRC_MODES = {"int8": 0, "int16": 1, "float32": 2, "uint16": 6, "float16": 12}
-
-
-def mrc_by_hand(path, array, header=(), order="<", stamp=None, voxel=(40.0, 40.0, 40.0),
-                extended=0):
-    """Write an MRC file: an array (sections, rows, columns), other header entries {offset: bytes},
-    the byte order and that of the machine stamp, the same where none is given. voxel: x, y, z in
-    angstrom; extended: bytes between header and voxels."""
-    head = bytearray(1024)
-    sides = array.shape[::-1]
-    struct.pack_into(f"{order}10i6f", head, 0, *sides, MRC_MODES[array.dtype.name], 0, 0, 0, *sides,
-                     *(n * side for n, side in zip(sides, voxel)), 90, 90, 90)
-    struct.pack_into(f"{order}3i", head, 64, 1, 2, 3)
-    struct.pack_into(f"{order}i", head, 92, extended)
-    head[208:216] = b"MAP " + {"<": b"DD\0\0", ">": b"\x11\x11\0\0"}[stamp or order]
-    for offset, data in dict(header).items():
-        head[offset:offset + len(data)] = data
-    voxels = array.astype(array.dtype.newbyteorder(order)).tobytes()
-    Path(path).write_bytes(bytes(head) + b"\x55" * extended + voxels)
+    """The arguments of the README's commands that call this script."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    calls = re.findall(rf"^ {{4}}(?:.*&& )?(?:python|torchrun \S+) {script} (.*)", text, re.M)
+    return [shlex.split(call) for call in calls]
 
 
 class InMemory(emseg.LazyArray):
@@ -195,7 +165,6 @@ def narrow(model, width):
 
 
 CORNER = "0:32,0:48"                    # of a slice of the cells: two windows, with mitochondria
-BRIEF = ["--epochs", "1", "--steps-per-epoch", "1", "--batch-size", "2", "--patch-size", "32", "32"]
 
 
 def convolutions(network):

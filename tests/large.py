@@ -1,8 +1,8 @@
 """Volumes larger than memory: python tests/large.py [--gib 1 4 16] [--limit 4]
-[--formats tif imagej deflate mrc npy folder] [--scripts train_cps train_seget ...] [--folder D]
+[--formats tif imagej deflate mrc npy folder] [--folder D]
 
-For each script, format and size, trains on a volume of that many GiB and its labels, predicts it
-whole and scores the prediction, each in a process that may allocate --limit GiB. Prints seconds,
+For each format and size, trains train_cps.py on a volume of that many GiB and its labels, predicts
+it whole and scores the prediction, each in a process that may allocate --limit GiB. Prints seconds,
 voxels per second and the most memory that was resident. The volumes are sparse files that hold grey
 levels in a few slices: they take no room on the disk, their predictions do.
 """
@@ -31,19 +31,8 @@ import emseg
 
 FORMATS = ("tif", "imagej", "deflate", "mrc", "npy", "folder")
 SIDE = 4096
-COMMON = ("--volume {image} --label {label} --test-volume {image} --width 4 --epochs 1 "
-          "--steps-per-epoch 20 --device cpu --classes background a b ")
-SCRIPTS = {                             # {drawn}: the slices that show something
-    "train_cps": "--method supervised --model unet --downsample 8 --patch-size 256 256 "
-                 "--batch-size 4",
-    "train_partial": "--partial {image} {label} 2=1 --model unet --batch-size 4 "
-                     "--resize 32 256 256 --patch-size 128 128",
-    "train_seget": "--val-slices {drawn} --model unet --downsample 16 --patch-size 128 128 "
-                   "--batch-size 4",
-    "train_2d3d": "--downsample 16 --patch-size 5 68 68 --spacing 2 64 64 --elastic 2",
-    "train_sparse": "--label-slices {drawn} --scm-epochs 1 --context 3 --no-tta --downsample 16 "
-                    "--patch-size 128 128 --batch-size 4",
-}
+FLAGS = ("--method supervised --model unet --width 4 --downsample 8 --patch-size 256 256 "
+         "--batch-size 4 --epochs 1 --steps-per-epoch 20 --device cpu --classes background a b")
 
 
 def create(path, kind, depth, side, drawn):
@@ -112,24 +101,22 @@ def limited(limit, *command):
     return done.stdout, time.perf_counter() - started
 
 
-def measure(script, kind, gib, limit, folder):
+def measure(kind, gib, limit, folder):
     """Train on a volume, predict and score it: a row of the table."""
     depth = max(5, round(gib * 2**30 / SIDE**2))
     with tempfile.TemporaryDirectory(dir=folder) as folder:
         folder, drawn = Path(folder), examples(depth, SIDE)
         volume, label = [create(folder / name, kind, depth, SIDE, slices)
                          for name, slices in zip(("image", "label"), drawn)]
-        given = (COMMON + SCRIPTS[script]).format(image=volume, label=label, drawn=",".join(
-            map(str, [*drawn[1]][:2])))
-        _, seconds = limited(limit, ROOT / f"{script}.py", *given.split(), "--out-dir",
-                             folder / "run")
+        _, seconds = limited(limit, ROOT / "train_cps.py", "--volume", volume, "--label", label,
+                             "--test-volume", volume, *FLAGS.split(), "--out-dir", folder / "run")
         (prediction,) = (folder / "run").glob("prediction.*")
         out, scoring = limited(limit, ROOT / "evaluate.py", "--prediction", prediction, "--label",
                                label, "--no-distances", "--out-dir", folder / "scores")
         content = json.loads((folder / "run" / "metrics.json").read_text())
         scored = json.loads((folder / "scores" / "metrics.json").read_text())
         rate = content["predict_voxels_per_second"] / 1e6
-        return [script, kind, gib, f"{seconds:.0f}", f"{content['predict_seconds']:.0f}",
+        return [kind, gib, f"{seconds:.0f}", f"{content['predict_seconds']:.0f}",
                 f"{rate:.0f}", content["peak_memory_gib"], f"{scoring:.0f}",
                 scored["peak_memory_gib"]]
 
@@ -139,14 +126,13 @@ def main():
     parser.add_argument("--gib", nargs="+", type=float, default=[1, 4, 16])
     parser.add_argument("--limit", type=float, default=4, help="GiB")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
-    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=["train_cps"])
     parser.add_argument("--folder", help="with room for the largest prediction")
     args = parser.parse_args()
-    heads = ("script", "format", "GiB", "training and prediction, s", "of it prediction, s",
+    heads = ("format", "GiB", "training and prediction, s", "of it prediction, s",
              "Mvoxel/s", "peak GiB", "evaluate.py, s", "peak GiB")
     print(f"at most {args.limit:g} GiB allocated, {os.cpu_count()} cores, PyTorch "
           f"{emseg.torch.__version__}\n\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
-    for case in itertools.product(args.scripts, args.formats, args.gib):
+    for case in itertools.product(args.formats, args.gib):
         print(f"| {' | '.join(map(str, measure(*case, args.limit, args.folder)))} |", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Inference, metrics, figures: tiles against whole slices, scores by hand, pixels of pictures."""
+"""Inference and metrics: tiles against whole slices, scores by hand."""
 
 import functools
 
@@ -68,38 +68,14 @@ def random_ids(shape, n=3, ignore=0.0, seed=0):
 # -- tiles
 
 
-@pytest.mark.parametrize("pads", [(2, 3, 4, 1), (0, 7, 5, 0), (9, 9, 0, 0), (0, 0, 3, 10),
-                                  (0, 8, 0, 0), (7, 0, 6, 6), (0, 0, 7, 0)])
-@pytest.mark.parametrize("front", [(2, 1), (2, 3, 4), (1, 1, 1)])
+@pytest.mark.parametrize("pads", [(2, 3, 4, 1), (0, 7, 5, 0), (9, 9, 0, 0), (0, 8, 0, 0)])
+@pytest.mark.parametrize("front", [(2, 1), (2, 3, 4)])
 def test_mirror_pad_against_numpy(pads, front):
     image = random_image(*front, 8, 7)
     top, bottom, left, right = pads
     mode = "reflect" if max(top, bottom) < 8 and max(left, right) < 7 else "edge"
     wanted = np.pad(image, (*[(0, 0)] * len(front), (top, bottom), (left, right)), mode=mode)
     np.testing.assert_array_equal(emseg.mirror_pad(image, *pads), wanted)
-
-
-SIZES = [(7, 9), (1, 1), (3, 40), (40, 3), (16, 16), (17, 16), (50, 70)]
-
-
-def any_network(rng):
-    """A Pointwise of any stride, offset and margin."""
-    stride = int(rng.choice([1, 2, 3, 4, 8, 16]))
-    return Pointwise(stride, int(rng.integers(stride)), int(rng.integers(0, 13)))
-
-
-class Numbered(Pointwise):
-    """The n-th call gives probability 1 to class n, of so many classes."""
-
-    def __init__(self, classes, *numbers):
-        super().__init__(*numbers)
-        self.classes = classes
-
-    def forward(self, x):
-        inner = super().forward(x)
-        logits = torch.full((len(x), self.classes, *inner.shape[2:]), -1e4)
-        logits[:, len(self.sides) - 1] = 1e4
-        return logits
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -141,29 +117,6 @@ def test_margin_network_equals_scipy_up_to_the_borders(size, stride, offset, max
     np.testing.assert_allclose(prob[0, 0], 1 / (1 + np.exp(-wanted)), atol=1e-5)
 
 
-def test_valid_unet_in_one_tile_sees_the_mirrored_slice():
-    torch.manual_seed(0)
-    network = emseg.UNet(1, 2, width=4, levels=3, norm=None, padding=0).eval()
-    image, m = random_image(1, 1, 26, 40), network.margin
-    H, W = [emseg.network_side(network, side) for side in (26, 40)]
-    padded = np.pad(image, ((0, 0), (0, 0), (m, m + H - 26), (m, m + W - 40)), mode="reflect")
-    with torch.no_grad():
-        wanted = network(torch.from_numpy(padded)).softmax(1)[..., :26, :40]
-        torch.testing.assert_close(emseg.predict_slices(network, image), wanted)
-
-
-class WholeImage(Pointwise):
-    """Adds the mean of all that it sees."""
-
-    def __init__(self, dims=2, min_depth=1, **more):
-        super().__init__(stride=4)
-        self.dims, self.min_depth, self.tta = dims, min_depth, False
-        vars(self).update(more)
-
-    def forward(self, x):
-        return super().forward(x) + x.mean((-2, -1), keepdim=True)
-
-
 # -- eight views
 
 
@@ -176,15 +129,6 @@ def test_eight_views_of_an_equivariant_predictor_equal_one(front):
         return flat.view(view.shape).sigmoid()
 
     torch.testing.assert_close(emseg.eight_views(predict, image), predict(image))
-
-
-def test_eight_views_are_the_eight_symmetries():
-    image, views = random_image(1, 1, 5, 5), []
-    emseg.eight_views(lambda view: views.append(view[0, 0].numpy()) or view, image)
-    wanted = [np.rot90(array, turns) for array in (image[0, 0], image[0, 0].T)
-              for turns in range(4)]
-    assert {v.tobytes() for v in views} == {np.ascontiguousarray(w).tobytes() for w in wanted}
-    assert len(views) == 8
 
 
 def test_eight_views_are_turned_back_before_the_mean():
@@ -255,15 +199,7 @@ def test_probabilities_are_written_with_one_channel_and_with_several():
         assert prob.dtype == np.float32
 
 
-@pytest.mark.parametrize("threshold", [0.2, 0.7])
-def test_threshold_decides_which_pixels_are_foreground(threshold):
-    volume = random_ids((5, 6, 7), 256)
-    writer = Writer(volume.shape)
-    write(predict_grey, volume, writer, volume.shape, threshold=threshold)
-    np.testing.assert_array_equal(writer.array, volume > 255 * threshold)
-
-
-@pytest.mark.parametrize("factor", [2, 3, 4])
+@pytest.mark.parametrize("factor", [2, 3])
 def test_downsampled_predictions_are_enlarged_linearly(factor):
     full = (3, 13, 18)
     small = random_ids((3, -(-13 // factor), -(-18 // factor)), 256)
@@ -275,7 +211,7 @@ def test_downsampled_predictions_are_enlarged_linearly(factor):
     np.testing.assert_array_equal(ids.array, prob.array > 0.5)
 
 
-@pytest.mark.parametrize("depth", [1, 3, 4, 7, 11, 20])
+@pytest.mark.parametrize("depth", [1, 3, 7, 20])
 @pytest.mark.parametrize("pixels", [1, 600, 10**6])
 def test_predictions_of_another_depth_are_interpolated_linearly(depth, pixels):
     """The network sees `depth` slices of a volume of 7: every slab gives what one gives."""
@@ -301,37 +237,10 @@ def test_ranks_write_every_slice_once(world):
     np.testing.assert_array_equal(writer.array, volume > 127)
 
 
-def test_slices_beyond_the_volume_are_not_written():
-    ids, prob, calls = Writer((5, 4, 6)), Writer((5, 4, 6)), []
-    values = random_image(8, 1, 4, 6).sigmoid()
-    stream = [(slice(0, 3), values[:3]), (slice(3, 8), values[3:])]
-    emseg.predict_volume(stream, {ids: emseg.class_ids}, (5, 4, 6), probability=prob,
-                         progress=lambda *call: calls.append(call))
-    np.testing.assert_array_equal(prob.array, values[:5, 0].numpy())
-    assert (ids.written == 1).all() and calls == [(3, 5), (5, 5)]
-
-
-def test_one_stream_fills_several_files():
-    values = random_image(5, 3, 4, 6).sigmoid()
-    highest, second = Writer((5, 4, 6)), Writer((5, 4, 6))
-    stream = [(slice(0, 2), values[:2]), (slice(2, 5), values[2:])]
-    emseg.predict_volume(stream, {highest: emseg.class_ids,
-                                  second: lambda prob: prob[:, 1] > 0.4}, (5, 4, 6))
-    np.testing.assert_array_equal(highest.array, values.numpy().argmax(1))
-    np.testing.assert_array_equal(second.array, values.numpy()[:, 1] > np.float32(0.4))
-
-
-@pytest.mark.parametrize("pixels", [1, 100, 350, 10**6])
-def test_slabs_tile_the_volume(pixels):
-    found = emseg.slabs((11, 10, 10), pixels)
-    assert [z for slab in found for z in range(slab.start, slab.stop)] == list(range(11))
-    assert max(s.stop - s.start for s in found) == min(11, max(1, pixels // 100))
-
-
 # -- neighbouring slices
 
 
-CONTEXTS = [1, 2, 3, 4, 7, 15]
+CONTEXTS = [1, 4, 15]
 
 
 def padded_by_numpy(volume, context):
@@ -362,23 +271,10 @@ def test_slabs_with_context_equal_one_shot(context, pixels):
     torch.testing.assert_close(torch.cat([prob for _, prob in found]), wanted)
 
 
-def test_ranks_take_slabs_in_turn_with_their_context():
-    volume = random_ids((7, 8, 10), 256)
-    predict, _ = predict_middle(5)
-    options = dict(image=InMemory(volume), shape=volume.shape, context=5, pixels=170)
-    whole = list(emseg.predict_by_slabs(predict, **options))
-    assert len(whole) == 4
-    for rank in range(3):
-        own = list(emseg.predict_by_slabs(predict, **options, rank=rank, world=3))
-        assert [slab for slab, _ in own] == [slab for slab, _ in whole[rank::3]]
-        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(own, whole[rank::3]))
-
-
 # -- tiles and windows
 
 
-@pytest.mark.parametrize("side, tile, grid", [(2048, 1152, 16), (1304, 1152, 8), (100, 100, 1),
-                                              (61, 20, 1), (4096, 512, 32)])
+@pytest.mark.parametrize("side, tile, grid", [(2048, 1152, 16), (100, 100, 1), (61, 20, 1)])
 def test_weights_of_tiles_add_up_to_one(side, tile, grid):
     total = np.zeros(max(side, tile))
     for start, weight in emseg.tiles(side, tile, grid):
@@ -401,7 +297,7 @@ def test_tiles_give_what_the_whole_slice_gives(size, monkeypatch):
     assert (tiled - whole).abs().max() < 0.05 and (tiled - whole).abs().mean() < 2e-3
 
 
-@pytest.mark.parametrize("depth, world", [(1, 1), (3, 1), (5, 2), (5, 3), (40, 1)])
+@pytest.mark.parametrize("depth, world", [(1, 1), (5, 3), (40, 1)])
 def test_windows_blend_to_what_each_slice_is(depth, world):
     """A network that returns its slices: blending changes nothing, ranks share the slices."""
     volume = InMemory(random_ids((13, 6, 7), 200))
@@ -456,10 +352,9 @@ def test_score_slices_of_a_network_that_sees_the_neighbours(context):
     np.testing.assert_array_equal(found, confusion_by_loops(pred, label.array[zs], 2))
 
 
-@pytest.mark.parametrize("depth", [1, 5, 8])
+@pytest.mark.parametrize("depth", [1, 8])
 def test_score_slices_takes_the_middle_of_a_predicted_window(depth):
-    image = InMemory(random_ids((16, 9, 8), 256))
-    zs = [0, 4, 5, 15]
+    image, zs = InMemory(random_ids((16, 9, 8), 256)), [0, 5, 15]
     label = InMemory(random_ids((16, 9, 8), 2, ignore=0.2, seed=1), slices=zs)
     found = emseg.score_slices(predict_grey, image, label, CLASSES[:2], context=depth)
     np.testing.assert_array_equal(
@@ -473,23 +368,15 @@ def test_score_slices_at_another_threshold():
         found, confusion_by_loops((image.array > 51).astype(int), label.array, 2))
 
 
-def test_ranks_score_every_annotated_slice_once(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+def test_ranks_share_the_annotated_slices_and_add_their_counts(monkeypatch):
     zs, image = list(range(1, 20, 2)), InMemory(random_ids((20, 9, 8), 256))
     label = InMemory(random_ids((20, 9, 8), 3, ignore=0.2, seed=1), slices=zs)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(7))
     parts = [emseg.score_slices(predict_three, image, label, CLASSES, rank=rank, world=3)
              for rank in range(3)]
-    assert sorted(image.read_slices) == zs
+    assert sorted(image.read_slices) == zs and all(part.any() for part in parts)
     whole = emseg.score_slices(predict_three, image, label, CLASSES)
-    np.testing.assert_array_equal(sum(parts), whole)
-    assert all(part.any() for part in parts)
-
-
-def test_ranks_add_their_counts(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(7))
-    image, label = InMemory(random_ids((4, 5, 6), 256)), InMemory(random_ids((4, 5, 6)))
-    found = emseg.score_slices(predict_three, image, label, CLASSES, rank=0, world=2)
-    assert found.sum() == 7 * 60
+    np.testing.assert_array_equal(sum(parts), 7 * whole)
 
 
 # -- metrics
@@ -501,13 +388,6 @@ def test_confusion_on_an_overlap_built_by_hand():
     found = emseg.confusion(pred, truth, 3)
     assert found.dtype == np.int64
     assert found.tolist() == [[[1, 1, 0], [0, 1, 1], [1, 0, 1]], [[0] * 3] * 3]
-
-
-@pytest.mark.parametrize("n", [2, 3, 17, 255])
-def test_confusion_against_loops(n):
-    pred, truth = random_ids((3, 20, 21), n), random_ids((3, 20, 21), n, ignore=0.2, seed=1)
-    np.testing.assert_array_equal(emseg.confusion(pred, truth, n),
-                                  confusion_by_loops(pred, truth, n))
 
 
 TRUTH = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, IGNORE, IGNORE], [IGNORE] * 4,
@@ -548,14 +428,6 @@ def test_scores_of_several_classes_by_hand():
     assert found["iou"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert found["miou"] == pytest.approx((1 / 2 + 1 / 2 + 2 / 3) / 3)
     assert found["accuracy"] == pytest.approx(5 / 7)
-
-
-def test_class_that_is_only_predicted_or_only_true():
-    truth, pred = np.array([[[0, 0, 1]]], np.uint8), np.array([[[0, 2, 0]]], np.uint8)
-    found = emseg.scores(emseg.confusion(pred, truth, 3), CLASSES)["per_class"]
-    keys = "dice", "iou", "precision", "recall", "dice_nonempty", "dice_slices_nonempty"
-    assert [found["a"][key] for key in keys] == [0, 0, None, 0, 0, 0]
-    assert [found["b"][key] for key in keys] == [0, 0, 0, None, None, None]
 
 
 def test_nothing_annotated_leaves_every_score_undefined():

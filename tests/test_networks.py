@@ -1,6 +1,5 @@
 """Networks and losses against published counts, independent formulas and NumPy loops."""
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +16,6 @@ import train_cps
 import train_partial
 import train_seget
 import train_sparse
-from conftest import enlarged, normalised, random_statistics
 
 IGNORE = emseg.IGNORE
 NETWORKS = {**train_2d3d.MODELS, **train_seget.MODELS, **emseg.NETWORKS, **emseg.NETWORKS_3D}
@@ -203,7 +201,7 @@ def test_valid_unet_has_the_published_sides():
     assert (network.stride, network.offset, network.margin) == (16, 12, 92)
 
 
-@pytest.mark.parametrize("levels", [2, 3, 4])
+@pytest.mark.parametrize("levels", [2, 4])
 def test_valid_unet_equals_the_interior_of_a_padded_one(levels):
     valid, padded = tiny(levels=levels, padding=0), tiny(levels=levels)
     padded.load_state_dict(valid.state_dict())
@@ -228,8 +226,8 @@ def test_a_unet_without_normalisation_keeps_its_signal():
     assert len(sizes) == 18 and 0.1 < min(sizes) and max(sizes) < 30
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("depth, dtype, tolerance", [
+    (1, torch.float32, 1e-5), (3, torch.float32, 1e-5), (2, torch.bfloat16, 0.02)])
 def test_convolution_3d_and_its_gradients_can_be_trusted(depth, dtype, tolerance):
     torch.manual_seed(0)
     conv = emseg.Conv3d(16, 32, bias=False)
@@ -247,145 +245,23 @@ def test_convolution_3d_and_its_gradients_can_be_trusted(depth, dtype, tolerance
         assert (found - wanted).norm() < tolerance * wanted.norm()
 
 
-def unet3d_by_hand(state, x):
-    def block(x, name):
-        for norm, conv in (0, 1), (3, 4):
-            scale, shift = state[f"{name}.{norm}.weight"], state[f"{name}.{norm}.bias"]
-            x = F.group_norm(x, math.gcd(8, x.shape[1]), scale, shift)
-            x = F.conv3d(x, state[f"{name}.{conv}.weight"], padding=1).relu()
-        return x
-
-    skips = []
-    for level in range(4):
-        x = block(F.max_pool3d(x, 2) if level else x, f"encoder.{level}")
-        skips.append(x)
-    for level, skip in enumerate(skips[2::-1]):
-        x = torch.cat([skip, F.interpolate(x, size=skip.shape[2:])], 1)
-        x = block(x, f"decoder.{level}")
-    return F.conv3d(x, state["head.weight"], state["head.bias"])
-
-
-@pytest.mark.parametrize("sides", [(8, 16, 24), (13, 17, 10)])
-def test_unet3d_by_hand(sides):
+def test_a_strided_bottleneck_and_its_gradients_can_be_trusted():
+    """Channels last, where oneDNN has given wrong gradients (issue 6035)."""
     torch.manual_seed(0)
-    network = emseg.UNet3D(2, 3, 8).double()
-    for norm in network.modules():
-        if isinstance(norm, nn.GroupNorm):              # 1 and 0 at first, which hides their place
-            nn.init.uniform_(norm.weight, 0.5, 2)
-            nn.init.uniform_(norm.bias, -1, 1)
-    x = torch.randn(2, 2, *sides, dtype=torch.float64)
-    torch.testing.assert_close(network(x), unet3d_by_hand(network.state_dict(), x))
-
-
-# -- rivals of SegET, DeepLabs
-
-
-def vgg_by_hand(state, x):
-    """Pooled outputs, outputs and places of the encoder's five blocks."""
-    pooled, full, places = [], [], []
-    for level in range(5):
-        full.append(normalised(state, f"encoder.{level}", pooled[-1] if level else x))
-        best, at = F.max_pool2d(full[-1], 2, return_indices=True)
-        pooled.append(best)
-        places.append(at)
-    return pooled, full, places
-
-
-def fcn8s_by_hand(state, x):
-    (_, _, pool3, pool4, pool5), *_ = vgg_by_hand(state, x)
-    x = normalised(state, "classifier.0", pool5)
-    x = normalised(state, "classifier.2", x)
-
-    def score(name, x):
-        return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def up(name, x, factor):
-        return F.conv_transpose2d(x, state[f"{name}.weight"], stride=factor, padding=factor // 2,
-                                  groups=x.shape[1])
-
-    x = up("up", score("score", x), 2) + score("score_pool4", pool4)
-    return up("up_pool3", up("up_pool4", x, 2) + score("score_pool3", pool3), 8)
-
-
-def segnet_by_hand(state, x):
-    (*_, x), _, places = vgg_by_hand(state, x)
-    for level in range(5):
-        x = normalised(state, f"decoder.{level}", F.max_unpool2d(x, places[4 - level], 2))
-    return F.conv2d(x, state["head.weight"], state["head.bias"], padding=1)
-
-
-def deeplab_by_hand(state, x):
-    _, full, _ = vgg_by_hand(state, x)
-    x = full[4]
-    for block in range(3):
-        x = normalised(state, f"dilated.{block}", x, padding=2, dilation=2)
-    seen = [normalised(state, "aspp.branches.0", x)] + [
-        normalised(state, f"aspp.branches.{i}", x, padding=rate, dilation=rate)
-        for i, rate in enumerate((6, 12, 18), 1)]
-    kernel, bias = state["aspp.image.0.weight"], state["aspp.image.0.bias"]
-    image = F.conv2d(x.mean((2, 3), keepdim=True), kernel, bias)
-    seen.append(image.relu() * torch.ones_like(seen[0]))
-    x = normalised(state, "aspp.project", torch.cat(seen, 1))
-    low = normalised(state, "low_level", full[2])
-    x = normalised(state, "decoder", torch.cat([enlarged(x, 4), low], 1))
-    return enlarged(F.conv2d(x, state["head.weight"], state["head.bias"]), 4)
-
-
-@pytest.mark.parametrize("name, by_hand", [
-    ("fcn8s", fcn8s_by_hand), ("segnet", segnet_by_hand), ("deeplabv3plus", deeplab_by_hand)])
-def test_rivals_by_hand(name, by_hand):
-    torch.manual_seed(0)
-    network = random_statistics(emseg.NETWORKS[name](2, 3, 4)).double()
-    x = torch.randn(2, 2, 64, 96, dtype=torch.float64)
-    with torch.no_grad():
-        wanted = by_hand(network.state_dict(), x)
-        assert wanted.std() > 0.01
-        torch.testing.assert_close(network(x), wanted)
-
-
-@pytest.mark.parametrize("c_in, stride, dilation", [(4, 2, 1), (4, 1, 2), (32, 1, 3)])
-def test_bottleneck_and_its_gradients_can_be_trusted(c_in, stride, dilation):
-    torch.manual_seed(0)
-    block, exact = [emseg.Bottleneck(c_in, 32, stride, dilation) for _ in range(2)]
+    block, exact = [emseg.Bottleneck(4, 32, stride=2) for _ in range(2)]
     exact.load_state_dict(block.state_dict())
-    x, results = torch.randn(4, c_in, 24, 20), []
+    x, results = torch.randn(4, 4, 24, 20), []
     for part, image in (block.to(memory_format=torch.channels_last),
                         x.to(memory_format=torch.channels_last)), (exact.double(), x.double()):
         out = part(image.requires_grad_())
         (out.double() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
         results.append([out, image.grad, *[p.grad for p in part.parameters()]])
-    assert results[0][0].shape == (4, 32, 24 // stride, 20 // stride)
+    assert results[0][0].shape == (4, 32, 12, 10)
     for found, wanted in zip(*results):
         assert (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
 # -- FracTALResNet and CEECNet
-
-
-def random_norms(network):
-    """Weights of norms, and scales of attention, that show where they are used."""
-    torch.manual_seed(1)
-    for name, parameter in network.named_parameters():
-        if parameter.dim() == 1:
-            low, high = (0.3, 0.7) if "gamma" in name else (-1, 1) if "bias" in name else (0.5, 2)
-            nn.init.uniform_(parameter, low, high)
-    return network.eval().requires_grad_(False)
-
-
-def grouped(state, name, x, relu=True, **options):
-    """Convolutions, GroupNorms and ReLUs of a conv_block, from its weights alone."""
-    for i in 0, 3:
-        if f"{name}.{i}.weight" in state:
-            kernel, bias = state[f"{name}.{i}.weight"], state[f"{name}.{i}.bias"]
-            x = F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2,
-                         groups=x.shape[1] // kernel.shape[1], **options)
-            x = group_normalised(state, f"{name}.{i + 1}", x)
-            x = x.relu() if relu else x
-    return x
-
-
-def group_normalised(state, name, x):
-    return F.group_norm(x, math.gcd(4, x.shape[1]), state[f"{name}.weight"], state[f"{name}.bias"])
 
 
 def tanimoto_by_the_book(p, q, dims, depth, smooth=1e-5):
@@ -397,7 +273,7 @@ def tanimoto_by_the_book(p, q, dims, depth, smooth=1e-5):
     return sum(each) / depth
 
 
-@pytest.mark.parametrize("depth", [1, 2, 5, 10, 20])
+@pytest.mark.parametrize("depth", [1, 5, 20])
 def test_fractal_tanimoto_is_that_of_the_paper(depth):
     rng = np.random.default_rng(0)
     p, q = rng.random((2, 2, 3, 4, 5))
@@ -411,82 +287,13 @@ def test_fractal_tanimoto_is_that_of_the_paper(depth):
         np.testing.assert_allclose(one, tanimoto_by_the_book(p, q, dim, depth), rtol=2e-4)
 
 
-@pytest.mark.parametrize("depth", [0, 1, 5, 30])
+@pytest.mark.parametrize("depth", [0, 5])
 def test_fractal_tanimoto_has_finite_gradients_at_equality(depth):
     for value in 0.0, 0.5, 1.0:
         p = torch.full((1, 2, 4, 4), value, requires_grad=True)
         total = sum(x.sum() for x in emseg.fractal_tanimoto(p, p.detach(), 1, (2, 3), depth=depth))
         total.backward()
         assert total.item() == pytest.approx(16 + 2) and p.grad.abs().max() < 1e-3
-
-
-def test_masked_fractal_tanimoto_is_that_of_the_kept_pixels():
-    p, q = torch.rand(2, 1, 3, 6, 7, requires_grad=True)
-    p.retain_grad()
-    valid = torch.rand(1, 1, 6, 7) > 0.4
-    kept = [x[:, :, None, valid[0, 0]] for x in (p, q)]
-    found, wanted = [emseg.fractal_tanimoto(*x, (1, 2, 3), depth=3, **options)[0] for x, options in
-                     (((p, q), {"valid": valid}), (kept, {}))]
-    torch.testing.assert_close(found, wanted)
-    found.sum().backward()
-    assert (p.grad.ne(0) == valid).all()
-
-
-def attention_by_hand(state, name, x, y):
-    query, key, value = [1 / (1 + (-grouped(state, f"{name}.{part}", z, relu=False)).exp()) for
-                         part, z in (("query", x), ("key", y), ("value", y))]
-    at_pixel, in_channel = [torch.from_numpy(tanimoto_by_the_book(query.numpy(), key.numpy(), dim,
-                                                                  5)) for dim in (1, (2, 3))]
-    out = group_normalised(state, f"{name}.norm", (in_channel * value) * (at_pixel * value))
-    return 1 + state[f"{name}.gamma"] * out
-
-
-def fractal_unit_by_hand(state, name, x):
-    y = x
-    for norm in 0, 3:
-        y = group_normalised(state, f"{name}.residual.{norm}", y).relu()
-        kernel, bias = [state.get(f"{name}.residual.{norm + 2}.{part}") for part in
-                        ("weight", "bias")]
-        y = F.conv2d(y, kernel, bias, padding=1, groups=x.shape[1] // kernel.shape[1])
-    return (x + y) * attention_by_hand(state, f"{name}.attention", x, x)
-
-
-def fusion_by_hand(state, name, a, b):
-    emphasised = [a * attention_by_hand(state, f"{name}.attention_a", a, b),
-                  b * attention_by_hand(state, f"{name}.attention_b", b, a)]
-    return grouped(state, f"{name}.merge", torch.cat(emphasised, 1))
-
-
-def ceec_unit_by_hand(state, name, x):
-    ce, ec = [grouped(state, f"{name}.enter_{way}", x, relu=False) for way in ("ce", "ec")]
-    low = grouped(state, f"{name}.compress_ce.0", ce, stride=2)
-    low = enlarged(grouped(state, f"{name}.compress_ce.1", low), 2)
-    ce = fusion_by_hand(state, f"{name}.fuse_ce", grouped(state, f"{name}.expand_ce", low),
-                        grouped(state, f"{name}.skip_ce", ce))
-    high = grouped(state, f"{name}.expand_ec", enlarged(ec, 2))
-    ec = fusion_by_hand(state, f"{name}.fuse_ec",
-                        grouped(state, f"{name}.compress_ec", high, stride=2), ec)
-    both = fusion_by_hand(state, f"{name}.collect",
-                          ce * attention_by_hand(state, f"{name}.attention_ce", ce, ec),
-                          ec * attention_by_hand(state, f"{name}.attention_ec", ec, ce))
-    return (x + both) * attention_by_hand(state, f"{name}.attention", x, x)
-
-
-@pytest.mark.parametrize("unit, by_hand", [(emseg.FractalUnit, fractal_unit_by_hand),
-                                           (emseg.CEECUnit, ceec_unit_by_hand)])
-def test_fractal_units_by_hand(unit, by_hand):
-    torch.manual_seed(0)
-    unit = random_norms(unit(16, 4).double())
-    state = {f"unit.{key}": value for key, value in unit.state_dict().items()}
-    x = torch.randn(2, 16, 6, 10, dtype=torch.float64)
-    wanted = by_hand(state, "unit", x)
-    assert 0.01 < wanted.std() < 100
-    torch.testing.assert_close(unit(x), wanted, atol=2e-5, rtol=1e-5)   # float32 in between
-
-
-def test_fractal_nets_refuse_widths_that_heads_do_not_divide():
-    with pytest.raises(emseg.InputError, match="--width 12: fractalresnet and ceecnet take"):
-        emseg.CEECNet(1, 1, 12)
 
 
 # -- SenFormer
@@ -565,56 +372,6 @@ def test_stochastic_depth_drops_whole_samples():
     torch.testing.assert_close(found[kept], 2 * whole[kept])
 
 
-def test_feature_pyramid_by_hand():
-    torch.manual_seed(0)
-    pyramid = random_statistics(random_tokens(emseg.FPNT([2, 3, 5], 8, 4)))
-    maps = [torch.randn(2, c, 4 * n, 6 * n, dtype=torch.float64)
-            for c, n in ((2, 4), (3, 2), (5, 1))]
-    state, x, wanted = pyramid.state_dict(), 0, []
-    for level in (2, 1, 0):
-        x = x + normalised(state, f"lateral.{level}", maps[level])
-        wanted.insert(0, pyramid.blocks[level](x.movedim(1, 3)))
-        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    torch.testing.assert_close(pyramid(maps), wanted)
-
-
-def attention_by_torch(state, queries, tokens, parts, heads):
-    """Multi-head attention of torch; parts: names and rows of the weights of q, k and v."""
-    weight, bias = [torch.cat([state[f"{name}.{kind}"].unflatten(0, (-1, queries.shape[2]))[row]
-                               for name, row in parts]) for kind in ("weight", "bias")]
-    project = parts[0][0].split(".")[0] + ".project"
-    out, _ = F.multi_head_attention_forward(
-        queries.transpose(0, 1), tokens.transpose(0, 1), tokens.transpose(0, 1), queries.shape[2],
-        heads, weight, bias, None, None, False, 0.0, state[f"{project}.weight"],
-        state[f"{project}.bias"])
-    return out.transpose(0, 1)
-
-
-def learner_block_by_hand(state, queries, features, heads):
-    normal = normed(state, "norm_cross", queries)
-    queries = queries + attention_by_torch(
-        state, normal, features, [("cross.query", 0), ("cross.key_value", 0),
-                                  ("cross.key_value", 1)], heads)
-    normal = normed(state, "norm_attention", queries)
-    queries = queries + attention_by_torch(
-        state, normal, normal, [("attention.qkv", row) for row in range(3)], heads)
-    return mlp_by_hand(state, queries)
-
-
-def test_learner_block_and_its_gradients_against_torch():
-    torch.manual_seed(0)
-    block = random_tokens(emseg.LearnerBlock(6, 3))
-    queries, features = [torch.randn(2, n, 6, dtype=torch.float64, requires_grad=True)
-                         for n in (4, 35)]
-    state, results = dict(block.named_parameters()), []
-    for out in block(queries, features), learner_block_by_hand(state, queries, features, 3):
-        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-        results.append([out, *torch.autograd.grad((out * weight).sum(),
-                                                  [queries, features, *state.values()])])
-    for found, wanted in zip(*results):
-        torch.testing.assert_close(found, wanted)
-
-
 @pytest.mark.parametrize("classes", [1, 3])
 @pytest.mark.parametrize("name, branches", [("senformer", 4), ("unet++", 4), ("unet++3", 2)])
 def test_branches_are_averaged_as_probabilities(name, branches, classes):
@@ -630,24 +387,13 @@ def test_branches_are_averaged_as_probabilities(name, branches, classes):
     assert torch.equal(network.combine(heads), out)
 
 
-def test_what_weight_decay_should_spare_in_senformer_can_be_told_by_name():
-    network, _ = small("senformer")
-    spared = {name for name, p in network.named_parameters()
-              if p.dim() == 1 or "relative" in name or "queries" in name}
-    kernels = {f"{name}.weight" for name, m in network.named_modules()
-               if isinstance(m, (nn.Linear, nn.Conv2d))}
-    assert spared == {name for name, _ in network.named_parameters()} - kernels
-
-
 # -- sides
 
 
 @pytest.mark.parametrize("sides, patch, message", [
     ((8, 0, 0), (20, 16), "--patch-size 20 x 16: .* multiple of 8; nearest to 20: 16 or 24"),
-    ((8, 0, 0), (3, 16), "nearest to 3: 8$"),
     ((8, 0, 0, 3), (9, 16, 17), "patch-size 9 x 16 x 17: .* nearest to 17: 16 or 24"),
     ((16, 12, 92), (570, 572), "sides of 12 \\+ a multiple of 16; nearest to 570: 556 or 572"),
-    ((16, 12, 92), (186, 188), "nearest to 186: 188$"),
     ((16, 12, 92), (60, 60), "nearest to 60: 188$"),
     ((8, 0, 0), (8, 16, 16), "--patch-size 8 x 16 x 16: unet takes two sides, Y X$"),
     ((8, 0, 0, 3), (16, 16), "--patch-size 16 x 16: unet takes three sides, Z Y X$"),
@@ -670,26 +416,6 @@ def test_class_ids_threshold_one_channel_and_take_the_largest_of_several():
     several = torch.tensor([[0.3, 0.2, 0.5], [0.4, 0.35, 0.25]]).T[None, :, :, None]
     ids = emseg.class_ids(several)
     assert ids.dtype == torch.int64 and ids[0, :, 0].tolist() == [2, 0]
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_mean_logits_and_their_gradient_are_those_of_the_mean_probability(channels):
-    torch.manual_seed(0)
-    branches, results = 3 * torch.randn(4, 2, channels, 5, 6), []
-    branches[0, 0] = 15                                 # a learner that is sure
-    for x in branches.clone(), branches.double():
-        x.requires_grad_()
-        if x.dtype == torch.float32:
-            out = emseg.mean_logits(list(x))
-        elif channels == 1:
-            prob = (1 / (1 + (-x).exp())).mean(0)
-            out = (prob / (1 - prob)).log()
-        else:
-            out = (x.exp() / x.exp().sum(2, keepdim=True)).mean(0).log()
-        (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
-        results.append([out.double(), x.grad.double()])
-    for found, wanted in zip(*results):
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_mean_logits_are_exact_for_extreme_ones():

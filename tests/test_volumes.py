@@ -1,11 +1,9 @@
 """Volumes: what open_volume reads, labels, lazy views and writing. EMSEG_DATA adds real files."""
 
-import argparse
 import os
 import pickle
 import re
 import struct
-import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -18,10 +16,11 @@ from matplotlib.image import PIL
 from torch.utils.data import DataLoader
 
 import emseg
-from conftest import MRC_MODES, InMemory, mrc_by_hand
+from conftest import InMemory
 
 VOXEL = (50.0, 4.6, 4.7)
 TYPES = "u1 u2 u4 u8 i1 i2 i4 i8 f2 f4 f8".split()
+MRC_MODES = {"int8": 0, "int16": 1, "float32": 2, "uint16": 6, "float16": 12}
 
 
 def random_volume(shape=(6, 20, 30), dtype=np.uint8, seed=0):
@@ -34,6 +33,24 @@ def random_volume(shape=(6, 20, 30), dtype=np.uint8, seed=0):
 def open_array(tmp_path, array, name="v"):
     np.save(tmp_path / f"{name}.npy", array)
     return emseg.open_volume(tmp_path / f"{name}.npy")
+
+
+def mrc_by_hand(path, array, header=(), order="<", stamp=None, voxel=(40.0, 40.0, 40.0),
+                extended=0):
+    """Write an MRC file: an array (sections, rows, columns), other header entries {offset: bytes},
+    the byte order and that of the machine stamp, the same where none is given. voxel: x, y, z in
+    angstrom; extended: bytes between header and voxels."""
+    head = bytearray(1024)
+    sides = array.shape[::-1]
+    struct.pack_into(f"{order}10i6f", head, 0, *sides, MRC_MODES[array.dtype.name], 0, 0, 0, *sides,
+                     *(n * side for n, side in zip(sides, voxel)), 90, 90, 90)
+    struct.pack_into(f"{order}3i", head, 64, 1, 2, 3)
+    struct.pack_into(f"{order}i", head, 92, extended)
+    head[208:216] = b"MAP " + {"<": b"DD\0\0", ">": b"\x11\x11\0\0"}[stamp or order]
+    for offset, data in dict(header).items():
+        head[offset:offset + len(data)] = data
+    voxels = array.astype(array.dtype.newbyteorder(order)).tobytes()
+    Path(path).write_bytes(bytes(head) + b"\x55" * extended + voxels)
 
 
 def write_png(path, image, mode=None, palette=None):
@@ -175,14 +192,6 @@ def test_folders(tmp_path):
         emseg.open_volume(tmp_path / "t")
 
 
-def test_a_slice_that_is_left_out_is_noted(tmp_path):
-    images = random_volume((4, 8, 9))
-    gap = write_folder(tmp_path / "gap", images, [f"s{n:03}.png" for n in (1, 2, 4, 5)])
-    assert "no slice between 2 and 4" in emseg.gap_notes([emseg.open_volume(gap)])[0]
-    tens = write_folder(tmp_path / "tens", images, [f"s{n:03}.png" for n in (10, 20, 30, 40)])
-    assert not emseg.gap_notes([emseg.open_volume(tens), emseg.open_volume(f"{gap}@2:")])
-
-
 @pytest.mark.parametrize("shape, options", [
     ((5, 20, 30, 3), dict(metadata={"axes": "ZYXS"}, photometric="rgb")),
     ((5, 2, 20, 30), dict(metadata={"axes": "ZCYX"}, imagej=True)),
@@ -227,16 +236,6 @@ def test_a_codec_that_is_missing_is_named(tmp_path):
 
 # --- crops ---
 
-@pytest.mark.parametrize("crop, box", [
-    (":2,3:", np.s_[:2, 3:]), ("3,:,7", np.s_[3:4, :, 7:8]), (" 2:6, 5:15", np.s_[2:6, 5:15])])
-def test_crops(tmp_path, crop, box):
-    array = random_volume()
-    volume = emseg.open_volume(f"{open_array(tmp_path, array).path}@{crop}")
-    np.testing.assert_array_equal(volume[:], array[box])
-    assert volume.file_shape == array.shape and volume.path.endswith(crop)
-    assert array[volume.crop].shape == volume.shape
-
-
 @pytest.mark.parametrize("crop, match", [
     ("0:7", "along z.* 0:6"), (":,20:21", "along y.* 0:20"), (":,:,30", "along x.* 0:30"),
     ("4:2", "empty"), ("1,2,3,4", "three axes"), ("0:6:2", "a crop is"), ("-1:3", "understood")])
@@ -267,8 +266,7 @@ def test_unsigned_bytes_of_mrc_files_without_imods_mark(tmp_path):
 
 @pytest.mark.parametrize("raw, advice", [
     ([-128, -127], "-128=0,-127=1"),                            # a mask drawn in IMOD
-    ([1, 2], "1=0,2=1"),                                        # ilastik, whose background is 1
-    ([1, 2, 3], "1=0,2=1,3=2"), ([0, 1, 255], "0=0,1=1,255=2")])
+    ([1, 2], "1=0,2=1"), ([1, 2, 3], "1=0,2=1,3=2")])           # ilastik, whose background is 1
 def test_advice_on_values_without_background(tmp_path, raw, advice):
     raw = np.array(raw * 4, np.int16)
     with pytest.raises(emseg.InputError, match=f'--label-map="{advice}"'):
@@ -395,35 +393,6 @@ def test_workers_share_a_compressed_tiff(tmp_path):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(volume))[7], array[7])
 
 
-@pytest.mark.parametrize("extension", ["tif", "mrc"])
-def test_big_sparse_file_reads_in_little_memory(tmp_path, extension):
-    path, shape = tmp_path / f"big.{extension}", (300, 4096, 4096)  # 4.7 GiB
-    slab = random_volume((2, 4096, 4096))
-    with emseg.create_volume(path, shape, np.uint8, VOXEL, max_value=100) as writer:
-        writer[250:252] = slab
-    assert os.stat(path).st_blocks * 512 < 200e6  # the rest was never written
-    tracemalloc.start()
-    volume = emseg.open_volume(path)
-    np.testing.assert_array_equal(volume[251, 100:200], slab[1, 100:200])
-    assert volume[100:101].max() == 0
-    assert tracemalloc.get_traced_memory()[1] < 60e6
-    tracemalloc.stop()
-    assert volume.shape == shape and volume.voxel_size == pytest.approx(VOXEL, rel=1e-6)
-
-
-def test_a_process_keeps_a_bounded_number_of_decoded_slices(tmp_path, monkeypatch):
-    monkeypatch.setattr(emseg, "CACHE_BYTES", 3 * 64 * 64)
-    monkeypatch.setattr(emseg, "_kept", emseg.OrderedDict())
-    for name in "ab":
-        tifffile.imwrite(tmp_path / f"{name}.tif", random_volume((9, 64, 64)), compression="zlib")
-    a, b = (emseg.open_volume(tmp_path / f"{name}.tif") for name in "ab")
-    a[:], b[2], a[7]
-    assert [z for _, z in emseg._kept] == [8, 2, 7]
-    monkeypatch.setattr(emseg, "CACHE_BYTES", 1)
-    b[5]
-    assert [z for _, z in emseg._kept] == [5]
-
-
 # --- grey values and other resolutions ---
 
 def test_as_uint8(tmp_path):
@@ -465,15 +434,6 @@ def test_standardize(tmp_path):
     assert np.abs(view[:] - want).max() < 2
 
 
-@pytest.mark.parametrize("mode", ["zscore", "unit", "volume", "equalize"])
-def test_what_the_network_sees(tmp_path, mode):
-    volume = open_array(tmp_path, random_volume((4, 20, 24)) // 2)
-    args = argparse.Namespace(normalize=mode, downsample=2, resize=[4, 16, 20])
-    resized = emseg.resize(emseg.as_uint8(volume, mode), (4, 16, 20), True)
-    np.testing.assert_array_equal(emseg.network_input(volume, args)[:],
-                                  emseg.downsample(resized, 2, "mean")[:])
-
-
 def test_downsample_mean_and_majority(tmp_path):
     array = random_volume((2, 7, 10)) // 20
     volume = open_array(tmp_path, array)
@@ -493,7 +453,7 @@ def test_downsample_mean_and_majority(tmp_path):
         emseg.downsample(volume, 11, "mean")
 
 
-@pytest.mark.parametrize("shape", [(9, 30, 11), (3, 8, 40), (6, 20, 31), (1, 1, 1), (5, 20, 7)])
+@pytest.mark.parametrize("shape", [(9, 30, 11), (3, 8, 40), (1, 1, 1)])
 def test_resize(tmp_path, shape):
     array = random_volume((5, 20, 17))
     volume = open_array(tmp_path, array)
@@ -676,16 +636,6 @@ def test_writer_leaves_nothing_after_an_exception(tmp_path):
                 writer[3:6] = slab
                 raise RuntimeError
     assert os.listdir(tmp_path) == []
-
-
-def test_several_processes_fill_one_file(tmp_path):
-    path, array = tmp_path / "a.mrc", random_volume((4, 5, 6))
-    with emseg.create_volume(path, array.shape, np.uint8) as first:
-        with emseg.create_volume(path, array.shape, np.uint8, attach=True) as second:
-            first[0:2] = array[:2]
-            second[2:4] = array[2:]
-        assert not path.exists()
-    np.testing.assert_array_equal(emseg.open_volume(path)[:], array)
 
 
 def test_bytes_of_mrc_and_probability_stack(tmp_path):
