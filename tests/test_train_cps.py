@@ -61,12 +61,6 @@ def test_the_rate_drops_as_in_the_authors_schedule(seed):
     assert drops == 2
 
 
-def test_validation_or_else_the_comparable_loss_decides_on_the_rate():
-    rows = [{"loss": 3.0, "loss_watched": 2.0}]
-    assert train_cps.watched(argparse.Namespace(history=[0.25], losses=rows)) == [0.75]
-    assert train_cps.watched(argparse.Namespace(history=[], losses=rows)) == [2.0]
-
-
 class TwoHeads(torch.nn.Module):
     """A network of two heads, of which the second predicts; it notes what it sees."""
 
@@ -104,29 +98,24 @@ def check(asked, seen):
         assert torch.equal(target, exact)
 
 
-@pytest.mark.parametrize("on", ["both", "unlabelled"])
-def test_each_network_learns_from_the_other(batch, on):
+def test_each_network_learns_from_the_other(batch):
     networks, image_l, image_u, loss, asked = batch
     heads_l = [heads_of(network, image_l) for network in networks]
-    train_cps.cps_loss(heads_of, networks, loss, heads_l, image_u, on).backward()
-    seen = torch.cat([image_l, image_u]) if on == "both" else image_u
+    train_cps.cps_loss(heads_of, networks, loss, heads_l, image_u).backward()
+    seen = torch.cat([image_l, image_u])
     check(asked, (seen, seen))
     assert all(network.sign.grad is not None for network in networks)
 
 
-@pytest.mark.parametrize("on", ["both", "unlabelled"])
-def test_under_cutmix_whole_images_teach_in_one_training_batch(batch, on, monkeypatch):
+def test_under_cutmix_whole_images_teach_in_one_training_batch(batch, monkeypatch):
     networks, image_l, image_u, loss, asked = batch
-    box = torch.rand(4 if on == "both" else 2, 8, 8) > 0.5
+    box = torch.rand(4, 8, 8) > 0.5
     monkeypatch.setattr(train_cps, "cutmix_boxes", lambda *args: box)
-    train_cps.cps_cutmix_loss(heads_of, networks, loss, image_l, image_u, on).backward()
-    kinds = [image_l, image_u] if on == "both" else [image_u]
-    first, second = [torch.cat([each[half::2] for each in kinds]) for half in (0, 1)]
+    train_cps.cps_cutmix_loss(heads_of, networks, loss, image_l, image_u).backward()
+    first, second = [torch.cat([each[half::2] for each in (image_l, image_u)]) for half in (0, 1)]
     mixed = torch.where(box[:, None], second, first)
     check(asked, (mixed, mixed))                        # the sign of a mixture is the mixed sign
-    whole = 2 * len(box)
-    assert all(network.seen == [(whole, False, True), (whole // 2, True, True)]
-               for network in networks)
+    assert all(network.seen == [(8, False, True), (4, True, True)] for network in networks)
 
 
 def test_the_second_half_of_a_batch_is_pasted_into_the_first():
@@ -163,24 +152,17 @@ def test_cutmix_boxes_have_the_papers_sizes_and_places():
         assert stats.kstest(values, stats.uniform(low, span).cdf).pvalue > 1e-3
 
 
-def test_cross_entropy_can_be_the_cps_loss():
-    logits, label = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
-    wanted = torch.nn.functional.cross_entropy(logits, label)
-    torch.testing.assert_close(train_cps.ce_loss([logits, logits], label), wanted)
-
-
-NAMES = "schedule", "lr", "batch_size", "epochs", "weight_decay", "clip", "cutmix"
-# model and flags -> schedule, lr, batch_size, epochs, weight_decay, clip, cutmix
+NAMES = "schedule", "lr", "batch_size", "epochs", "weight_decay", "clip"
+# model and flags -> schedule, lr, batch_size, epochs, weight_decay, clip
 RECIPES = {
-    "resunet": ("linear", 1e-3, 20, 500, 0, 1, True),
-    "resunet --no-cutmix": ("linear", 1e-3, 12, 300, 0, 1, False),
-    "resunet --method supervised": ("constant", 1e-2, 8, 500, 0, 0, False),
-    "unet++3": ("linear", 1e-3, 20, 500, 0, 1, True),
-    "unet++ --method supervised": ("plateau", 1e-4 * 3 / 256, 3, 500, 0, 0, False),
-    "unet++ --method supervised --cutmix": ("plateau", 1e-4 * 3 / 256, 3, 500, 0, 0, True),
-    "ceecnet --method supervised": ("plateau", 5e-4 * 3 / 256, 3, 500, 0, 0, False),
-    "ceecnet": ("plateau", 5e-4 * 4 / 256, 4, 500, 0, 0, True),
-    "senformer": ("linear", 6e-5, 8, 750, 0.01, 0.1, True),
+    "resunet": ("linear", 1e-3, 20, 500, 0, 1),
+    "resunet --no-cutmix": ("linear", 1e-3, 12, 300, 0, 1),
+    "resunet --method supervised": ("constant", 1e-2, 8, 500, 0, 0),
+    "unet++3": ("linear", 1e-3, 20, 500, 0, 1),
+    "unet++ --method supervised": ("plateau", 1e-4 * 3 / 256, 3, 500, 0, 0),
+    "ceecnet --method supervised": ("plateau", 5e-4 * 3 / 256, 3, 500, 0, 0),
+    "ceecnet": ("plateau", 5e-4 * 4 / 256, 4, 500, 0, 0),
+    "senformer": ("linear", 6e-5, 8, 750, 0.01, 0.1),
 }
 
 
@@ -194,7 +176,7 @@ def test_every_network_trains_as_the_authors_did_unless_told(chosen):
     assert parsed() == pytest.approx(RECIPES[chosen])
     typed = dict(zip(NAMES, ("linear", 0.01, 12, 30, 0.5, 0.25)))
     flags = [text for name, value in typed.items() for text in (emseg.flag_name(name), str(value))]
-    assert parsed(*flags)[:6] == tuple(typed.values())
+    assert parsed(*flags) == tuple(typed.values())
 
 
 class Parts(torch.nn.Module):
@@ -399,7 +381,7 @@ def test_networks_of_several_heads_teach_each_other(cells, tmp_path, capsys, mod
     run("--volume", cells / "image.tif", *label, "--label-slices", "0,3", "--test-volume",
         cells / "image.tif@0:1,0:32,0:32", "--out-dir", tmp_path / "run", *TINY, "--model", model,
         *options, "--width", 4 if model == "senformer" else 8, "--epochs", 2, "--steps-per-epoch", 1)
-    assert f"{model}, CPS" in capsys.readouterr().out
+    assert f"model {model}, method cps" in capsys.readouterr().out
     first, second = log_without_seconds(tmp_path / "run")
     assert float(first["loss_cps"]) == 0 < float(second["loss_cps"])
     assert set(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["modules"]) == {
@@ -424,15 +406,6 @@ def test_the_rate_drops_and_a_resumed_run_knows_the_losses(cells, tmp_path, monk
     assert log_without_seconds(tmp_path / "stopped") == rows
     assert torch.equal(weights(tmp_path / "whole" / "last.pt"),
                        weights(tmp_path / "stopped" / "last.pt"))
-
-
-def test_supervised_training_takes_cutmix(cells, tmp_path, monkeypatch):
-    mix, calls = train_cps.mix, []
-    monkeypatch.setattr(train_cps, "mix", lambda *args: calls.append(1) or mix(*args))
-    for flag, wanted in ("--no-cutmix", 0), ("--cutmix", 2):        # images and labels
-        run(*tiny_cps(cells, tmp_path / flag, "--method", "supervised", flag, "--epochs", 1,
-                      "--steps-per-epoch", 1))
-        assert len(calls) == wanted
 
 
 def test_an_unlabelled_volume_is_used(cells, tmp_path, monkeypatch):
