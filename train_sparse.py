@@ -148,8 +148,8 @@ def refine(masks, truth, k, min_size):
     for n in FAULTS:    # slices with n others in between, one of which is z; the ends are repeated
         pairs = [(np.maximum(z - step, 0), np.minimum(z + n + 1 - step, z[-1]))
                  for step in range(1, n + 1)]
-        masks = annotate(masks & np.logical_and.reduce([masks[a] | masks[b] for a, b in pairs]))
-        masks = settle(masks | np.logical_or.reduce([masks[a] & masks[b] for a, b in pairs]))
+        masks = annotate(masks & np.all([masks[a] | masks[b] for a, b in pairs], 0))    # eq. 2
+        masks = settle(masks | np.any([masks[a] & masks[b] for a, b in pairs], 0))      # eq. 3
     return masks
 
 
