@@ -3071,7 +3071,6 @@ def add_common_args(parser, models, sources):
     data("--label-map", metavar="M", help="label value=class id: 191=1,223=2,*=0 or 128:256=1,*=0")
     data("--ignore-label", type=int, metavar="V", help="label value that marks unannotated voxels")
     data("--classes", nargs="+", metavar="NAME", help="class names, background first")
-    data("--unlabeled-volume", nargs="+", metavar="P", default=[], help="volumes without labels")
     data("--val-volume", nargs="+", metavar="P", default=[], help="volumes that choose best.pt")
     data("--val-label", nargs="+", metavar="P", default=[], help="their labels")
     data("--val-slices", metavar="S", help="annotated slices of --volume kept for validation; n=2 "

@@ -623,14 +623,15 @@ def parse_args(argv=None):
                 brightness=0.03, contrast=0.1, weight_terms=[0.5, 0.5, 0.5], val_slices="24:30",
                 organelles=[1, 2], label_map="2=1,3=2,*=0",
                 classes=["background", "nucleus", "mitochondrion"])
+    quick = dict(width=8, patch_size=[3, 68, 68], spacing=[2, 32, 32], epochs=5, steps_per_epoch=40,
+                 lr=3e-3, decay_steps=100, downsample=2, batch_size=1, elastic=3.0)
     runs = parser.parse_args(argv).ensemble
     if runs:                                    # the first run says how all see the volumes
         argv = [*(sys.argv[1:] if argv is None else argv), "--checkpoint", runs[0]]
     args = emseg.parse(
         parser, argv, demo, settings=lambda args: settings_of(args.model), of_prediction=(
-            "ensemble", "top_k", "organelles", "test_ignore_label", "val_volume", "val_label"))
-    if args.unlabeled_volume:
-        parser.error("--unlabeled-volume: this method learns from labels only; leave it out")
+            "ensemble", "top_k", "organelles", "test_ignore_label", "val_volume", "val_label"),
+        quick=quick)
     if not any(args.weight_terms):
         parser.error("--weight-terms must not all be 0")
     count = len(args.ensemble) or args.instances

@@ -294,6 +294,8 @@ def parse_args(argv=None):
         "downsample": "section 2.2",
         "patch_size": "section 2.2", "normalize": "equalize is the paper's, section 2.1.2"})
     method = parser.add_argument_group("method (Pagano 2023)").add_argument
+    method("--unlabeled-volume", nargs="+", metavar="P", default=[],
+           help="volumes without labels; the other slices of --volume are used in any case")
     method("--method", choices=("supervised", "cps"), default="cps",
            help="labelled slices only, or cross pseudo supervision as well (section 2.4.1)")
     method("--cutmix", action=argparse.BooleanOptionalAction, default=True,

@@ -202,9 +202,10 @@ def parse_args(argv=None):
         "model": "of stage 1: unet is the paper's, unet3d its baseline",
         "steps_per_epoch": "default: 48 crops of each annotated slice; in stage 3, 16 of each "
         "slice: authors' code", "save_probability": "not of stage 2",
-        "patch_size": "default: 512 512, or 16 128 128 for unet3d; paper: whole slices",
-        "unlabeled_volume": "used in stage 3 too (not in paper)"})
+        "patch_size": "default: 512 512, or 16 128 128 for unet3d; paper: whole slices"})
     method = parser.add_argument_group("method (sparse slices, ISBI 2022)").add_argument
+    method("--unlabeled-volume", nargs="+", metavar="P", default=[],
+           help="volumes without labels, segmented and used in stage 3 too (not in paper)")
     method("--deform", choices=("affine", "elastic", "none"), default="affine",
            help="deform half of the crops, piecewise affine or elastic (section 2.2, supplement)")
     method("--mpp", action=argparse.BooleanOptionalAction, default=True,
@@ -228,10 +229,12 @@ def parse_args(argv=None):
                 patch_size=[128, 128], downsample=2, label_slices="0:30:5", lr=1e-3, min_size=30,
                 erosions=6, normalize="equalize", label_map="3=1,2=2,*=0",
                 classes=["background", "mitochondrion", "nucleus"])
+    quick = dict(width=16, epochs=10, scm_epochs=6, steps_per_epoch=20, batch_size=8, tta=False,
+                 patch_size=[128, 128], downsample=2, lr=3e-3)
     args = emseg.parse(parser, argv, demo, settings=lambda args: {
         "scm_epochs": args.epochs,
         "patch_size": [16, 128, 128] if args.model in emseg.NETWORKS_3D else [512, 512],
-    }, of_prediction=("threshold", "mpp", "scm", "min_size"))
+    }, of_prediction=("threshold", "mpp", "scm", "min_size"), quick=quick)
     if args.context % 2 == 0:
         parser.error(f"--context {args.context} has no middle slice; give an odd number")
     args.scm = args.scm and args.mpp
