@@ -97,6 +97,7 @@ def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monk
         run(train_cps, *tiny_cps(cells, tmp_path / "run"))
     assert stopped.value.code == 130 and "--resume --out-dir" in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.json").exists()
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == steps
     monkeypatch.undo()
     run(train_cps, "--resume", "--out-dir", tmp_path / "run")
     assert torch.equal(weights(trained / "last.pt"), weights(tmp_path / "run" / "last.pt"))
