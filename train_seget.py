@@ -51,7 +51,7 @@ Run:
 Expect:
     GPU    not run at the paper's settings
     CPU    test mIoU of membrane, mitochondrion, vesicle 0.752, 0.758, 0.697, average 0.736, seed 0,
-           153 s of one thread on a busy machine
+           153 s of one thread
     EPFL organelles, every fifth of 20 slices held out (tests/replicate.py seget), width 8, 1080
     steps for all three structures together, validation mIoU, average of mitochondria, vesicles and
     PSD: seget 0.820 +- 0.013, unet 0.840 +- 0.017, deeplabv3plus 0.803 +- 0.009, fcn8s 0.788 +-

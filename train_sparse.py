@@ -43,7 +43,7 @@ Run:
 Expect:
     GPU    not run
     CPU    test Dice of coarse, mpp, scm 0.86, 0.88, 0.87 (mitochondria) and 0.94, 0.94, 0.94
-           (nucleus), seed 0, 330 s of one thread on a busy machine
+           (nucleus), seed 0, 280 s of one thread
 """
 
 import argparse
