@@ -17,9 +17,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from scipy import ndimage
-from torch import nn
 
 import emseg
 
@@ -165,45 +162,3 @@ def narrow(model, width):
 
 
 CORNER = "0:32,0:48"                    # of a slice of the cells: two windows, with mitochondria
-
-
-def convolutions(network):
-    """(in, out, kernel side) of every convolution, in the order in which they are made."""
-    return [(m.in_channels, m.out_channels, m.kernel_size[0]) for m in network.modules()
-            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
-
-
-def normalised(state, name, x, relu=True, **options):
-    """All convolutions, BatchNorms with their running statistics, and ReLUs of a conv_block, from
-    its weights alone; relu=False: as it is without them."""
-    convs = sorted({int(key.split(".")[-2]) for key in state if key.startswith(f"{name}.")
-                    and state[key].dim() == 4 and len(key.split(".")) == len(name.split(".")) + 2})
-    for i in convs:
-        kernel = state[f"{name}.{i}.weight"]
-        x = F.conv2d(x, kernel, state.get(f"{name}.{i}.bias"),
-                     **{"padding": kernel.shape[-1] // 2, **options})
-        mean, var, scale, shift = [state[f"{name}.{i + 1}.{part}"].view(1, -1, 1, 1) for part in
-                                   ("running_mean", "running_var", "weight", "bias")]
-        x = (x - mean) / (var + 1e-5).sqrt() * scale + shift
-        x = x.relu() if relu else x
-    return x
-
-
-def random_statistics(network):
-    """Give BatchNorm statistics and weights that show where they are used; prediction mode."""
-    torch.manual_seed(1)
-    for norm in network.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            for tensor, low, high in ((norm.running_mean, -0.1, 0.1), (norm.running_var, 0.05, 0.2),
-                                      (norm.weight, 0.5, 2), (norm.bias, -0.5, 1)):
-                nn.init.uniform_(tensor, low, high)
-    return network.eval()
-
-
-def enlarged(x, factor):
-    """Bilinear enlargement by SciPy; pixels are areas, borders are held."""
-    H, W = x.shape[-2:]
-    y, xs = [(np.arange(n * factor) + 0.5) / factor - 0.5 for n in (H, W)]
-    grid = np.meshgrid(y, xs, indexing="ij")
-    return torch.tensor(np.array([[ndimage.map_coordinates(
-        channel, grid, order=1, mode="nearest") for channel in image] for image in x.numpy()]))
