@@ -495,9 +495,9 @@ def slices_at_once(*members):
 
 
 def load_member(run, path, name):
-    """A finished run (a folder): its name, args, network, predict (see), normalization, best
-    validation MIoU, used slices and mean test scores. Raises InputError where it sees other grey
-    levels, or has other classes, than `run`."""
+    """A finished run (a folder): its name, args, network, predict (see), best validation MIoU,
+    used slices and mean test scores. Raises InputError where it sees other grey levels, or has
+    other classes, than `run`."""
     checkpoint = emseg.load_checkpoint(path)
     args, report = argparse.Namespace(**checkpoint["args"]), Path(path) / "metrics.json"
     for key in ("classes", "normalize", "downsample"):
