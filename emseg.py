@@ -3013,7 +3013,7 @@ INPUTS = {"volume", "label", "label_slices", "unlabeled_volume", "val_volume", "
           "val_slices", "test_volume", "test_label", "voxel_size", "demo", "checkpoint", "init",
           "quick"}
 PATHS = {name for name in INPUTS if name.endswith(("volume", "label"))} | {
-    "checkpoint", "init", "partial", "weights", "ensemble", "coarse"}   # arguments that are paths
+    "checkpoint", "init", "partial", "ensemble", "coarse"}      # arguments that are paths
 # What may be said with --checkpoint; all else has no effect there.
 OF_PREDICTION = OF_THIS_CALL | {"checkpoint", "test_volume", "test_label", "label_map", "tta",
                                 "ignore_label", "voxel_size", "save_probability"}
@@ -3963,7 +3963,7 @@ def inputs_of(args):
 
     named = [text for key in PATHS for text in texts(getattr(args, key, None))]
     return {os.path.realpath(_split_crop(path)[0])
-            for text in named for path in (text, text.partition("=")[2])}
+            for text in named for path in (text, text.partition("=")[2]) if path}
 
 
 def remove_run(folder, inputs):

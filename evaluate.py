@@ -415,7 +415,8 @@ DEFAULT_SCORES = ("dice", "iou", "miou", "miou_org", "val_miou", "val_miou_org",
 @dataclass
 class Result:
     """A finished run, or one of its stages, and its row in tables. title, settings: {name: text};
-    scored_on: ((volume, scored voxels), …); slices: {(number of the volume, class): [Dice, …]}."""
+    scored_on: ((volume, scored voxels), …); slices: {(number of the volume, class): [Dice, …]}.
+    """
     folder: str
     title: dict
     settings: dict

@@ -16,7 +16,7 @@ Equations:
     section 2.3 (stage 2)               postprocess
     section 2.4 (stage 3)               neighbour_masks; soft labels from postprocess
     section 3.1 (training)              train_stage, with emseg.soft_dice_loss
-    figure 2 (neighbours)               --context N
+    figure 2 (neighbours)               --coarse RUN --context N
     table 2 (ablation)                  metrics.json scores each stage; --deform none
 
 Differences from the paper:
@@ -60,6 +60,7 @@ import emseg
 MODELS = {**emseg.NETWORKS, **emseg.NETWORKS_3D}
 FAULTS = (1, 2)                     # of so many slices are mended by eqs. 2 and 3
 HALO = 2 * sum(FAULTS)              # slices that a slice's result depends on, on either side
+OF_STAGE_1 = ("model", "width", "patch_size", "downsample", "normalize", "classes")
 
 
 # -- stage 1: augmentation -------------------------------------------------------------------------
@@ -195,6 +196,14 @@ def augment_masks(run, coarse, soft):
     return neighbour_masks(coarse, run.args.classes), soft[:, soft.shape[1] // 2].long()
 
 
+def settings(args):
+    """Defaults that depend on other flags."""
+    sides = [16, 128, 128] if args.model in emseg.NETWORKS_3D else [512, 512]
+    saved = emseg.load_checkpoint(args.coarse)["args"] if args.coarse else {}
+    return {"scm_epochs": args.epochs, "patch_size": sides,
+            **{name: saved[name] for name in OF_STAGE_1 if saved}}
+
+
 def parse_args(argv=None):
     parser = emseg.Parser(__file__, __doc__)
     emseg.add_common_args(parser, MODELS, sources={
@@ -216,6 +225,8 @@ def parse_args(argv=None):
            help="n of eq. 1, erosions per slice of distance (section 3.1; 6 for platelets, 3.4)")
     method("--min-size", type=emseg.nonnegative, default=300, metavar="N",
            help="smaller objects of a slice are removed in stage 2, in pixels (authors' code)")
+    method("--coarse", metavar="RUN", help="a run of this script or train_cps.py: its network is "
+           "stage 1, with its settings, and not trained again")
     method("--context", type=emseg.positive(int), default=15, metavar="N",
            help="neighbouring masks that stage 3 sees, an odd number (section 2.4, fig. 2)")
     method("--scm-epochs", type=emseg.positive(int), metavar="N",
@@ -231,10 +242,8 @@ def parse_args(argv=None):
                 classes=["background", "mitochondrion", "nucleus"])
     quick = dict(width=16, epochs=10, scm_epochs=6, steps_per_epoch=20, batch_size=8, tta=False,
                  patch_size=[128, 128], downsample=2, lr=3e-3)
-    args = emseg.parse(parser, argv, demo, settings=lambda args: {
-        "scm_epochs": args.epochs,
-        "patch_size": [16, 128, 128] if args.model in emseg.NETWORKS_3D else [512, 512],
-    }, of_prediction=("threshold", "mpp", "scm", "min_size"), quick=quick)
+    args = emseg.parse(parser, argv, demo, settings, quick=quick,
+                       of_prediction=("threshold", "mpp", "scm", "min_size"))
     if args.context % 2 == 0:
         parser.error(f"--context {args.context} has no middle slice; give an odd number")
     args.scm = args.scm and args.mpp
@@ -328,9 +337,14 @@ def main(args):
         emseg.check_patch_size(run.modules["scm"], args.patch_size[-2:], "stage 3")
 
     # stage 1
-    train_stage(run.args_of("coarse", mpp=False, scm=False), run, "network", patches,
-                48 * len(patches.slices) // patches.patch_size[0], augment_slices, predict_slices,
-                val, depth=args.depth)
+    if args.coarse:
+        coarse = emseg.load_checkpoint(args.coarse)
+        emseg.load_weights(run.modules["network"], coarse, "network", args.coarse)
+        run.normalization, run.used = coarse["normalization"], run.used + coarse["used"]
+    else:
+        train_stage(run.args_of("coarse", mpp=False, scm=False), run, "network", patches,
+                    48 * len(patches.slices) // patches.patch_size[0], augment_slices,
+                    predict_slices, val, depth=args.depth)
 
     # stages 2 and 3
     if args.scm:

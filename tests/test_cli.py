@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,8 +37,10 @@ def test_a_run_writes_what_its_config_lists(trained):
             "parameters"} <= set(metrics(trained))
 
 
-def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(trained, cells, tmp_path, capsys):
-    out = tmp_path / "run"
+def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(trained, cells, tmp_path, capsys,
+                                                               monkeypatch):
+    monkeypatch.chdir(tmp_path)                 # the folder may lie below the current one
+    out = Path("run")
     shutil.copytree(trained, out)
     mine = [out / name for name in ("prediction_corrected.tif", "weights_mine.tif")]
     for file in mine:

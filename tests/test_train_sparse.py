@@ -11,6 +11,7 @@ from scipy import ndimage
 
 import conftest
 import emseg
+import train_cps
 import train_sparse
 from conftest import CORNER, InMemory, log_without_seconds, metrics, weights
 
@@ -18,9 +19,9 @@ IGNORE = emseg.IGNORE
 CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], dtype=bool)
 run = functools.partial(conftest.run, train_sparse)
 refused = functools.partial(conftest.refused, train_sparse)
-TINY = ["--width", "4", "--patch-size", "32", "32", "--batch-size", "4", "--epochs", "2",
-        "--steps-per-epoch", "3", "--device", "cpu", "--context", "5", "--min-size", "20",
-        "--no-tta", "--lr", "3e-3"]
+TINY_TRAINING = ["--batch-size", "4", "--epochs", "2", "--steps-per-epoch", "3", "--device", "cpu",
+                 "--min-size", "20", "--no-tta", "--lr", "3e-3"]
+TINY = ["--width", "4", "--patch-size", "32", "32", "--context", "5", *TINY_TRAINING]
 
 
 def training_data(cells):
@@ -316,3 +317,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, chang
     out = tmp_path / "out"
     assert message in refused(capsys, *training_data(cells), "--out-dir", out, *TINY, *change)
     assert not out.exists()
+
+
+def test_a_finished_run_can_be_stage_1(cells, trained, tmp_path, capsys):
+    """--coarse: its network and settings, not trained again; also from train_cps.py."""
+    conftest.run(train_cps, *conftest.tiny_cps(cells, tmp_path / "cps", "--method", "supervised",
+                                               "--steps-per-epoch", 1))
+    for coarse in trained, tmp_path / "cps":
+        out = tmp_path / f"{coarse.name}-3"
+        run(*training_data(cells), *new_data(cells), "--out-dir", out, "--coarse", coarse,
+            "--context", 3, *TINY_TRAINING)
+        assert torch.equal(weights(out / "best.pt", "network"), weights(coarse / "best.pt",
+                                                                        "network"))
+        assert not (out / "coarse").exists() and (out / "scm" / "best.pt").exists()
+    assert np.array_equal(ids_of(tmp_path / "trained-3", "stages/1_coarse.tif"),
+                          ids_of(trained, "stages/1_coarse.tif"))
