@@ -220,7 +220,7 @@ def test_every_rival_trains_and_predicts(cells, tmp_path, model):
     (["--weight-terms", "0", "0", "0"], "--weight-terms must not all be 0"),
     (["--patch-size", "6", "28", "28"], "windows that predict 6 x 24 x 24 voxels do not fit"),
     (["--patch-size", "3", "40", "60"], "nearest to 40: 36 or 44"),
-    (["--unlabeled-volume", "a.tif"], "learns from labels only")])
+    (["--unlabeled-volume", "a.tif"], "unrecognized arguments")])
 def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, change, message):
     out = tmp_path / "out"
     assert message in refused(train_2d3d, capsys, *volumes(cells), *TINY, "--out-dir", out, *change)

@@ -210,7 +210,7 @@ def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monk
 @pytest.mark.parametrize("change, message", [
     (["--partial", "{image}@3:7", "{label}@3:7", "5=1"], "classes 0 to 4"),
     (["--partial", "{image}@3:7", "{image}@3:7", "3=1"], "class ids 0 to 4"),
-    (["--unlabeled-volume", "{image}"], "goes to --partial"),
+    (["--unlabeled-volume", "{image}"], "unrecognized arguments"),
     (["--resize", "4", "64", "64", "--downsample", "2"], "give one of them"),
     (["--val-slices", "0,1,2"], "no slice to train on shows the class mitochondrion"),
 ])
