@@ -35,12 +35,11 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import emseg                            # before torch, see there
 import numpy as np
 import torch
 from scipy import ndimage, sparse, stats
 from scipy.spatial import cKDTree
-
-import emseg
 
 SLAB = 2**23                # voxels that are read together
 BYTES_PER_VOXEL = 18        # of memory for objects or segments, measured

@@ -64,12 +64,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import emseg                            # before torch, see there
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import emseg
 
 # The printed lambdas and Adam's epsilon are for a loss summed over a window's voxels, whose squares
 # are halved; these are for its mean.

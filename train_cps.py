@@ -59,10 +59,9 @@ import argparse
 import functools
 import math
 
+import emseg                            # before torch, see there
 import torch
 import torch.nn.functional as F
-
-import emseg
 
 MODELS = {**emseg.NETWORKS}
 AUGMENTATION = {"flip": True, "rot90": True}        # section 2.2

@@ -49,9 +49,8 @@ Expect:
 import math
 import re
 
+import emseg                            # before torch, see there
 import torch
-
-import emseg
 
 MODELS = {**emseg.NETWORKS}
 AUGMENTATION = {"rotation": 180.0, "scale": 0.2}        # section 3

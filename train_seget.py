@@ -67,11 +67,10 @@ import json
 import math
 import os
 
+import emseg                            # before torch, see there
 import numpy as np
 import torch
 from torch import nn
-
-import emseg
 
 # Section 3.2. decay: the rate is divided by 1 + decay * step; patience: epochs without a better
 # validation mIoU before the training ends, reduce_patience: before the rate is halved; weight_cap:

@@ -51,11 +51,10 @@ import dataclasses
 import functools
 import math
 
+import emseg                            # before torch, see there
 import numpy as np
 import torch
 from scipy import ndimage
-
-import emseg
 
 MODELS = {**emseg.NETWORKS, **emseg.NETWORKS_3D}
 FAULTS = (1, 2)                     # of so many slices are mended by eqs. 2 and 3

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -279,6 +280,13 @@ def test_a_class_that_downsampling_removes_is_named(tmp_path, capsys):
                             "--downsample", "4", "--patch-size", "16", "16", "--method",
                             "supervised")
     assert "--downsample 4" in line
+
+
+def test_threads_are_told_to_sleep_before_torch_is_loaded():
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    for script in sorted(ROOT.glob("[te]*.py")):
+        first = re.search(r"^(?:import|from) (emseg|numpy|torch|scipy)", script.read_text(), re.M)
+        assert first[1] == "emseg" or script.name == "emseg.py"
 
 
 def test_help_shows_the_whole_docstring(capsys):
