@@ -62,7 +62,6 @@ import scipy
 import tifffile
 import torch
 import torch.nn.functional as F
-from matplotlib.image import PIL
 from scipy import ndimage
 from scipy.spatial import cKDTree
 from torch import nn
@@ -374,9 +373,15 @@ def _open_mrc(file):
                   start=[start[axis] for axis in axes], note=note)
 
 
+def _png(file):
+    """An opened PNG file. Matplotlib reads PNG by Pillow, which gives palette indices."""
+    from matplotlib.image import PIL                        # takes 0.3 s, of use here only
+    return PIL.PngImagePlugin.PngImageFile(file)
+
+
 def _open_png(file):
-    """The one slice of a PNG file. Matplotlib reads PNG by Pillow, which gives palette indices."""
-    with PIL.PngImagePlugin.PngImageFile(file) as image:
+    """The one slice of a PNG file."""
+    with _png(file) as image:
         dtype = np.dtype(np.uint16 if image.mode.startswith("I") else np.uint8)
         return Volume(file, "slices", (1, image.height, image.width), dtype, partial(
             _read_pages, partial(_decode_png, file)), numbers=_numbers([file]))
@@ -384,7 +389,7 @@ def _open_png(file):
 
 def _decode_png(file, z):
     """Grey values (Y, X), palette indices as they stand. White is 255 in masks of 1 bit, too."""
-    with PIL.PngImagePlugin.PngImageFile(file) as image:
+    with _png(file) as image:
         page, has_alpha = np.asarray(image), image.mode in ("LA", "RGBA")
     if page.ndim == 3:
         colours = page[..., : page.shape[2] - has_alpha]
