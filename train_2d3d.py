@@ -623,7 +623,7 @@ def parse_args(argv=None):
                 organelles=[1, 2], label_map="2=1,3=2,*=0",
                 classes=["background", "nucleus", "mitochondrion"])
     quick = dict(width=8, patch_size=[3, 68, 68], spacing=[2, 32, 32], epochs=5, steps_per_epoch=40,
-                 lr=3e-3, decay_steps=100, downsample=2, batch_size=1, elastic=3.0)
+                 lr=3e-3, decay_steps=100, downsample=4, batch_size=1, elastic=3.0)
     runs = parser.parse_args(argv).ensemble
     if runs:                                    # the first run says how all see the volumes
         argv = [*(sys.argv[1:] if argv is None else argv), "--checkpoint", runs[0]]

@@ -320,8 +320,8 @@ def parse_args(argv=None):
                 patch_size=[128, 128], downsample=2, label_slices="n=7", lr=5e-3,
                 cps_warmup=[3.0, 8.0], label_map="3=1,2=2,*=0",
                 classes=["background", "mitochondrion", "nucleus"])
-    quick = dict(model="unet", width=16, epochs=10, steps_per_epoch=20, batch_size=8,
-                 patch_size=[128, 128], downsample=2, lr=5e-3, cps_warmup=[2.0, 5.0])
+    quick = dict(model="unet", width=16, epochs=10, steps_per_epoch=20, batch_size=16, cutmix=False,
+                 patch_size=[64, 64], downsample=4, lr=5e-3, cps_warmup=[4.0, 8.0])
     args = emseg.parse(parser, argv, demo, settings=recipe, quick=quick)
     if args.average_branches and args.model not in ("unet++", "unet++3"):
         parser.error(f"--average-branches: {args.model} has no branches; unet++ and unet++3 "

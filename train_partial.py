@@ -123,8 +123,8 @@ def parse_args(argv=None):
     demo = dict(model="unet", width=8, epochs=20, steps_per_epoch=30, batch_size=4, lr=3e-3,
                 patch_size=[96, 96], label_map="1=1,2=2,3=3,*=0",
                 classes=["background", "membrane", "nucleus", "mitochondrion"])
-    quick = dict(model="unet", width=16, epochs=10, steps_per_epoch=50, batch_size=4, lr=5e-3,
-                 patch_size=[128, 128], downsample=2)
+    quick = dict(model="unet", width=16, epochs=10, steps_per_epoch=30, batch_size=16, lr=5e-3,
+                 patch_size=[64, 64], downsample=4)
     args = emseg.parse(parser, argv, demo, quick=quick)
     if args.resize and args.downsample > 1:
         parser.error("--resize and --downsample both set the resolution; give one of them")

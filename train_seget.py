@@ -350,8 +350,8 @@ def parse_args(argv=None):
     demo = dict(width=8, epochs=4, batch_size=1, patch_size=[144, 144], lr=6e-3, decay=4e-3,
                 augment=True, label_map="1=1,3=2,4=3,*=0",
                 classes=["background", "membrane", "mitochondrion", "vesicle"])
-    quick = dict(width=8, epochs=8, steps_per_epoch=15, batch_size=4, patch_size=[128, 128],
-                 downsample=2, lr=6e-3, decay=4e-3, augment=True)
+    quick = dict(width=8, epochs=8, steps_per_epoch=20, batch_size=8, patch_size=[64, 64],
+                 downsample=4, lr=6e-3, decay=4e-3, augment=True)
     args = emseg.parse(parser, argv, demo, quick=quick)
     args.stride = args.stride or [max(1, side // 2) for side in args.patch_size]
     if args.val_slices is None and not args.val_volume:
