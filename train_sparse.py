@@ -239,8 +239,8 @@ def parse_args(argv=None):
                 patch_size=[128, 128], downsample=2, label_slices="0:30:5", lr=1e-3, min_size=30,
                 erosions=6, normalize="equalize", label_map="3=1,2=2,*=0",
                 classes=["background", "mitochondrion", "nucleus"])
-    quick = dict(width=16, epochs=10, scm_epochs=6, steps_per_epoch=20, batch_size=16, tta=False,
-                 patch_size=[64, 64], downsample=4, lr=3e-3)
+    quick = dict(width=16, epochs=10, scm_epochs=6, steps_per_epoch=25, batch_size=16, tta=False,
+                 patch_size=[64, 64], downsample=4, lr=1e-3)
     args = emseg.parse(parser, argv, demo, settings, quick=quick,
                        of_prediction=("threshold", "mpp", "scm", "min_size"))
     if args.context % 2 == 0:
