@@ -3120,7 +3120,7 @@ def add_common_args(parser, models, sources):
     run("--compile", action="store_true", help="torch.compile the networks")
     run("--save-probability", action="store_true", help="also write the probabilities")
     run("--tta", action=flag, default=False, help="average predictions over eight views")
-    run("--demo", action="store_true", help="synthetic data, about a minute on two CPU cores")
+    run("--demo", action="store_true", help="synthetic data, minutes on two CPU cores")
     run("--quick", action="store_true", help="a first result on own slices of 256 pixels or more "
         "in some two minutes on two CPU cores: a small network, few steps, see the script")
     for action in parser._actions:
