@@ -353,7 +353,7 @@ def main(args):
                         for ids in ([item.image for item in stack], soft)]
         patches = emseg.Patches(coarse, soft, [args.context, *args.patch_size[-2:]],
                                 foreground=args.foreground, seed=(args.seed, 1))
-        train_stage(run.args_of("scm", epochs=args.scm_epochs), run, "scm", patches,
+        train_stage(run.args_of("scm", epochs=args.scm_epochs, init=None), run, "scm", patches,
                     16 * sum(len(item.volume) for item in stack), augment_masks, predict_masks,
                     with_masks(run, val), context=args.context)
 
