@@ -44,6 +44,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections import OrderedDict
@@ -226,7 +227,7 @@ def _parse_range(text, size, what):
     stop = int(match[3] or size) if match[2] else start + 1
     found = range(start, stop, int(match[4] or 1))
     if not found or stop > size:
-        raise InputError(f"{what}: '{text}' is empty or outside the volume, 0:{size}")
+        raise InputError(f"{what}: '{text}' is empty or outside the volume, 0 to {size - 1}")
     return found
 
 
@@ -769,19 +770,25 @@ def pair_labels(path, volume, label_slices=None):
 
     A label folder is paired with a folder of images by the numbers in the names of the files, and
     with a file of more slices by z; what has no label is not annotated. Else labels have the shape
-    of the volume. label_slices: text for parse_slices, of the slices to use.
+    of the volume. Without a crop of their own they take the volume's. label_slices: text for
+    parse_slices, of the slices to use.
     """
     path = os.fspath(path)
     file, crop = _split_crop(path)
     label, depth = open_volume(file), volume.file_shape[0]
     fewer = label.format == "slices" and len(label) < depth
+    alike = label.shape[1:] == volume.file_shape[1:] and (fewer or len(label) == depth)
+    if crop and alike and _parse_crop(path, crop, volume.file_shape) != [*volume.crop]:
+        raise InputError(f"{path} is cropped elsewhere than its volume, {volume.path}; crop both "
+                         f"alike, or the volume alone")
     if fewer and label.numbers is None:
         raise InputError(f"{path}: {len(label)} label slices for {depth} image slices are paired "
                          "by the numbers in their names; give each its own number")
     if fewer or label.numbers and volume.numbers and depth > 1:
         label, rows = _pair_by_number(path, label, crop, volume)
     else:
-        label = open_volume(path)
+        follows = not crop and label.shape == volume.file_shape
+        label = label.cropped(volume.crop, path) if follows else open_volume(path)
         rows = np.arange(len(label))
     shape = (len(rows), *label.shape[1:])
     if shape != volume.shape:
@@ -839,6 +846,9 @@ def class_of_values(path, values, n_classes, label_map=None, merge=None, flag="-
     if label_map:
         class_of = {v: label_map.get(v, label_map.get("*")) for v in values}
         for v, k in class_of.items():
+            if k is None:
+                raise InputError(f"{path}: value {v} has no class; add {v}=0 to {flag}, or *=0 for "
+                                 f"all values that it does not name")
             if k not in merged:
                 raise InputError(f"{path}: value {v} is class {k} by {flag}; wanted one of the "
                                  f"{n_classes} classes for each value, or *=0 for all the rest")
@@ -2959,15 +2969,18 @@ def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
     figure = new_figure(figsize=(9, 2.9 * len(items)))
     for axis, (name, dice, marked) in zip(figure.subplots(len(items), squeeze=False)[:, 0], items):
         for k, (class_name, color) in enumerate(zip(classes[1:], itertools.cycle(colors)), 1):
-            axis.plot(dice[:, k], ".-", color=color, linewidth=1, label=plain(class_name))
+            if np.isfinite(dice[:, k]).any():
+                axis.plot(dice[:, k], ".-", color=color, linewidth=1, label=plain(
+                    textwrap.fill(class_name, 32)))
         if len(marked):
             axis.vlines(marked, 0, 1, color="0.4", linewidth=1, linestyle="--",
                         transform=axis.get_xaxis_transform(), label="labelled slices")
-        axis.set(title=plain(name), xlabel="z", ylabel="Dice of the slice",
+        axis.set(title=plain(textwrap.fill(name, 80)), xlabel="z", ylabel="Dice of the slice",
                  xlim=(-0.5, len(dice) - 0.5))
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
+        if axis.lines or len(marked):
+            axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
@@ -2982,10 +2995,10 @@ def save_histogram(path, panels, score):
                                      panels.items()):
         for line, values in enumerate(groups.values()):
             axis.plot(values, [line] * len(values), "o", color=CLASS_COLORS[-1], alpha=0.5)
-        axis.set_yticks(range(len(groups)), [plain(f"{name} ({len(values)})")
-                                             for name, values in groups.items()])
+        axis.set_yticks(range(len(groups)), [plain(textwrap.fill(f"{name} ({len(values)})", 40))
+                                             for name, values in groups.items()], fontsize=8)
         axis.set(xlabel=score, ylim=(len(groups) - 0.5, -0.5))
-        axis.set_title(plain(title), fontsize=9)
+        axis.set_title(plain(textwrap.fill(title, 80)), fontsize=9)
         axis.grid(alpha=0.3)
     save_figure(figure, path)
 
@@ -3026,6 +3039,11 @@ PATHS = {name for name in INPUTS if name.endswith(("volume", "label"))} | {
 # What may be said with --checkpoint; all else has no effect there.
 OF_PREDICTION = OF_THIS_CALL | {"checkpoint", "test_volume", "test_label", "label_map", "tta",
                                 "ignore_label", "voxel_size", "save_probability"}
+
+
+# What --init and train_sparse.py's --coarse take over from another run.
+OF_NETWORK = ("model", "width", "average_branches", "patch_size", "downsample", "normalize",
+              "classes")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -3113,7 +3131,7 @@ def add_common_args(parser, models, sources):
     run("--checkpoint", metavar="F", help="a run, or its best.pt: predict --test-volume, no "
         "training")
     run("--init", metavar="F", help="a run, or its best.pt: start the training from its networks, "
-        "after a few slices were corrected, say")
+        "with its --model, --width, --downsample, …, after a few slices were corrected, say")
     run("--seed", type=int, default=0, metavar="N", help="seed of everything random")
     run("--device", metavar="D", help="cpu, cuda, cuda:1, mps; default: the best there is")
     run("--amp", action=flag, help="mixed precision; default: what the device does well")
@@ -3146,7 +3164,10 @@ def parse(parser, argv, demo, settings=lambda args: {}, of_prediction=(), quick=
         if getattr(args, one) and getattr(args, other):
             parser.error(f"--{one} and --{other} contradict each other")
     try:
-        given = {**(demo if args.demo else (quick or {}) if args.quick else {}), **typed}
+        start = args.init or getattr(args, "coarse", None)
+        saved = load_checkpoint(start)["args"] if start else {}
+        saved = {name: saved[name] for name in OF_NETWORK if name in saved.keys() & names.keys()}
+        given = {**(demo if args.demo else (quick or {}) if args.quick else {}), **saved, **typed}
         if args.checkpoint:
             training = sorted(set(typed) - OF_PREDICTION - set(of_prediction))
             if training:
@@ -4022,7 +4043,8 @@ def load_weights(module, checkpoint, key, path):
     try:
         module.load_state_dict(checkpoint["modules"][key])
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: does not fit this network ({_one_line(error)})")
+        raise InputError(f"{path}: does not fit this network, which must have the same --model, "
+                         f"--width and number of classes ({_one_line(error)[:80]} …)")
 
 
 def write_text(path, text):
@@ -4052,8 +4074,8 @@ def provenance(script):
 
 @torch.inference_mode()
 def see(run, network, image, prepare=None, tile=None):
-    """What a network sees: uint8 slices (B, H, W) -> probabilities (B, C, H, W), in tiles and eight
-    views as asked.
+    """Run a network on uint8 slices (B, H, W): probabilities (B, C, H, W), in tiles and eight views
+    as asked.
 
     prepare: slices on the device -> network input, in place of the normalisation. For a 3D network
     the slices are a window (Z, H, W), tiled like the crops that it was trained on; so are those of

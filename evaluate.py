@@ -277,7 +277,8 @@ def without_used_slices(label, prediction, metrics):
     for entry in metrics.get("volumes", []):
         if Path(entry["prediction"]).name == name:
             try:
-                slices = emseg.load_checkpoint(folder)["used"]
+                checkpoint = metrics["training"]["args"].get("checkpoint") or folder
+                slices = emseg.load_checkpoint(checkpoint)["used"]
                 used += emseg.used_in(emseg.open_volume(entry["volume"]), slices)
             except emseg.InputError as error:       # checkpoint or volume are no longer there
                 print(f"warning: slices that were trained on may be among those scored: {error}")
@@ -628,7 +629,7 @@ def open_folder(args):
         if not re.fullmatch(FILES, file.name):
             raise emseg.InputError(f"--out-dir {folder} holds {file.name}, which is of no "
                                    "evaluation; give another folder")
-        if not args.overwrite:
+        if not args.overwrite and not args.runs:        # a table is soon made again
             raise emseg.InputError(f"--out-dir {folder} is not empty; give --overwrite or another "
                                    "folder")
     return folder

@@ -248,6 +248,7 @@ def cps_cutmix_loss(heads_of, networks, loss, image_l, image_u):
     other one predicts of the whole ones. Labelled crops are mixed with labelled ones, so that half
     of the batch holds foreground.
     """
+    # even labelled, even unlabelled, odd labelled, odd unlabelled: see mix
     image = torch.cat([each[half::2] for half in (0, 1) for each in (image_l, image_u)])
     with torch.no_grad():
         pseudo_a, pseudo_b = [pseudo_label(network, heads_of(network, image))

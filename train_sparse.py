@@ -59,7 +59,6 @@ from scipy import ndimage
 MODELS = {**emseg.NETWORKS, **emseg.NETWORKS_3D}
 FAULTS = (1, 2)                     # of so many slices are mended by eqs. 2 and 3
 HALO = 2 * sum(FAULTS)              # slices that a slice's result depends on, on either side
-OF_STAGE_1 = ("model", "width", "patch_size", "downsample", "normalize", "classes")
 
 
 # -- stage 1: augmentation -------------------------------------------------------------------------
@@ -195,14 +194,6 @@ def augment_masks(run, coarse, soft):
     return neighbour_masks(coarse, run.args.classes), soft[:, soft.shape[1] // 2].long()
 
 
-def settings(args):
-    """Defaults that depend on other flags."""
-    sides = [16, 128, 128] if args.model in emseg.NETWORKS_3D else [512, 512]
-    saved = emseg.load_checkpoint(args.coarse)["args"] if args.coarse else {}
-    return {"scm_epochs": args.epochs, "patch_size": sides,
-            **{name: saved[name] for name in OF_STAGE_1 if saved}}
-
-
 def parse_args(argv=None):
     parser = emseg.Parser(__file__, __doc__)
     emseg.add_common_args(parser, MODELS, sources={
@@ -241,8 +232,10 @@ def parse_args(argv=None):
                 classes=["background", "mitochondrion", "nucleus"])
     quick = dict(width=16, epochs=10, scm_epochs=6, steps_per_epoch=25, batch_size=16, tta=False,
                  patch_size=[64, 64], downsample=4, lr=1e-3)
-    args = emseg.parse(parser, argv, demo, settings, quick=quick,
-                       of_prediction=("threshold", "mpp", "scm", "min_size"))
+    args = emseg.parse(parser, argv, demo, settings=lambda args: {
+        "scm_epochs": args.epochs,
+        "patch_size": [16, 128, 128] if args.model in emseg.NETWORKS_3D else [512, 512],
+    }, of_prediction=("threshold", "mpp", "scm", "min_size"), quick=quick)
     if args.context % 2 == 0:
         parser.error(f"--context {args.context} has no middle slice; give an odd number")
     args.scm = args.scm and args.mpp

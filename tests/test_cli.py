@@ -231,7 +231,7 @@ def test_two_processes_train_and_predict_together(cells, tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     (["--volume", "none.tif"], "no such file"),
-    (["--label", "{cells}/mito.tif@0:4"], "do not fit"),
+    (["--label", "{cells}/mito.tif@0:4"], "cropped elsewhere"),
     (["--label", "{cells}/label.tif@2:10", "--classes", "background", "cell"], "--label-map"),
     (["--label-map", "255=0,*=0"], "no foreground"),
     (["--label-slices", "0,8"], "outside the volume"),
@@ -239,7 +239,7 @@ def test_two_processes_train_and_predict_together(cells, tmp_path):
     (["--val-slices", "0,3,7"], "no slice is left to train on"),
     (["--val-slices", "n=9"], "of 5 annotated slices"),
     (["--volume", "{cells}/image.tif@2:10", "{cells}/image.tif@2:10"], "one label for each volume"),
-    (["--test-label", "{cells}/mito.tif@0:4"], "do not fit"),
+    (["--test-label", "{cells}/mito.tif@0:4"], "cropped elsewhere"),
     (["--patch-size", "30", "32"], "nearest to 30: 24 or 32"),
     (["--patch-size", "512", "512"], "--downsample"),
     (["--patch-size", "32"], "two sides, Y X"),
@@ -302,5 +302,5 @@ def test_readme_commands_parse():
         commands = conftest.readme_commands(f"{script.__name__}.py")
         assert commands
         for command in commands:
-            if not {"--resume", "--checkpoint", "--ensemble"} & set(command):
+            if not {"--resume", "--checkpoint", "--init", "--ensemble"} & set(command):
                 script.parse_args(command)

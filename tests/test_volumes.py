@@ -237,7 +237,7 @@ def test_a_codec_that_is_missing_is_named(tmp_path):
 # --- crops ---
 
 @pytest.mark.parametrize("crop, match", [
-    ("0:7", "along z.* 0:6"), (":,20:21", "along y.* 0:20"), (":,:,30", "along x.* 0:30"),
+    ("0:7", "along z.* 0 to 5"), (":,20:21", "along y.* 0 to 19"), (":,:,30", "along x.* 0 to 29"),
     ("4:2", "empty"), ("1,2,3,4", "three axes"), ("0:6:2", "a crop is"), ("-1:3", "understood")])
 def test_bad_crops(tmp_path, crop, match):
     assert_refused(f"{open_array(tmp_path, random_volume()).path}@{crop}", match)
@@ -506,8 +506,8 @@ def test_parse_slices():
     assert parse("n=1", 9) == [4] and parse("n=3", 9) == [1, 4, 7]
     assert parse("every=5", 11) == [0, 5, 10] and parse(" every = 20 ", 11) == [0]
     assert parse("n=7", 165) == [round((i + 0.5) * 165 / 7 - 0.5) for i in range(7)]
-    for text, message in (("0:21", "0:20"), ("20", "0:20"), ("3:3", "empty"), ("n=21", "1 to 20"),
-                          ("", "understood"), ("-1", "understood"), ("n=0", "understood"),
+    for text, message in (("0:21", "0 to 19"), ("20", "0 to 19"), ("3:3", "empty"),
+                          ("n=21", "1 to 20"), ("", "understood"), ("-1", "understood"), ("n=0", "understood"),
                           ("a", "understood"), ("0:9:0", "understood"), ("1,", "understood")):
         with pytest.raises(emseg.InputError, match=message):
             emseg.parse_slices(text, 20)
@@ -556,7 +556,7 @@ def test_label_rules(tmp_path, dtype, raw, options, want, n):
     ([0, 3, 5, 0], {"classes": 2}, 'values 0, 3, 5: .*"0=0,.=1"'),
     ([0, 1, 3, 0], {"classes": 3}, "class ids 0 to 2"),
     ([0, 2, 0, 0], {"label_map": {0: 0, 2: 3}, "classes": 3}, "value 2 is class 3"),
-    ([0, 2, 4, 6], {"label_map": {0: 0, 2: 1}}, "value 4 is"),
+    ([0, 2, 4, 6], {"label_map": {0: 0, 2: 1}}, "value 4 has no class"),
     ([0, 0, 0, 0], {}, "no foreground"), ([0, -1, 0, 0], {}, "values -1, 0"),
     ([0, 0.5, 1, 0], {}, "not whole numbers"), ([0, np.nan, 1, 0], {}, "not whole numbers"),
     ([*range(400)], {}, '400 in all.*"0=0,.=1"'),               # instances
@@ -707,3 +707,15 @@ def test_real_labels(real_data):
     assert n == 3 and labels.counts.sum() == vnc[:].size
     # 19 slices of 1 bit and one of 8 bits: foreground is 255 in all
     assert emseg.open_labels([real_data / "vnc" / "membranes"], [vnc])[1] == 2
+
+
+def test_a_label_takes_the_crop_of_its_volume_and_no_other(tmp_path):
+    array = random_volume()
+    np.save(tmp_path / "image.npy", array)
+    np.save(tmp_path / "label.npy", (array > 3).astype(np.uint8))
+    volume = emseg.open_volume(f"{tmp_path}/image.npy@2:5,:,4:")
+    for path in f"{tmp_path}/label.npy", f"{tmp_path}/label.npy@2:5,:,4:":
+        (label,), _ = emseg.open_labels([path], [volume])
+        np.testing.assert_array_equal(label[:], (array > 3)[2:5, :, 4:])
+    with pytest.raises(emseg.InputError, match="cropped elsewhere"):
+        emseg.open_labels([f"{tmp_path}/label.npy@1:4,:,4:"], [volume])
