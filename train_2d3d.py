@@ -625,14 +625,12 @@ def parse_args(argv=None):
     quick = dict(model="unet5", width=16, patch_size=[64, 64], spacing=[1, 32, 32], epochs=5,
                  steps_per_epoch=50, batch_size=16, lr=2e-3, decay_steps=200, downsample=4,
                  elastic=2.0, brightness=0.03, contrast=0.1, weight_terms=[0.5, 0.5, 0.5])
-    # (2d3d itself has learnt nothing yet after 400 steps)
     runs = parser.parse_args(argv).ensemble
     if runs:                                    # the first run says how all see the volumes
         argv = [*(sys.argv[1:] if argv is None else argv), "--checkpoint", runs[0]]
     args = emseg.parse(
-        parser, argv, demo, settings=lambda args: settings_of(args.model), of_prediction=(
-            "ensemble", "top_k", "organelles", "test_ignore_label", "val_volume", "val_label"),
-        quick=quick)
+        parser, argv, demo, lambda args: settings_of(args.model), quick=quick, of_prediction=(
+            "ensemble", "top_k", "organelles", "test_ignore_label", "val_volume", "val_label"))
     if not any(args.weight_terms):
         parser.error("--weight-terms must not all be 0")
     count = len(args.ensemble) or args.instances

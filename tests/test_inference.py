@@ -458,3 +458,10 @@ def test_dice_of_slices_by_hand():
     nan = np.nan
     background = [2 / 4, 6 / 7, 1, nan, nan]
     np.testing.assert_allclose(found, np.transpose([background, [0.5, 0, nan, nan, 1], [nan] * 5]))
+
+
+@pytest.mark.parametrize("n", [2, 3, 15, 16, 255])
+def test_confusion_against_loops(n):
+    pred, truth = random_ids((3, 20, 21), n), random_ids((3, 20, 21), n, ignore=0.2, seed=1)
+    np.testing.assert_array_equal(emseg.confusion(pred, truth, n),
+                                  confusion_by_loops(pred, truth, n))

@@ -502,3 +502,35 @@ def test_losses_are_exact_for_extreme_logits():
         assert loss.item() == pytest.approx(50)         # two of four voxels are wrong by 100
         torch.testing.assert_close(logits.grad[0, -1, 0], torch.tensor([0.25, -0.25, 0, 0]))
         assert emseg.soft_dice_loss(logits, label).item() == pytest.approx(0.5, abs=1e-5)
+
+
+def test_masked_fractal_tanimoto_is_that_of_the_kept_pixels():
+    p, q = torch.rand(2, 1, 3, 6, 7, requires_grad=True)
+    p.retain_grad()
+    valid = torch.rand(1, 1, 6, 7) > 0.4
+    kept = [x[:, :, None, valid[0, 0]] for x in (p, q)]
+    found, wanted = [emseg.fractal_tanimoto(*x, (1, 2, 3), depth=3, **options)[0] for x, options in
+                     (((p, q), {"valid": valid}), (kept, {}))]
+    torch.testing.assert_close(found, wanted)
+    found.sum().backward()
+    assert (p.grad.ne(0) == valid).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_mean_logits_and_their_gradient_are_those_of_the_mean_probability(channels):
+    torch.manual_seed(0)
+    branches, results = 3 * torch.randn(4, 2, channels, 5, 6), []
+    branches[0, 0] = 15                                 # a learner that is sure
+    for x in branches.clone(), branches.double():
+        x.requires_grad_()
+        if x.dtype == torch.float32:
+            out = emseg.mean_logits(list(x))
+        elif channels == 1:
+            prob = (1 / (1 + (-x).exp())).mean(0)
+            out = (prob / (1 - prob)).log()
+        else:
+            out = (x.exp() / x.exp().sum(2, keepdim=True)).mean(0).log()
+        (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+        results.append([out.double(), x.grad.double()])
+    for found, wanted in zip(*results):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)

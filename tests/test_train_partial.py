@@ -224,3 +224,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, chang
 def test_partial_labels_alone_need_the_names_of_all_classes(cells, capsys):
     assert "--classes" in refused(capsys, "--partial", cells / "image.tif@3:7",
                                   cells / "label.tif@3:7", "3=0,4=0")
+
+
+def test_a_batch_without_annotation_costs_nothing():
+    label = torch.full((4, 6, 7), IGNORE)
+    terms = train_partial.loss_terms(batch()[0], label, MERGES, torch.ones(4, dtype=torch.bool))
+    assert [term.item() for term in terms] == [0, 0]

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import struct
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -720,3 +721,27 @@ def test_a_label_takes_the_crop_of_its_volume_and_no_other(tmp_path):
         np.testing.assert_array_equal(label[:], (array > 3)[2:5, :, 4:])
     with pytest.raises(emseg.InputError, match="cropped elsewhere"):
         emseg.open_labels([f"{tmp_path}/label.npy@1:4,:,4:"], [volume])
+
+
+def test_a_slice_that_is_left_out_is_noted(tmp_path):
+    images = random_volume((4, 8, 9))
+    gap = write_folder(tmp_path / "gap", images, [f"s{n:03}.png" for n in (1, 2, 4, 5)])
+    assert "no slice between 2 and 4" in emseg.gap_notes([emseg.open_volume(gap)])[0]
+    tens = write_folder(tmp_path / "tens", images, [f"s{n:03}.png" for n in (10, 20, 30, 40)])
+    assert not emseg.gap_notes([emseg.open_volume(tens), emseg.open_volume(f"{gap}@2:")])
+
+
+@pytest.mark.parametrize("extension", ["tif", "mrc"])
+def test_big_sparse_file_reads_in_little_memory(tmp_path, extension):
+    path, shape = tmp_path / f"big.{extension}", (300, 4096, 4096)  # 4.7 GiB
+    slab = random_volume((2, 4096, 4096))
+    with emseg.create_volume(path, shape, np.uint8, VOXEL, max_value=100) as writer:
+        writer[250:252] = slab
+    assert os.stat(path).st_blocks * 512 < 200e6  # the rest was never written
+    tracemalloc.start()
+    volume = emseg.open_volume(path)
+    np.testing.assert_array_equal(volume[251, 100:200], slab[1, 100:200])
+    assert volume[100:101].max() == 0
+    assert tracemalloc.get_traced_memory()[1] < 60e6
+    tracemalloc.stop()
+    assert volume.shape == shape and volume.voxel_size == pytest.approx(VOXEL, rel=1e-6)
