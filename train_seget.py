@@ -34,7 +34,7 @@ Differences from the paper:
        structure that is none of the five has the settings of "other structures" in PRESETS. The
        center's "dilation 0" is read as 1.
     2. n copies of a patch: it occurs 1 + n times.
-    3. Slices are predicted whole, or in overlapping tiles beyond 1024 pixels; the paper's
+    3. Slices are predicted whole, or in overlapping tiles beyond 1152 pixels; the paper's
        validation set is made of patches. So mIoU is over all pixels of the validation slices.
     4. As in Keras the rate is halved after the given number of epochs without improvement, and
        again after as many more; but any improvement counts, where Keras wants one of 0.0001.
