@@ -127,14 +127,15 @@ class LazyArray:
 class Volume(LazyArray):
     """A file, or a folder of slices, cropped; see open_volume.
 
-    format: "tiff", "mrc", "npy" or "slices". reader: (z, y, x) slices -> a box of the file. crop:
-    three slices into `file`, whose own shape is file_shape. numbers: for slices, the last integer
-    in each file's name, in file order and not cropped; None when a name has none or two are the
-    same. origin, start: of an MRC file, its origin (z, y, x) in nm and nzstart, nystart, nxstart.
-    note: what a reader of the file should know, or None.
+    format: "tiff", "mrc", "npy" or "slices". page: z -> slice (Y, X) of the file; it holds nothing
+    open, so that each process reads for itself. crop: three slices into `file`, whose own shape is
+    file_shape. numbers: for slices, the last integer in each file's name, in file order and not
+    cropped; None when a name has none or two are the same. origin, start: of an MRC file, its
+    origin (z, y, x) in nm and nzstart, nystart, nxstart. note: what a reader of the file should
+    know, or None.
     """
 
-    def __init__(self, file, format, shape, dtype, reader, voxel_size=None, numbers=None,
+    def __init__(self, file, format, shape, dtype, page, voxel_size=None, numbers=None,
                  origin=None, start=None, note=None):
         if dtype.kind not in "buif" or dtype.itemsize > 8 or len(shape) != 3 or min(shape) < 1:
             raise InputError(f"{file}: {dtype} of shape {tuple(shape)}; wanted numbers (Z, Y, X)")
@@ -142,7 +143,7 @@ class Volume(LazyArray):
         low, high = PLAUSIBLE_NM
         known = voxel_size and all(low <= side <= high for side in voxel_size)
         super().__init__(file, shape, native, tuple(map(float, voxel_size)) if known else None)
-        self.file, self.format, self.file_shape, self.reader = file, format, self.shape, reader
+        self.file, self.format, self.file_shape, self.page = file, format, self.shape, page
         self.crop = tuple(slice(0, size) for size in shape)
         self.numbers, self.origin, self.start, self.note = numbers, origin, start, note
 
@@ -154,11 +155,13 @@ class Volume(LazyArray):
         return other
 
     def read(self, z, y, x):
-        shape = [part.stop - part.start for part in (z, y, x)]
+        z, y, x = (slice(whole.start + part.start, whole.start + part.stop)
+                   for whole, part in zip(self.crop, (z, y, x)))
+        box = np.empty([part.stop - part.start for part in (z, y, x)], self.dtype)
         with _readable(self.path):
-            box = self.reader(*(slice(c.start + part.start, c.start + part.stop)
-                                for c, part in zip(self.crop, (z, y, x))))
-            return np.array(box, self.dtype, order="C").reshape(shape)
+            for i in range(len(box)):
+                box[i] = self.page(z.start + i)[y, x]
+        return box
 
 
 def open_volume(path):
@@ -211,16 +214,16 @@ def _split_crop(path):
 def _parse_crop(path, text, shape):
     """'z0:z1,y0:y1,x0:x1' -> three slices with start and stop, inside shape (Z, Y, X)."""
     parts = text.split(",") if text else []
-    if len(parts) > 3 or any(part.count(":") > 1 for part in parts):
-        raise InputError(f"{path}: a crop is z0:z1,y0:y1,x0:x1, at most three axes, got '{text}'")
     found = [_parse_range(part, size, f"{path}: crop along {axis}")
              for part, size, axis in zip(parts + [":"] * 3, shape, "zyx")]
+    if len(parts) > 3 or any(part.step > 1 for part in found):
+        raise InputError(f"{path}: a crop is z0:z1,y0:y1,x0:x1, at most three axes, got '{text}'")
     return [slice(part.start, part.stop) for part in found]
 
 
 def _parse_range(text, size, what):
     """'2:8', ':8', '2:', ':', '0:8:2' or '3' -> a range that is not empty, within 0..size - 1."""
-    match = re.fullmatch(r"(\d{0,9})(?:(:)(\d{0,9})(?::([1-9]\d{0,8})?)?)?", text.replace(" ", ""))
+    match = re.fullmatch(r"(\d*)(?:(:)(\d*)(?::([1-9]\d*)?)?)?", text.replace(" ", ""))
     if not match or not (match[1] or match[2]):
         raise InputError(f"{what}: '{text}' is not understood; wanted start:stop or one number")
     start = int(match[1] or 0)
@@ -231,33 +234,27 @@ def _parse_range(text, size, what):
     return found
 
 
-# Readers of a box (z, y, x) of a file. They hold nothing open: each process reads for itself.
-
-def _read_mapped(file, dtype, offset, shape, axes, z, y, x):
-    """Voxels as they lie in the file, stored axes in the order `axes`. Mapped for each box anew:
-    the pages of a map that stays add up, in the memory of the process, to the whole file."""
-    return np.memmap(file, dtype, "r", offset, shape).transpose(axes)[z, y, x]
-
-
-def _read_pages(decode, z, y, x):
-    """Slices that must be decoded whole: decode(z) -> (Y, X). The latest are kept."""
-    return [_decoded(decode, i)[y, x] for i in range(z.start, z.stop)]
-
-
-def _read_folder(slices, z, y, x):
-    return [slices[i].reader(slice(0, 1), y, x)[0] for i in range(z.start, z.stop)]
+def _mapped_page(file, dtype, offset, shape, axes, z):
+    """A slice of voxels as they lie in the file, stored axes in the order `axes`. Mapped each time
+    anew: the pages of a map that stays add up, in the memory of the process, to the whole file."""
+    return np.memmap(file, dtype, "r", offset, shape).transpose(axes)[z]
 
 
 _kept = OrderedDict()           # (decode, z) -> slice, the latest last
 
 
-def _decoded(decode, z):
+def _decoded_page(decode, z):
+    """A slice that must be decoded whole, by decode(z). The latest are kept, up to CACHE_BYTES."""
     if (decode, z) not in _kept:
         _kept[decode, z] = decode(z)
         while sum(page.nbytes for page in _kept.values()) > CACHE_BYTES and len(_kept) > 1:
             _kept.popitem(last=False)
     _kept.move_to_end((decode, z))
     return _kept[decode, z]
+
+
+def _folder_page(slices, z):
+    return slices[z].page(0)
 
 
 def _open_file(file):
@@ -268,14 +265,18 @@ def _open_file(file):
     if extension in MRC_EXTENSIONS:
         return _open_mrc(file)
     if extension == ".npy":
-        stored = np.load(file, mmap_mode="r")
-        axes = (0, 1, 2) if stored.flags.c_contiguous else (2, 1, 0)
-        shape = (1,) * (3 - stored.ndim) + stored.shape
-        layout = stored.dtype, stored.offset, tuple(shape[axis] for axis in axes), axes
-        return Volume(file, "npy", shape, stored.dtype, partial(_read_mapped, file, *layout))
+        return _open_npy(file)
     if extension == ".png":
         return _open_png(file)
     raise InputError(f"{file}: cannot read files of type '{extension}'; wanted TIFF, MRC, NPY, PNG")
+
+
+def _open_npy(file):
+    stored = np.load(file, mmap_mode="r")
+    shape = (1,) * (3 - stored.ndim) + stored.shape
+    axes = (0, 1, 2) if stored.flags.c_contiguous else (2, 1, 0)
+    page = partial(_mapped_page, file, stored.dtype, stored.offset, [shape[i] for i in axes], axes)
+    return Volume(file, "npy", shape, stored.dtype, page)
 
 
 def _open_tiff(file):
@@ -287,18 +288,17 @@ def _open_tiff(file):
         if tif.filehandle.read(len(end)) != end:
             raise InputError(f"{file}: truncated, its list of pages breaks off")
         series = tif.series[0]
-        sizes = [(axis, n) for axis, n in zip(series.axes, series.shape) if n > 1 or axis in "YX"]
-        one_stack = re.fullmatch("[^CS]?YX", "".join(axis for axis, _ in sizes))
-        if not one_stack or len(tif.series) > 1 or series.is_multifile:
+        one_stack = len(tif.series) == 1 and re.fullmatch("[^CS]?YX", series.axes)
+        if not one_stack or series.is_multifile:
             raise InputError(f"{file}: {len(tif.series)} of axes {series.axes} {series.shape}; "
                              "wanted one stack of grey values (Fiji: Image > Type, Split Channels; "
                              "tifffile.imwrite: metadata={'axes': 'ZYX'})")
-        shape = ([1] + [n for _, n in sizes])[-3:]
-        reader = partial(_read_pages, partial(_decode_tiff, file))
+        shape = (1, *series.shape)[-3:]
+        page = partial(_decoded_page, partial(_decode_tiff, file))
         if series.dataoffset is not None and series.keyframe.is_final:
             dtype = series.dtype.newbyteorder(tif.byteorder)
-            reader = partial(_read_mapped, file, dtype, series.dataoffset, shape, (0, 1, 2))
-        return Volume(file, "tiff", shape, series.dtype, reader, _tiff_voxel_size(tif, shape[0]))
+            page = partial(_mapped_page, file, dtype, series.dataoffset, shape, (0, 1, 2))
+        return Volume(file, "tiff", shape, series.dtype, page, _tiff_voxel_size(tif, shape[0]))
 
 
 def _decode_tiff(file, z):
@@ -368,7 +368,7 @@ def _open_mrc(file):
     sides = [(float(header.cella[axis]), int(header["m" + axis])) for axis in "zyx"]
     start = [int(header[f"n{axis}start"]) for axis in "zyx"]
     return Volume(file, "mrc", [stored[axis] for axis in axes], dtype,
-                  partial(_read_mapped, file, dtype, data.offset, stored, axes),
+                  partial(_mapped_page, file, dtype, data.offset, stored, axes),
                   [side / n / 10 if n > 0 else 0 for side, n in sides],     # Å to nm
                   origin=[float(header.origin[axis]) / 10 for axis in "zyx"],
                   start=[start[axis] for axis in axes], note=note)
@@ -384,8 +384,8 @@ def _open_png(file):
     """The one slice of a PNG file."""
     with _png(file) as image:
         dtype = np.dtype(np.uint16 if image.mode.startswith("I") else np.uint8)
-        return Volume(file, "slices", (1, image.height, image.width), dtype, partial(
-            _read_pages, partial(_decode_png, file)), numbers=_numbers([file]))
+        return Volume(file, "slices", (1, image.height, image.width), dtype,
+                      partial(_decoded_page, partial(_decode_png, file)), numbers=_numbers([file]))
 
 
 def _decode_png(file, z):
@@ -415,7 +415,7 @@ def _open_folder(folder):
             raise InputError(f"{one.file}: {one.format} {one.shape} {one.dtype} in a folder of "
                              f"{first.format} {first.shape} {first.dtype}; wanted slices alike")
     return Volume(folder, "slices", (len(slices), *first.shape[1:]), first.dtype,
-                  partial(_read_folder, slices), first.voxel_size, _numbers(names))
+                  partial(_folder_page, slices), first.voxel_size, _numbers(names))
 
 
 def _numbers(names):
@@ -470,23 +470,23 @@ class Grey(LazyArray):
 
     def table(self, z):
         """(256,) uint8: the grey values that those of slice z of the file become."""
-        key = z if self.normalize == "equalize" else None
-        if key not in self.tables:
-            every = np.unique(np.linspace(0, len(self.whole) - 1, 32).round().astype(int))
-            counts = sum(_count_values(self.stretched(self.whole[i][None], i))
-                         for i in (every if key is None else [z]))
-            grey = np.arange(256)
-            if key is None:
-                share = counts / counts.sum()
-                mean = (share * grey).sum()
-                std = max(1e-3, math.sqrt((share * (grey - mean) ** 2).sum()))
-                table = STANDARD["mean"] + STANDARD["std"] * (grey - mean) / std
-            else:
+        equalize, slices = self.normalize == "equalize", [z]
+        if not equalize:                        # one table for all slices
+            z, slices = 0, np.linspace(0, len(self.whole) - 1, min(32, len(self.whole))).round()
+        if z not in self.tables:
+            counts = sum(_count_values(self.stretched(self.whole[int(i)][None], int(i)))
+                         for i in slices)
+            if equalize:
                 below = np.cumsum(counts).astype(np.float64)
-                lowest = below[np.flatnonzero(below)[0]]        # voxels of the darkest grey value
-                table = (below - lowest) * (255 / (below[-1] - lowest) if below[-1] > lowest else 0)
-            self.tables[key] = np.clip(np.rint(table), 0, 255).astype(np.uint8)
-        return self.tables[key]
+                below -= below[below > 0][0]                    # voxels of the darkest grey value
+                table = below * (255 / max(below[-1], 1))
+            else:
+                grey = np.arange(256)
+                mean = np.average(grey, weights=counts)
+                std = math.sqrt(np.average((grey - mean) ** 2, weights=counts))
+                table = STANDARD["mean"] + STANDARD["std"] * (grey - mean) / max(std, 1e-3)
+            self.tables[z] = np.clip(np.rint(table), 0, 255).astype(np.uint8)
+        return self.tables[z]
 
 
 def grey_range(volume):
@@ -524,22 +524,14 @@ def check_finite(volume, first=0, path=None):
     """
     for z in range(len(volume) if volume.dtype.kind == "f" else 0):
         if not np.isfinite(volume[z]).all():
-            path = path or volume.path
-            raise InputError(f"{path}: slice {first + z} holds NaN or infinite values")
+            raise InputError(f"{path or volume.path}: slice {first + z} holds NaN or infinite "
+                             "values")
 
 
 def _count_values(array):
-    """Voxels of each value of an array of integers from 0 on: int64 (256,) or (65536,) for uint8 or
-    uint16, else up to the largest value."""
-    flat = array.ravel()
-    if array.itemsize > 2:
-        return np.bincount(flat)
-    odd, pairs = flat[len(flat) // 2 * 2 :], flat[: len(flat) // 2 * 2]
-    if array.itemsize == 1:             # two bytes at once: nearly three times as fast
-        counts = _count_values(pairs.view(np.uint16)).reshape(256, 256)
-        return counts.sum(0) + counts.sum(1) + np.bincount(odd, minlength=256)
-    parts = np.array_split(flat, 1 + flat.size // 2**22)  # bincount makes an int64 copy
-    return sum(np.bincount(part, minlength=2**16) for part in parts)
+    """Voxels of each value of an array of uint8 or uint16: int64 (256,) or (65536,)."""
+    parts = np.array_split(array.ravel(), 1 + array.size // 2**22)  # bincount makes an int64 copy
+    return sum(np.bincount(part, minlength=2 ** (8 * array.itemsize)) for part in parts)
 
 
 class Resampled(LazyArray):
@@ -562,11 +554,11 @@ class Resampled(LazyArray):
 
 
 def downsample(array, factor, reduce):
-    """A LazyArray `factor` times smaller in Y and X: (Z, ceil(Y / factor), ceil(X / factor)).
+    """A uint8 LazyArray `factor` times smaller in Y and X: (Z, ceil(Y / factor), ceil(X / factor)).
 
-    reduce="mean" for images (integers are rounded), "majority" for class ids: the most frequent
-    value of each block, the lower one at a tie, IGNORE like any other. Blocks that stick out are
-    filled by repeating the edge. Raises InputError where a slice is smaller than a block.
+    reduce="mean" for images (rounded), "majority" for class ids: the most frequent value of each
+    block, the lower one at a tie, IGNORE like any other. Blocks that stick out are filled by
+    repeating the edge. Raises InputError where a slice is smaller than a block.
     """
     Z, Y, X = array.shape
     if factor > max(Y, X):
@@ -577,30 +569,27 @@ def downsample(array, factor, reduce):
 
 
 def _read_blocks(n, reduce, array, z, y, x):
-    (_, Y, X), H, W = array.shape, y.stop - y.start, x.stop - x.start
-    box = array.read(z, slice(y.start * n, min(y.stop * n, Y)),
-                     slice(x.start * n, min(x.stop * n, X)))
-    _, h, w = box.shape
-    if (h, w) != (H * n, W * n):
-        box = np.pad(box, ((0, 0), (0, H * n - h), (0, W * n - w)), mode="edge")
+    y, x = (slice(part.start * n, part.stop * n) for part in (y, x))
+    box = array[z, y, x]
+    missing = [part.stop - part.start - size for part, size in zip((y, x), box.shape[1:])]
+    box = np.pad(box, ((0, 0), (0, missing[0]), (0, missing[1])), mode="edge")
 
-    def sums(box, dtype):                       # far faster than over both axes at once
-        rows = sum(box[:, k::n].astype(dtype) for k in range(n))
+    def sums(box):                              # far faster than over both axes at once
+        rows = sum(box[:, k::n].astype(np.int32) for k in range(n))
         return sum(rows[..., k::n] for k in range(n))
 
-    if reduce == "majority":
-        values = np.flatnonzero(_count_values(box)).astype(box.dtype)
-        votes = [sums(box == value, np.int32) for value in values]
-        return values[np.argmax(votes, axis=0)]             # the first, lower one at a tie
-    mean = sums(box, np.int32 if box.itemsize == 1 else np.float64) / n**2
-    return (np.floor(mean + 0.5) if box.dtype.kind in "iu" else mean).astype(box.dtype)
+    if reduce == "mean":
+        return np.floor(sums(box) / n**2 + 0.5).astype(box.dtype)
+    values = np.flatnonzero(_count_values(box)).astype(box.dtype)
+    votes = [sums(box == value) for value in values]
+    return values[np.argmax(votes, axis=0)]                     # the first, lower one at a tie
 
 
 def resize(array, shape, linear):
-    """A LazyArray of another shape (Z, Y, X) over the same field of view.
+    """A uint8 LazyArray of another shape (Z, Y, X) over the same field of view.
 
-    linear=True interpolates between the two nearest voxels along each axis (images; integers are
-    rounded), else the nearest voxel counts (class ids). Voxel centres are what is aligned.
+    linear=True interpolates between the two nearest voxels along each axis (images, rounded), else
+    the nearest voxel counts (class ids). Voxel centres are what is aligned.
     """
     if array.shape == tuple(shape):
         return array
@@ -631,7 +620,7 @@ def _read_resized(places, array, z, y, x):
         for axis, (low, high, share) in enumerate(sides):
             below, above = (page.take(place - low[0], axis) for place in (low, high))
             page = below + (above - below) * (share if axis else share[:, None])
-        out[i] = np.rint(page) if array.dtype.kind in "iu" else page
+        out[i] = np.rint(page)
     return out
 
 
@@ -643,7 +632,7 @@ def parse_slices(text, depth):
     the volume, that is round((i + 0.5) * depth / 7 - 0.5) for i = 0..6; n=1 is the middle slice.
     Raises InputError for text that is malformed or leaves the volume.
     """
-    rule = re.fullmatch(r"\s*(n|every)\s*=\s*([1-9]\d{0,8})\s*", text)
+    rule = re.fullmatch(r"\s*(n|every)\s*=\s*([1-9]\d*)\s*", text)
     if not rule:
         return np.unique([z for part in text.split(",")
                           for z in _parse_range(part, depth, f"slices '{text}'")])
@@ -663,49 +652,40 @@ def parse_label_map(text):
     """
     mapping = {}
     for part in text.split(","):
-        match = re.fullmatch(
-            r"\s*(?:(\*)|(-?\d{1,18})\s*(?::\s*(-?\d{1,18}))?)\s*=\s*(\d{1,3})\s*", part)
+        match = re.fullmatch(r"(?:(\*)|(-?\d+)(?::(-?\d+))?)=(\d+)", part.replace(" ", ""))
         values = []
         if match and int(match[4]) <= IGNORE:
             start = int(match[2] or 0)
             values = ["*"] if match[1] else range(start, int(match[3] or start + 1))
-        if not 0 < len(values) <= 2**16:
-            raise InputError(f"label map '{text}': '{part.strip()}' is not understood; wanted "
-                             "value=class or first:stop=class with classes 0 to 254, or 255 to "
-                             "ignore: '191=1,*=0'")
-        for value in values:
-            if value in mapping:
-                raise InputError(f"label map '{text}': {value} is mapped twice")
-            mapping[value] = int(match[4])
+        if not values or not mapping.keys().isdisjoint(values):
+            raise InputError(f"label map '{text}': '{part}' is not understood, or maps a value "
+                             "twice; wanted value=class or first:stop=class with classes 0 to 254, "
+                             "or 255 to ignore: '191=1,*=0'")
+        mapping |= dict.fromkeys(values, int(match[4]))
     return mapping
 
 
 class Labels(LazyArray):
     """Class ids of a volume, uint8 (Z, Y, X), IGNORE where nobody annotated; see open_labels.
 
-    raw, rows: from pair_labels, rows without the slices that hold no annotated voxel. values,
-    sorted, are those in the file, ids (uint8) what they mean. counts (Z, n_classes) int64:
-    annotated voxels of each class in each slice. slices: sorted int array of the annotated z.
+    raw, rows: from pair_labels. found: {z: (values, voxels of each)}. class_of: {value: class id},
+    of all values in raw, sorted. counts (Z, n_classes) int64: annotated voxels of each class in
+    each slice. slices: sorted int array of the z that have some.
     """
 
-    def __init__(self, raw, rows, voxel_size):
+    def __init__(self, raw, rows, voxel_size, found, class_of, n_classes):
         super().__init__(raw.path, (len(rows), *raw.shape[1:]), np.uint8, voxel_size)
-        self.raw, self.rows, self.table = raw, rows, None
-        self.found = {z: _slice_values(raw, rows[z]) for z in self.slices}
-        self.values = np.unique(np.concatenate([[], *(own for own, _ in self.found.values())]
-                                               ).astype(np.int64))
-
-    def map_values(self, class_of, n_classes):
-        """Say what the values mean: {value: class id}; all others become IGNORE."""
-        self.ids = np.array([class_of.get(v, IGNORE) for v in self.values.tolist()], np.uint8)
+        self.raw, self.table = raw, None
+        self.values = np.array([*class_of], np.int64)
+        self.ids = np.array([*class_of.values()], np.uint8)
+        if raw.dtype.kind in "iu" and raw.dtype.itemsize <= 2:      # else searched: slower
+            self.table = np.full(2 ** (8 * raw.dtype.itemsize), IGNORE, np.uint8)
+            self.table[self.values] = self.ids                      # negative ones from its end
         self.counts = np.zeros((len(self), n_classes), np.int64)
-        for z, (own, voxels) in self.found.items():
-            ids = self.ids[np.searchsorted(self.values, own)]
+        for z, (values, voxels) in found.items():
+            ids = self.ids[np.searchsorted(self.values, values)]
             self.counts[z] = np.bincount(ids, voxels, 256)[:n_classes]
-        self.rows[self.counts.sum(1) == 0] = -1
-        if self.raw.dtype.kind in "iu" and self.raw.dtype.itemsize <= 2:    # else searched: slower
-            self.table = np.full(2 ** (8 * self.raw.dtype.itemsize), IGNORE, np.uint8)
-            self.table[self.values % len(self.table)] = self.ids    # negative: its unsigned bits
+        self.rows = np.where(self.counts.any(axis=1), rows, -1)
 
     @property
     def slices(self):
@@ -713,9 +693,8 @@ class Labels(LazyArray):
 
     def only(self, slices):
         """The same labels, of which only these slices count as annotated."""
-        other, left_out = copy.copy(self), np.setdiff1d(np.arange(len(self)), slices)
-        other.rows, other.counts = self.rows.copy(), self.counts.copy()
-        other.rows[left_out], other.counts[left_out] = -1, 0
+        other, kept = copy.copy(self), np.isin(np.arange(len(self)), slices)
+        other.rows, other.counts = np.where(kept, self.rows, -1), self.counts * kept[:, None]
         return other
 
     def read(self, z, y, x):
@@ -723,13 +702,8 @@ class Labels(LazyArray):
         for i, row in enumerate(self.rows[z]):
             if row >= 0:
                 raw = self.raw.read(slice(row, row + 1), y, x)[0]
-                if self.table is None:
-                    out[i] = self.ids[np.searchsorted(self.values, raw)]
-                elif raw.itemsize == 1:             # three times as fast as to index the table
-                    ids = raw.tobytes().translate(self.table.tobytes())
-                    out[i] = np.frombuffer(ids, np.uint8).reshape(raw.shape)
-                else:
-                    out[i] = self.table[raw.view(f"u{raw.itemsize}")]
+                out[i] = (self.ids[np.searchsorted(self.values, raw)] if self.table is None else
+                          self.table.take(raw))
         return out
 
 
@@ -746,19 +720,23 @@ def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label
     of whose voxels is annotated are not labelled; for folders of slices see pair_labels.
     """
     ignored = set(ignore_label if isinstance(ignore_label, tuple) else (ignore_label,))
-    labels = [Labels(*pair_labels(path, volume, label_slices), volume.voxel_size)
-              for path, volume in zip(label_paths, volumes, strict=True)]
-    used = [sorted({*label.values.tolist()} - ignored) for label in labels]
-    union, paths = sorted(set().union(*used)), ", ".join(label.path for label in labels)
+    pairs = [pair_labels(path, volume, label_slices)
+             for path, volume in zip(label_paths, volumes, strict=True)]
+    found = [{z: _slice_values(raw, rows[z]) for z in np.flatnonzero(rows >= 0)}
+             for raw, rows in pairs]
+    occur = [set().union(*(values.tolist() for values, _ in each.values())) for each in found]
+    union, paths = sorted(set().union(*occur) - ignored), ", ".join(raw.path for raw, _ in pairs)
     n_classes = classes or max(2, len(union))
     if label_map:
         n_classes = classes or max([1, *(k for k in label_map.values() if k != IGNORE)]) + 1
-    for label, own in zip(labels, used):
-        path, values = (label.path, own) if classes else (paths, union)
+    labels = []
+    for (raw, rows), volume, each, own in zip(pairs, volumes, found, occur):
+        path, values = (raw.path, sorted(own - ignored)) if classes else (paths, union)
         class_of = class_of_values(path, values, n_classes, label_map, merge, flag)
-        label.map_values(class_of, n_classes)
-        if not len(label.slices):
-            raise InputError(f"{label.path}: every voxel is ignored, none is annotated")
+        class_of = {v: class_of.get(v, IGNORE) for v in sorted(own)}
+        labels.append(Labels(raw, rows, volume.voxel_size, each, class_of, n_classes))
+        if not len(labels[-1].slices):
+            raise InputError(f"{raw.path}: every voxel is ignored, none is annotated")
     if require_foreground and not any(label.counts[:, 1:].any() for label in labels):
         raise InputError(f"{paths}: no foreground, all voxels are background or ignored (values "
                          f"{_listed(union)}); see {flag} and --label-slices")
@@ -768,37 +746,44 @@ def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label
 def pair_labels(path, volume, label_slices=None):
     """(Volume of labels, rows): rows[z] is the label slice of the volume's slice z, -1 for none.
 
-    A label folder is paired with a folder of images by the numbers in the names of the files, and
-    with a file of more slices by z; what has no label is not annotated. Else labels have the shape
-    of the volume. Without a crop of their own they take the volume's. label_slices: text for
-    parse_slices, of the slices to use.
+    Labels are paired with the slices of the volume's file by the numbers in the names of the files
+    where both are folders, or where a folder has fewer slices than the volume (whose slices, if it
+    is one file, have the numbers 0, 1, …); else slice by slice. They are cropped as their own path
+    says; without that, each axis that is as long as the volume's file takes the volume's crop, and
+    another was drawn on the crop. Then shapes must be equal. label_slices: text for parse_slices,
+    of the slices to use.
     """
     path = os.fspath(path)
     file, crop = _split_crop(path)
     label, depth = open_volume(file), volume.file_shape[0]
+    rows = np.arange(len(label))                    # for each slice of the volume's file
     fewer = label.format == "slices" and len(label) < depth
-    alike = label.shape[1:] == volume.file_shape[1:] and (fewer or len(label) == depth)
-    if crop and alike and _parse_crop(path, crop, volume.file_shape) != [*volume.crop]:
+    if fewer or label.numbers and volume.numbers and depth > 1:
+        names = list(volume.numbers or range(depth))
+        if label.numbers is None:
+            raise InputError(f"{path}: {len(label)} label slices for {depth} image slices are "
+                             "paired by the numbers in their names; give each its own number")
+        unknown = sorted({*label.numbers} - {*names})
+        if unknown:
+            raise InputError(f"{path}: the label slice with number {unknown[0]} matches no slice "
+                             f"of {volume.path}, numbered {min(names)} to {max(names)}")
+        rows = np.full(depth, -1)
+        rows[[names.index(number) for number in label.numbers]] = np.arange(len(label))
+    shape = (len(rows), *label.shape[1:])
+    box = _parse_crop(path, crop, shape)
+    if crop and shape == volume.file_shape and box != [*volume.crop]:
         raise InputError(f"{path} is cropped elsewhere than its volume, {volume.path}; crop both "
                          f"alike, or the volume alone")
-    if fewer and label.numbers is None:
-        raise InputError(f"{path}: {len(label)} label slices for {depth} image slices are paired "
-                         "by the numbers in their names; give each its own number")
-    if fewer or label.numbers and volume.numbers and depth > 1:
-        label, rows = _pair_by_number(path, label, crop, volume)
-    else:
-        follows = not crop and label.shape == volume.file_shape
-        label = label.cropped(volume.crop, path) if follows else open_volume(path)
-        rows = np.arange(len(label))
+    if not crop:
+        box = [of_volume if size == whole else own for own, of_volume, size, whole in
+               zip(box, volume.crop, shape, volume.file_shape)]
+    label, rows = label.cropped([slice(0, len(label)), *box[1:]], path), rows[box[0]]
     shape = (len(rows), *label.shape[1:])
     if shape != volume.shape:
         raise InputError(f"{path}: labels of shape {shape} do not fit {volume.path} of shape "
                          f"{volume.shape}; wanted (Z, Y, X) in both, cropped alike: @z0:z1,y0:y1")
     if label_slices is not None:
-        try:
-            chosen = parse_slices(label_slices, len(rows))
-        except InputError as error:
-            raise InputError(f"--label-slices, of {path}: {error}")
+        chosen = parse_slices(label_slices, len(rows))
         missing = chosen[rows[chosen] < 0]
         if len(missing):
             raise InputError(f"{path}: --label-slices asks for slice {missing[0]}, which has no "
@@ -807,33 +792,16 @@ def pair_labels(path, volume, label_slices=None):
     return label, rows
 
 
-def _pair_by_number(path, label, crop, volume):
-    """pair_labels of a folder. Its crop counts the slices of the volume, whose crop is the default
-    unless the label slices were drawn on it."""
-    names = volume.numbers or range(volume.file_shape[0])
-    z_of_number = {number: z for z, number in enumerate(names)}
-    unknown = [number for number in label.numbers if number not in z_of_number]
-    if unknown:
-        raise InputError(f"{path}: the label slice with number {unknown[0]} matches no slice of "
-                         f"{volume.path}, numbered {min(names)} to {max(names)}")
-    z, *sides = _parse_crop(path, crop, (len(names), *label.shape[1:]))
-    if not crop:
-        z = volume.crop[0]
-        sides = volume.crop[1:] if label.shape[1:] == volume.file_shape[1:] else sides
-    rows = np.full(len(names), -1)
-    rows[[z_of_number[number] for number in label.numbers]] = np.arange(len(label))
-    return label.cropped([slice(0, len(label)), *sides], path), rows[z]
-
-
 def _slice_values(volume, z):
     """The values in a slice of labels and how often each occurs: int64 (n,), (n,)."""
     page = volume[z]
     if page.dtype.kind in "iu" and page.itemsize <= 2:          # far faster than to sort
         unsigned = np.dtype(f"u{page.itemsize}")
         counts = _count_values(page.view(unsigned))
-        found = np.flatnonzero(counts)
-        return found.astype(unsigned).view(page.dtype).astype(np.int64), counts[found]
-    values, counts = np.unique(page, return_counts=True)
+        values = np.flatnonzero(counts).astype(unsigned).view(page.dtype)
+        counts = counts[counts > 0]
+    else:
+        values, counts = np.unique(page, return_counts=True)
     if not ((values == np.rint(values)) & (np.abs(values.astype(float)) < 2.0**63)).all():
         raise InputError(f"{volume.path}: slice {z} holds values that are not whole numbers; "
                          "wanted class ids, not an image or a probability")
@@ -846,26 +814,19 @@ def class_of_values(path, values, n_classes, label_map=None, merge=None, flag="-
     if label_map:
         class_of = {v: label_map.get(v, label_map.get("*")) for v in values}
         for v, k in class_of.items():
-            if k is None:
-                raise InputError(f"{path}: value {v} has no class; add {v}=0 to {flag}, or *=0 for "
-                                 f"all values that it does not name")
             if k not in merged:
-                raise InputError(f"{path}: value {v} is class {k} by {flag}; wanted one of the "
+                got = "has no class" if k is None else f"is class {k}"
+                raise InputError(f"{path}: value {v} {got} by {flag}; wanted one of the "
                                  f"{n_classes} classes for each value, or *=0 for all the rest")
         return {v: merged[k] for v, k in class_of.items()}
-    left, lowest, highest = sorted({*merged.values()}), min([0, *values]), max([0, *values])
-    is_mask = lowest == 0 and {*values} <= {0, highest} and left[0] == 0 and len(left) == 3
-    if is_mask and (n_classes == 2 or highest >= n_classes):
-        return {v: left[1] if v else 0 for v in values}
-    if n_classes > 2 and lowest == 0 and highest < n_classes <= IGNORE:
+    if {*values} <= {*range(min(n_classes, IGNORE))}:
         return {v: merged[v] for v in values}
-    background = 0 if 0 in values else min(values)
-    order = [background, *(v for v in values if v != background)]
-    advice = ",".join(f"{v}={k}" for k, v in enumerate(order))
-    if len(values) > 12 and lowest == 0 and highest <= IGNORE:
-        advice = "128:256=1,*=0"                        # the smooth borders of a 0/255 mask
-    elif len(values) > (2 if n_classes == 2 else 12):
-        advice = f"{background}=0,*=1"                  # numbers of objects, say
+    left = sorted({*merged.values()} - {IGNORE})
+    if {*values} <= {0, max([0, *values])} and left[0] == 0 and len(left) == 2:       # a mask
+        return {v: left[1] if v else 0 for v in values}
+    advice = ",".join(f"{v}={k}" for k, v in enumerate(sorted(values, key=lambda v: (v != 0, v))))
+    if len(values) > min(n_classes, 12):                # numbers of objects, say
+        advice = f"{0 if 0 in values else min(values)}=0,*=1"
     raise InputError(f"{path}: label values {_listed(values)}: neither class ids 0 to "
                      f"{n_classes - 1} nor a mask of 0 and one value; map them, for example "
                      f'{flag}="{advice}", name all with --classes, or see --ignore-label')
@@ -885,13 +846,13 @@ class VolumeWriter:
         self.nbytes = math.prod(shape) * dtype.itemsize
 
     def __setitem__(self, index, slab):
-        start, stop, step = index.indices(self.shape[0])
-        slab = np.ascontiguousarray(slab, self.dtype)
-        if step != 1 or slab.shape != (stop - start, *self.shape[1:]):
+        start, stop, _ = index.indices(self.shape[0])
+        slab = np.asarray(slab, self.dtype)
+        if slab.shape != (stop - start, *self.shape[1:]):
             raise ValueError(f"{self.path}: slab of shape {slab.shape} for slices {start}:{stop} "
                              f"of a volume of shape {self.shape}")
         self.stream.seek(self.offset + start * self.nbytes // self.shape[0])
-        self.stream.write(slab.data.cast("B") if slab.size else b"")
+        self.stream.write(slab.tobytes())
         self.stream.flush()
 
 
@@ -906,27 +867,18 @@ def create_volume(path, shape, dtype, voxel_size=None, max_value=None, like=None
     Volume that it belongs to, whose voxel size and place in an MRC's space it takes. The file is
     renamed to path when the block ends, and removed when it ends by an exception. Several processes
     can fill one file: the first creates it, then the others call this with attach=True, and the
-    first may leave the block only after the others have. promised: bytes on the same disk that
-    other files still need. Raises InputError where the folder is missing or the disk too small,
-    before anything is written.
+    first may leave the block only after the others have.
     """
     path, shape, dtype = os.fspath(path), tuple(shape), np.dtype(dtype)
     is_mrc = path.lower().endswith(MRC_EXTENSIONS)
     if is_mrc and dtype == np.uint8:
         dtype = np.dtype(np.int8 if max_value is not None and max_value <= 127 else np.uint16)
     voxel_size = voxel_size or like and like.voxel_size
-    temporary = _temporary(path)
-    with _disk_errors(path) if attach else replacing(path):
-        if not attach:
-            free = shutil.disk_usage(os.path.dirname(path) or ".").free
-            need = math.prod(shape) * dtype.itemsize + promised
-            if need > free:
-                raise InputError(f"{path}: needs {need / 2**30:.2f} GiB but the disk has "
-                                 f"{free / 2**30:.2f} GiB free; make room or choose another folder")
-            if is_mrc:
-                _create_mrc(temporary, shape, dtype, voxel_size, like)
-            else:
-                _create_tiff(temporary, shape, dtype, voxel_size, max_value)
+    with contextlib.nullcontext(_temporary(path)) if attach else replacing(path) as temporary:
+        if is_mrc and not attach:
+            _create_mrc(temporary, shape, dtype, voxel_size, like)
+        elif not attach:
+            _create_tiff(temporary, shape, dtype, voxel_size, max_value)
         offset = 1024
         if not is_mrc:
             with tifffile.TiffFile(temporary) as tif:
@@ -988,19 +940,16 @@ def replacing(path):
     """The name of a temporary file to write in the block, beside path and renamed to it at the end.
 
     So the file at path is whole at any moment, even after a crash or a power cut. Where the block
-    fails the temporary file goes; an OSError, such as a full disk, becomes an InputError.
+    fails the temporary file goes.
     """
     temporary = _temporary(path)
     try:
-        with _disk_errors(path):
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 # ==================================================================================================
