@@ -51,7 +51,6 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from xml.etree import ElementTree
 
 # Before torch is loaded: its threads sleep while they wait. Threads that spin (the default) make a
 # step 2 to 4 times as slow as soon as another process needs a core; sleeping costs 3 to 9 %.
@@ -100,10 +99,8 @@ class LazyArray:
     """A 3D array (Z, Y, X) that reads from its file only the box it is asked for.
 
     array[z], array[z0:z1, y0:y1, x0:x1]: integers and forward slices, trailing axes optional; the
-    answer is a fresh NumPy array. shape, dtype (native byte order), voxel_size ((z, y, x) in nm or
-    None) and path are attributes. Copies in other processes (fork or pickle) are independent.
-    Subclasses define read(z, y, x): the box of three slices, 0 <= start <= stop <= size, as a 3D
-    array.
+    answer is a fresh NumPy array. voxel_size: (z, y, x) in nm or None. Copies in other processes
+    are independent. Subclasses define read(z, y, x), which gives the box of three slices.
     """
 
     ndim = 3
@@ -129,10 +126,9 @@ class Volume(LazyArray):
 
     format: "tiff", "mrc", "npy" or "slices". page: z -> slice (Y, X) of the file; it holds nothing
     open, so that each process reads for itself. crop: three slices into `file`, whose own shape is
-    file_shape. numbers: for slices, the last integer in each file's name, in file order and not
-    cropped; None when a name has none or two are the same. origin, start: of an MRC file, its
-    origin (z, y, x) in nm and nzstart, nystart, nxstart. note: what a reader of the file should
-    know, or None.
+    file_shape. numbers: the last integer in the name of each slice of the file, or None. origin,
+    start: of an MRC file, its origin (z, y, x) in nm and nzstart, nystart, nxstart. note: what a
+    user should know of the file, or None.
     """
 
     def __init__(self, file, format, shape, dtype, page, voxel_size=None, numbers=None,
@@ -228,10 +224,9 @@ def _parse_range(text, size, what):
         raise InputError(f"{what}: '{text}' is not understood; wanted start:stop or one number")
     start = int(match[1] or 0)
     stop = int(match[3] or size) if match[2] else start + 1
-    found = range(start, stop, int(match[4] or 1))
-    if not found or stop > size:
+    if not start < stop <= size:
         raise InputError(f"{what}: '{text}' is empty or outside the volume, 0 to {size - 1}")
-    return found
+    return range(start, stop, int(match[4] or 1))
 
 
 def _mapped_page(file, dtype, offset, shape, axes, z):
@@ -259,16 +254,13 @@ def _folder_page(slices, z):
 
 def _open_file(file):
     """The Volume of one file."""
+    openers = {**dict.fromkeys(TIFF_EXTENSIONS, _open_tiff), ".npy": _open_npy,
+               **dict.fromkeys(MRC_EXTENSIONS, _open_mrc), ".png": _open_png}
     extension = os.path.splitext(file)[1].lower()
-    if extension in TIFF_EXTENSIONS:
-        return _open_tiff(file)
-    if extension in MRC_EXTENSIONS:
-        return _open_mrc(file)
-    if extension == ".npy":
-        return _open_npy(file)
-    if extension == ".png":
-        return _open_png(file)
-    raise InputError(f"{file}: cannot read files of type '{extension}'; wanted TIFF, MRC, NPY, PNG")
+    if extension not in openers:
+        raise InputError(f"{file}: cannot read files of type '{extension}'; wanted TIFF, MRC, NPY "
+                         "or PNG")
+    return openers[extension](file)
 
 
 def _open_npy(file):
@@ -291,8 +283,7 @@ def _open_tiff(file):
         one_stack = len(tif.series) == 1 and re.fullmatch("[^CS]?YX", series.axes)
         if not one_stack or series.is_multifile:
             raise InputError(f"{file}: {len(tif.series)} of axes {series.axes} {series.shape}; "
-                             "wanted one stack of grey values (Fiji: Image > Type, Split Channels; "
-                             "tifffile.imwrite: metadata={'axes': 'ZYX'})")
+                             "wanted one stack of grey values (Fiji: Image > Type, Split Channels)")
         shape = (1, *series.shape)[-3:]
         page = partial(_decoded_page, partial(_decode_tiff, file))
         if series.dataoffset is not None and series.keyframe.is_final:
@@ -316,11 +307,10 @@ def _tiff_voxel_size(tif, depth):
     """(z, y, x) in nm from OME, ImageJ or plain resolution tags; None where they do not say."""
     try:
         if tif.is_ome:
-            (pixels, *_) = (element.attrib for element in ElementTree.fromstring(
-                tif.ome_metadata).iter() if element.tag.endswith("Pixels"))
-            return [float(pixels[f"PhysicalSize{axis}"]) * _unit_nm(
-                pixels.get(f"PhysicalSize{axis}Unit", "um"))
-                for axis in ("ZYX" if "PhysicalSizeZ" in pixels else "XYX")]
+            pixels = tifffile.xml2dict(tif.ome_metadata)["OME"]["Image"]["Pixels"]
+            sides = [f"PhysicalSize{axis}" for axis in "ZYX"]
+            sides[0] = sides[0] if sides[0] in pixels else sides[2]
+            return [pixels[side] * _unit_nm(pixels.get(f"{side}Unit", "um")) for side in sides]
         tags = tif.series[0].keyframe.tags
         y, x = (down / up for up, down in (tags["YResolution"].value, tags["XResolution"].value))
         metadata = tif.imagej_metadata or {}
@@ -353,11 +343,9 @@ def _open_mrc(file):
     if data is None:
         raise InputError(f"{file}: MRC mode {header.mode} cannot be read (IMOD: newstack -mode), "
                          "or the file is truncated")
-    stored, dtype = (math.prod(data.shape[:-2]), *data.shape[-2:]), data.dtype
-    axes, order = (0, 1, 2), [int(header[name]) for name in ("maps", "mapr", "mapc")]
-    if sorted(order) == [1, 2, 3]:
-        axes = tuple(order.index(axis) for axis in (3, 2, 1))       # of z, y, x among those stored
-    note = None
+    stored, dtype, note = (math.prod(data.shape[:-2]), *data.shape[-2:]), data.dtype, None
+    order = [int(header[name]) for name in ("maps", "mapr", "mapc")]
+    axes = [order.index(axis) if axis in order else 3 - axis for axis in (3, 2, 1)]
     if dtype == np.int8:
         stamp, flags = np.frombuffer(header.tobytes(), header.dtype["mode"], count=2, offset=152)
         by_imod = stamp == 1146047817
@@ -377,15 +365,14 @@ def _open_mrc(file):
 def _png(file):
     """An opened PNG file. Matplotlib reads PNG by Pillow, which gives palette indices."""
     from matplotlib.image import PIL                        # takes 0.3 s, of use here only
-    return PIL.PngImagePlugin.PngImageFile(file)
+    return PIL.Image.open(file, formats=["png"])
 
 
 def _open_png(file):
-    """The one slice of a PNG file."""
     with _png(file) as image:
-        dtype = np.dtype(np.uint16 if image.mode.startswith("I") else np.uint8)
-        return Volume(file, "slices", (1, image.height, image.width), dtype,
-                      partial(_decoded_page, partial(_decode_png, file)), numbers=_numbers([file]))
+        dtype, shape = np.dtype("u2" if image.mode[0] == "I" else "u1"), (1, *image.size[::-1])
+    page = partial(_decoded_page, partial(_decode_png, file))
+    return Volume(file, "slices", shape, dtype, page, numbers=_numbers([file]))
 
 
 def _decode_png(file, z):
@@ -393,8 +380,8 @@ def _decode_png(file, z):
     with _png(file) as image:
         page, has_alpha = np.asarray(image), image.mode in ("LA", "RGBA")
     if page.ndim == 3:
-        colours = page[..., : page.shape[2] - has_alpha]
-        if (colours != page[..., :1]).any() or has_alpha and (page[..., -1] < 255).any():
+        colours, alpha = np.split(page, [page.shape[2] - has_alpha], axis=2)
+        if (colours != page[..., :1]).any() or (alpha < 255).any():
             raise InputError(f"{file}: colours or transparent pixels (Fiji: Image > Type > 8-bit)")
         page = page[..., 0]
     return page * np.uint8(255) if page.dtype == bool else page
@@ -436,7 +423,7 @@ def as_uint8(volume, normalize=None):
     (at most 16 slices, about 4 million voxels) become 0 and 255; see grey_range. normalize:
     "equalize" equalises the histogram of every slice (Pagano 2023, section 2.1.2); "volume" gives
     the file mean 128 and standard deviation 40, measured on at most 32 slices. Raises InputError
-    that names path and slice where voxels are NaN or infinite.
+    where voxels are NaN or infinite, see check_finite.
     """
     plain = volume.dtype == np.uint8 and normalize not in ("equalize", "volume")
     return volume if plain else Grey(volume, normalize)
@@ -449,20 +436,20 @@ class Grey(LazyArray):
         super().__init__(volume.path, volume.shape, np.uint8, volume.voxel_size)
         self.volume, self.normalize, self.tables = volume, normalize, {}
         self.whole = volume.cropped([slice(0, size) for size in volume.file_shape], volume.file)
+        check_finite(volume)
         self.low, self.high = grey_range(self.whole)
 
     def read(self, z, y, x):
-        box = self.stretched(self.volume.read(z, y, x), z.start)
+        box = self.stretched(self.volume.read(z, y, x))
         if self.normalize in ("equalize", "volume"):
             for i, page in enumerate(box, z.start + self.volume.crop[0].start):
                 page[:] = self.table(i)[page]
         return box
 
-    def stretched(self, box, z):
-        """Voxels (n, Y, X), from slice z on, as uint8."""
+    def stretched(self, box):
+        """Voxels as uint8."""
         if box.dtype == np.uint8:
             return box
-        check_finite(box, z, self.path)
         box = box.astype(np.float32 if box.itemsize <= 2 else np.float64)
         box -= self.low
         box *= 255 / (self.high - self.low) if self.high > self.low else 1.0
@@ -474,8 +461,7 @@ class Grey(LazyArray):
         if not equalize:                        # one table for all slices
             z, slices = 0, np.linspace(0, len(self.whole) - 1, min(32, len(self.whole))).round()
         if z not in self.tables:
-            counts = sum(_count_values(self.stretched(self.whole[int(i)][None], int(i)))
-                         for i in slices)
+            counts = sum(_count_values(self.stretched(self.whole[int(i)])) for i in slices)
             if equalize:
                 below = np.cumsum(counts).astype(np.float64)
                 below -= below[below > 0][0]                    # voxels of the darkest grey value
@@ -517,15 +503,11 @@ def grey_range(volume):
     return float(low), float(high)
 
 
-def check_finite(volume, first=0, path=None):
-    """Raise InputError, naming path and slice, where floats (Z, Y, X) hold NaN or infinite values.
-
-    volume: a LazyArray, read slice by slice, or an array that begins with slice `first` of `path`.
-    """
+def check_finite(volume):
+    """Raise InputError, naming the slice, where a volume of floats holds NaN or infinite values."""
     for z in range(len(volume) if volume.dtype.kind == "f" else 0):
         if not np.isfinite(volume[z]).all():
-            raise InputError(f"{path or volume.path}: slice {first + z} holds NaN or infinite "
-                             "values")
+            raise InputError(f"{volume.path}: slice {z} holds NaN or infinite values")
 
 
 def _count_values(array):
@@ -666,7 +648,7 @@ def parse_label_map(text):
 
 
 class Labels(LazyArray):
-    """Class ids of a volume, uint8 (Z, Y, X), IGNORE where nobody annotated; see open_labels.
+    """Class ids of a volume, IGNORE where nobody annotated; see open_labels.
 
     raw, rows: from pair_labels. found: {z: (values, voxels of each)}. class_of: {value: class id},
     of all values in raw, sorted. counts (Z, n_classes) int64: annotated voxels of each class in
@@ -702,8 +684,8 @@ class Labels(LazyArray):
         for i, row in enumerate(self.rows[z]):
             if row >= 0:
                 raw = self.raw.read(slice(row, row + 1), y, x)[0]
-                out[i] = (self.ids[np.searchsorted(self.values, raw)] if self.table is None else
-                          self.table.take(raw))
+                out[i] = (self.table.take(raw) if self.table is not None else
+                          self.ids[np.searchsorted(self.values, raw)])
         return out
 
 
@@ -761,19 +743,18 @@ def pair_labels(path, volume, label_slices=None):
     if fewer or label.numbers and volume.numbers and depth > 1:
         names = list(volume.numbers or range(depth))
         if label.numbers is None:
-            raise InputError(f"{path}: {len(label)} label slices for {depth} image slices are "
-                             "paired by the numbers in their names; give each its own number")
+            raise InputError(f"{path}: {len(label)} label slices for {depth} image slices; give "
+                             "each its own number in its name")
         unknown = sorted({*label.numbers} - {*names})
         if unknown:
-            raise InputError(f"{path}: the label slice with number {unknown[0]} matches no slice "
-                             f"of {volume.path}, numbered {min(names)} to {max(names)}")
+            raise InputError(f"{path}: label slice number {unknown[0]} matches no slice of "
+                             f"{volume.path}, numbered {min(names)} to {max(names)}")
         rows = np.full(depth, -1)
         rows[[names.index(number) for number in label.numbers]] = np.arange(len(label))
     shape = (len(rows), *label.shape[1:])
     box = _parse_crop(path, crop, shape)
     if crop and shape == volume.file_shape and box != [*volume.crop]:
-        raise InputError(f"{path} is cropped elsewhere than its volume, {volume.path}; crop both "
-                         f"alike, or the volume alone")
+        raise InputError(f"{path} is cropped elsewhere than {volume.path}; crop the volume alone")
     if not crop:
         box = [of_volume if size == whole else own for own, of_volume, size, whole in
                zip(box, volume.crop, shape, volume.file_shape)]
@@ -781,7 +762,7 @@ def pair_labels(path, volume, label_slices=None):
     shape = (len(rows), *label.shape[1:])
     if shape != volume.shape:
         raise InputError(f"{path}: labels of shape {shape} do not fit {volume.path} of shape "
-                         f"{volume.shape}; wanted (Z, Y, X) in both, cropped alike: @z0:z1,y0:y1")
+                         f"{volume.shape}")
     if label_slices is not None:
         chosen = parse_slices(label_slices, len(rows))
         missing = chosen[rows[chosen] < 0]
@@ -816,8 +797,8 @@ def class_of_values(path, values, n_classes, label_map=None, merge=None, flag="-
         for v, k in class_of.items():
             if k not in merged:
                 got = "has no class" if k is None else f"is class {k}"
-                raise InputError(f"{path}: value {v} {got} by {flag}; wanted one of the "
-                                 f"{n_classes} classes for each value, or *=0 for all the rest")
+                raise InputError(f"{path}: value {v} {got} in {flag}; wanted one of {n_classes} "
+                                 "classes for each value, or *=0 for all the rest")
         return {v: merged[k] for v, k in class_of.items()}
     if {*values} <= {*range(min(n_classes, IGNORE))}:
         return {v: merged[v] for v in values}
@@ -840,17 +821,15 @@ def _listed(values, most=12):
 class VolumeWriter:
     """A volume file being written: writer[z0:z1] = slab, in any order; see create_volume."""
 
-    def __init__(self, path, stream, dtype, shape, offset):
-        self.path, self.stream, self.dtype, self.shape = path, stream, dtype, shape
-        self.offset = offset            # byte of the first voxel
+    def __init__(self, stream, dtype, shape, offset):
+        self.stream, self.dtype, self.shape = stream, dtype, shape
+        self.offset = offset            # of the first voxel, in bytes
         self.nbytes = math.prod(shape) * dtype.itemsize
 
     def __setitem__(self, index, slab):
         start, stop, _ = index.indices(self.shape[0])
         slab = np.asarray(slab, self.dtype)
-        if slab.shape != (stop - start, *self.shape[1:]):
-            raise ValueError(f"{self.path}: slab of shape {slab.shape} for slices {start}:{stop} "
-                             f"of a volume of shape {self.shape}")
+        assert slab.shape == (stop - start, *self.shape[1:]), (slab.shape, index, self.shape)
         self.stream.seek(self.offset + start * self.nbytes // self.shape[0])
         self.stream.write(slab.tobytes())
         self.stream.flush()
@@ -884,7 +863,7 @@ def create_volume(path, shape, dtype, voxel_size=None, max_value=None, like=None
             with tifffile.TiffFile(temporary) as tif:
                 offset = tif.pages[0].dataoffsets[0]
         with open(temporary, "r+b") as stream:
-            yield VolumeWriter(path, stream, dtype, shape, offset)
+            yield VolumeWriter(stream, dtype, shape, offset)
 
 
 def _create_tiff(file, shape, dtype, voxel_size, max_value):
