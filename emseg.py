@@ -528,8 +528,8 @@ class Resampled(LazyArray):
         super().__init__(array.path, shape, array.dtype, sides)
         self.array, self.sample = array, sample
         if hasattr(array, "slices"):
-            low, _, share = resampling(len(array), shape[0])
-            self.slices = np.flatnonzero(np.isin(low + (share >= 0.5), array.slices))
+            nearest, _, _ = resampling(len(array), shape[0], linear=False)
+            self.slices = np.flatnonzero(np.isin(nearest, array.slices))
 
     def read(self, z, y, x):
         return self.sample(self.array, z, y, x)
@@ -551,10 +551,9 @@ def downsample(array, factor, reduce):
 
 
 def _read_blocks(n, reduce, array, z, y, x):
-    y, x = (slice(part.start * n, part.stop * n) for part in (y, x))
-    box = array[z, y, x]
-    missing = [part.stop - part.start - size for part, size in zip((y, x), box.shape[1:])]
-    box = np.pad(box, ((0, 0), (0, missing[0]), (0, missing[1])), mode="edge")
+    box = array[z, y.start * n : y.stop * n, x.start * n : x.stop * n]
+    H, W = (n * (part.stop - part.start) for part in (y, x))
+    box = np.pad(box, ((0, 0), (0, H - box.shape[1]), (0, W - box.shape[2])), mode="edge")
 
     def sums(box):                              # far faster than over both axes at once
         rows = sum(box[:, k::n].astype(np.int32) for k in range(n))
@@ -575,19 +574,16 @@ def resize(array, shape, linear):
     """
     if array.shape == tuple(shape):
         return array
-    places = []
-    for size, length in zip(array.shape, shape):
-        low, high, share = resampling(size, length)
-        nearest = low + (share >= 0.5)
-        places.append((low, high, share) if linear else (nearest, nearest, 0 * share))
+    places = [resampling(size, length, linear) for size, length in zip(array.shape, shape)]
     widths = [size / length for size, length in zip(array.shape, shape)]
     return Resampled(array, shape, widths, partial(_read_resized, places))
 
 
-def resampling(size, length):
+def resampling(size, length, linear=True):
     """Where `length` new voxels lie among `size` old ones: (low, high, share of high), each
-    (length,)."""
+    (length,); both are the nearest one where it is not linear."""
     place = np.clip((np.arange(length) + 0.5) * size / length - 0.5, 0, size - 1)
+    place = place if linear else np.floor(place + 0.5)
     low = place.astype(int)
     return low, np.ceil(place).astype(int), (place - low).astype(np.float32)
 
@@ -777,15 +773,14 @@ def _slice_values(volume, z):
     """The values in a slice of labels and how often each occurs: int64 (n,), (n,)."""
     page = volume[z]
     if page.dtype.kind in "iu" and page.itemsize <= 2:          # far faster than to sort
-        unsigned = np.dtype(f"u{page.itemsize}")
-        counts = _count_values(page.view(unsigned))
-        values = np.flatnonzero(counts).astype(unsigned).view(page.dtype)
+        counts = _count_values(page.view(f"u{page.itemsize}"))
+        values = np.flatnonzero(counts).astype(page.dtype)      # as they were: some are negative
         counts = counts[counts > 0]
     else:
         values, counts = np.unique(page, return_counts=True)
-    if not ((values == np.rint(values)) & (np.abs(values.astype(float)) < 2.0**63)).all():
-        raise InputError(f"{volume.path}: slice {z} holds values that are not whole numbers; "
-                         "wanted class ids, not an image or a probability")
+    if (values % 1 != 0).any() or values[-1] >= 2**63:
+        raise InputError(f"{volume.path}: slice {z} holds values that are not whole numbers (below "
+                         "2**63); wanted class ids, not an image or a probability")
     return values.astype(np.int64), counts
 
 
@@ -793,13 +788,12 @@ def class_of_values(path, values, n_classes, label_map=None, merge=None, flag="-
     """{value in a file of labels: class id} by the rules of open_labels."""
     merged = {**dict(enumerate(merge or range(n_classes))), IGNORE: IGNORE}
     if label_map:
-        class_of = {v: label_map.get(v, label_map.get("*")) for v in values}
-        for v, k in class_of.items():
-            if k not in merged:
-                got = "has no class" if k is None else f"is class {k}"
-                raise InputError(f"{path}: value {v} {got} in {flag}; wanted one of {n_classes} "
-                                 "classes for each value, or *=0 for all the rest")
-        return {v: merged[k] for v, k in class_of.items()}
+        class_of = {v: merged.get(label_map.get(v, label_map.get("*"))) for v in values}
+        without = [v for v, k in class_of.items() if k is None]
+        if without:
+            raise InputError(f"{path}: {flag} gives values {_listed(without)} no class from 0 to "
+                             f"{n_classes - 1}; add them, or *=0 for all the rest")
+        return class_of
     if {*values} <= {*range(min(n_classes, IGNORE))}:
         return {v: merged[v] for v in values}
     left = sorted({*merged.values()} - {IGNORE})

@@ -411,10 +411,8 @@ def test_as_uint8(tmp_path):
     want = np.clip(np.rint((ramp.astype(np.float64) - low) / (high - low) * 255), 0, 255)
     assert np.abs(view[:] - want).max() <= 1 and (view[:] == want).mean() > 0.999
     ramp[4, 5, 6] = np.nan
-    view = emseg.as_uint8(open_array(tmp_path, ramp))
-    for read in (lambda: view[4], lambda: emseg.check_finite(view.volume)):
-        with pytest.raises(emseg.InputError, match=r"v\.npy: slice 4 holds NaN"):
-            read()
+    with pytest.raises(emseg.InputError, match=r"v\.npy: slice 4 holds NaN"):
+        emseg.as_uint8(open_array(tmp_path, ramp))
 
 
 def test_equalize(tmp_path):
@@ -557,8 +555,8 @@ def test_label_rules(tmp_path, dtype, raw, options, want, n):
 @pytest.mark.parametrize("raw, options, match", [
     ([0, 3, 5, 0], {"classes": 2}, 'values 0, 3, 5: .*"0=0,.=1"'),
     ([0, 1, 3, 0], {"classes": 3}, "class ids 0 to 2"),
-    ([0, 2, 0, 0], {"label_map": {0: 0, 2: 3}, "classes": 3}, "value 2 is class 3"),
-    ([0, 2, 4, 6], {"label_map": {0: 0, 2: 1}}, "value 4 has no class"),
+    ([0, 2, 0, 0], {"label_map": {0: 0, 2: 3}, "classes": 3}, "values 2 no class from 0 to 2"),
+    ([0, 2, 4, 6], {"label_map": {0: 0, 2: 1}}, "values 4, 6 no class"),
     ([0, 0, 0, 0], {}, "no foreground"), ([0, -1, 0, 0], {}, "values -1, 0"),
     ([0, 0.5, 1, 0], {}, "not whole numbers"), ([0, np.nan, 1, 0], {}, "not whole numbers"),
     ([*range(400)], {}, '400 in all.*"0=0,.=1"'),               # instances
@@ -631,7 +629,7 @@ def test_written_volume_reads_back(tmp_path, extension, dtype):
 
 
 def test_writer_leaves_nothing_after_an_exception(tmp_path):
-    for slab, error in ((np.zeros((1, 5, 6)), RuntimeError), (np.zeros((4, 5, 6)), ValueError)):
+    for slab, error in ((np.zeros((1, 5, 6)), RuntimeError), (np.zeros((4, 5, 6)), AssertionError)):
         with pytest.raises(error):
             with emseg.create_volume(tmp_path / "a.tif", (4, 5, 6), np.uint8) as writer:
                 writer[3:6] = slab
