@@ -1077,8 +1077,7 @@ class Patches(torch.utils.data.Dataset):
 
     Item i is `image` or `(image, label)`, tensors of the patch's shape; with numbered=True the
     number of the volume follows. It depends on (seed, i) alone: the number of workers and a resumed
-    run change nothing.
-    Raises InputError where a patch is larger than a volume or no slice is left to draw from.
+    run change nothing. Raises InputError where a patch is larger than a volume.
     """
 
     def __init__(self, images, labels=None, patch_size=(512, 512), slices=None, foreground=0.0,
@@ -1090,9 +1089,9 @@ class Patches(torch.utils.data.Dataset):
             if any(p > s for p, s in zip(self.patch_size, image.shape)):
                 raise InputError(
                     f"{image.path}: patches of {format_shape(patch_size)} do not fit into "
-                    f"{format_shape(image.shape)} voxels, as the network sees it; give a smaller "
-                    f"--patch-size or --downsample")
-        slices = slices if slices is not None else [range(len(image)) for image in images]
+                    f"{format_shape(image.shape)}, as the network sees it; give a smaller "
+                    "--patch-size or --downsample")
+        slices = [range(len(image)) for image in images] if slices is None else slices
         self.slices = [(v, int(z)) for v, zs in enumerate(slices) for z in zs]
         if not self.slices:
             raise InputError("no slice is left to draw patches from; check --label-slices and "
@@ -1121,11 +1120,8 @@ class Patches(torch.utils.data.Dataset):
         else:
             v, z = self.slices[rng.integers(len(self.slices))]
             window = self._window(rng, v, z)
-        item = [self._crop(self.images[v], window)]
-        if self.labels:
-            item.append(self._crop(self.labels[v], window))
-        if self.numbered:
-            item.append(v)
+        item = [self._crop(arrays[v], window) for arrays in (self.images, self.labels) if arrays]
+        item += [v] if self.numbered else []
         return tuple(item) if len(item) > 1 else item[0]
 
     def _foreground_window(self, rng):
@@ -1167,17 +1163,13 @@ def batches(patches, batch_size, start, stop, workers=0, rank=0, world=1, pin_me
 
 
 def measure_normalization(images, slices, mode):
-    """Mean and standard deviation of the training slices: {"mode", "mean", "std"}, in grey levels.
-
-    `zscore` and `equalize` average each slice's mean and standard deviation (Pagano 2023, authors'
-    code) over at most 32 evenly spaced slices; for `volume` see as_uint8.
-    """
+    """{"mode", "mean", "std"} of the training slices: the averages of each slice's mean and standard
+    deviation (Pagano 2023, authors' code) over at most 32 slices. For "volume" see as_uint8."""
     if mode == "volume":
         return {"mode": mode, **STANDARD}
     chosen = [(image, z) for image, zs in zip(images, slices) for z in zs]
-    chosen = chosen[:: math.ceil(len(chosen) / 32)]
-    stats = np.array([(s.mean(), s.std()) for s in (image[z] for image, z in chosen)])
-    mean, std = stats.mean(axis=0)
+    pages = (image[z] for image, z in chosen[:: math.ceil(len(chosen) / 32)])
+    mean, std = np.mean([(page.mean(), page.std()) for page in pages], axis=0)
     return {"mode": mode, "mean": float(mean), "std": float(max(std, 1e-3))}
 
 
