@@ -103,8 +103,6 @@ class LazyArray:
     are independent. Subclasses define read(z, y, x), which gives the box of three slices.
     """
 
-    ndim = 3
-
     def __init__(self, path, shape, dtype, voxel_size):
         self.path, self.shape, self.dtype = path, tuple(shape), np.dtype(dtype)
         self.voxel_size = voxel_size
@@ -457,12 +455,12 @@ class Grey(LazyArray):
 
     def table(self, z):
         """(256,) uint8: the grey values that those of slice z of the file become."""
-        equalize, slices = self.normalize == "equalize", [z]
-        if not equalize:                        # one table for all slices
+        slices = [z]
+        if self.normalize == "volume":          # one table for all slices
             z, slices = 0, np.linspace(0, len(self.whole) - 1, min(32, len(self.whole))).round()
         if z not in self.tables:
             counts = sum(_count_values(self.stretched(self.whole[int(i)])) for i in slices)
-            if equalize:
+            if self.normalize == "equalize":
                 below = np.cumsum(counts).astype(np.float64)
                 below -= below[below > 0][0]                    # voxels of the darkest grey value
                 table = below * (255 / max(below[-1], 1))
@@ -693,9 +691,8 @@ def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label
     from parse_label_map. ignore_label: raw value, or tuple of raw values, that becomes IGNORE.
     label_slices: text for parse_slices, the annotated slices to use. merge: for each class, the one
     as which it was drawn. flag: the option that advice on the values names. Without a map, values
-    0..K stand as they are and {0, v} is background and foreground (also where two labels are left
-    by the merge and v is no class id); other values are an InputError that lists them. Slices none
-    of whose voxels is annotated are not labelled; for folders of slices see pair_labels.
+    0..K stand as they are and {0, v} is background and foreground (also where the merge leaves two
+    classes); others are an InputError that lists them. How slices are paired: see pair_labels.
     """
     ignored = set(ignore_label if isinstance(ignore_label, tuple) else (ignore_label,))
     pairs = [pair_labels(path, volume, label_slices)
@@ -728,8 +725,7 @@ def pair_labels(path, volume, label_slices=None):
     where both are folders, or where a folder has fewer slices than the volume (whose slices, if it
     is one file, have the numbers 0, 1, …); else slice by slice. They are cropped as their own path
     says; without that, each axis that is as long as the volume's file takes the volume's crop, and
-    another was drawn on the crop. Then shapes must be equal. label_slices: text for parse_slices,
-    of the slices to use.
+    another was drawn on the crop. Then shapes must be equal. label_slices: as in open_labels.
     """
     path = os.fspath(path)
     file, crop = _split_crop(path)
@@ -737,16 +733,14 @@ def pair_labels(path, volume, label_slices=None):
     rows = np.arange(len(label))                    # for each slice of the volume's file
     fewer = label.format == "slices" and len(label) < depth
     if fewer or label.numbers and volume.numbers and depth > 1:
-        names = list(volume.numbers or range(depth))
-        if label.numbers is None:
-            raise InputError(f"{path}: {len(label)} label slices for {depth} image slices; give "
-                             "each its own number in its name")
-        unknown = sorted({*label.numbers} - {*names})
+        names, numbers = list(volume.numbers or range(depth)), label.numbers or ["none"]
+        unknown = [number for number in numbers if number not in names]
         if unknown:
-            raise InputError(f"{path}: label slice number {unknown[0]} matches no slice of "
-                             f"{volume.path}, numbered {min(names)} to {max(names)}")
+            raise InputError(f"{path}: each label slice needs in its name a number of its own, that "
+                             f"of a slice of {volume.path}: {_listed(names)}; got "
+                             f"{_listed(unknown)}")
         rows = np.full(depth, -1)
-        rows[[names.index(number) for number in label.numbers]] = np.arange(len(label))
+        rows[[names.index(number) for number in numbers]] = np.arange(len(label))
     shape = (len(rows), *label.shape[1:])
     box = _parse_crop(path, crop, shape)
     if crop and shape == volume.file_shape and box != [*volume.crop]:
@@ -839,8 +833,7 @@ def create_volume(path, shape, dtype, voxel_size=None, max_value=None, like=None
     has no unsigned bytes: uint8 is stored as int8 where max_value <= 127, else as uint16. like: the
     Volume that it belongs to, whose voxel size and place in an MRC's space it takes. The file is
     renamed to path when the block ends, and removed when it ends by an exception. Several processes
-    can fill one file: the first creates it, then the others call this with attach=True, and the
-    first may leave the block only after the others have.
+    can fill one file: the first creates it, the others call this with attach=True, it leaves last.
     """
     path, shape, dtype = os.fspath(path), tuple(shape), np.dtype(dtype)
     is_mrc = path.lower().endswith(MRC_EXTENSIONS)
@@ -878,8 +871,7 @@ def _create_tiff(file, shape, dtype, voxel_size, max_value):
 
 
 def _create_mrc(file, shape, dtype, voxel_size, like):
-    """Header and room for the voxels; a crop of an MRC file lies where it is in that file's space.
-    """
+    """Header and room for the voxels, which lie where `like`, a Volume, does in an MRC's space."""
     mode = {"int8": 0, "int16": 1, "float32": 2, "uint16": 6}[dtype.name]
     with mrcfile.new_mmap(file, shape, mrc_mode=mode, overwrite=True) as mrc:
         if voxel_size:
@@ -910,11 +902,8 @@ def _disk_errors(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """The name of a temporary file to write in the block, beside path and renamed to it at the end.
-
-    So the file at path is whole at any moment, even after a crash or a power cut. Where the block
-    fails the temporary file goes.
-    """
+    """A temporary file's name, beside path, to write in the block and then renamed to path: a file
+    there is whole at any moment. Where the block fails the temporary file goes."""
     temporary = _temporary(path)
     try:
         yield temporary

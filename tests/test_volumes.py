@@ -286,7 +286,7 @@ def test_folders_are_paired_by_number_whatever_the_counts(tmp_path):
     images = write_folder(tmp_path / "em", array[em], [f"em_{z:03}.png" for z in em])
     masks = (array > 50).astype(np.uint8)
     label = write_folder(tmp_path / "lab", masks[lab], [f"label_{z:03}.png" for z in lab])
-    with pytest.raises(emseg.InputError, match="number 5 matches no slice of .*em"):
+    with pytest.raises(emseg.InputError, match="slice of .*em.*got 5$"):
         emseg.open_labels([label], [emseg.open_volume(images)])
     os.remove(label / "label_005.png")
     (labels,), _ = emseg.open_labels([label], [emseg.open_volume(images)])
@@ -604,11 +604,11 @@ def test_sparse_label_folder(tmp_path):
     assert paired(label, folder, label_slices="5").slices.tolist() == [5]
     # a volume in one file: the number is z
     volume = open_array(tmp_path, images).path
-    with pytest.raises(emseg.InputError, match="number 102 matches no slice"):
+    with pytest.raises(emseg.InputError, match="got 102, 105, 110$"):
         paired(label, volume)
     low = write_folder(tmp_path / "low", masks, ["0.png", "7.png", "11.png"])
     assert paired(low, volume).slices.tolist() == [0, 7, 11]
-    with pytest.raises(emseg.InputError, match="own number"):
+    with pytest.raises(emseg.InputError, match="got none$"):
         paired(write_folder(tmp_path / "u", masks, ["a.png", "b.png", "c.png"]), volume)
 
 
