@@ -122,14 +122,13 @@ class LazyArray:
 class Volume(LazyArray):
     """A file, or a folder of slices, cropped; see open_volume.
 
-    format: "tiff", "mrc", "npy" or "slices". page: z -> slice (Y, X) of the file; it holds nothing
-    open, so that each process reads for itself. crop: three slices into `file`, whose own shape is
-    file_shape. numbers: the last integer in the name of each slice of the file, or None. origin,
-    start: of an MRC file, its origin (z, y, x) in nm and nzstart, nystart, nxstart. note: what a
-    user should know of the file, or None.
+    format: "tiff", "mrc", "npy" or "slices". pages: range of z in the file -> those slices (Y, X).
+    crop: three slices into `file`, whose own shape is file_shape. numbers: the last integer in the
+    name of each slice of the file, or None. origin, start: of an MRC file, its origin (z, y, x) in
+    nm and nzstart, nystart, nxstart. note: what a user should know of the file, or None.
     """
 
-    def __init__(self, file, format, shape, dtype, page, voxel_size=None, numbers=None,
+    def __init__(self, file, format, shape, dtype, pages, voxel_size=None, numbers=None,
                  origin=None, start=None, note=None):
         if dtype.kind not in "buif" or dtype.itemsize > 8 or len(shape) != 3 or min(shape) < 1:
             raise InputError(f"{file}: {dtype} of shape {tuple(shape)}; wanted numbers (Z, Y, X)")
@@ -137,7 +136,7 @@ class Volume(LazyArray):
         low, high = PLAUSIBLE_NM
         known = voxel_size and all(low <= side <= high for side in voxel_size)
         super().__init__(file, shape, native, tuple(map(float, voxel_size)) if known else None)
-        self.file, self.format, self.file_shape, self.page = file, format, self.shape, page
+        self.file, self.format, self.file_shape, self.pages = file, format, self.shape, pages
         self.crop = tuple(slice(0, size) for size in shape)
         self.numbers, self.origin, self.start, self.note = numbers, origin, start, note
 
@@ -153,8 +152,8 @@ class Volume(LazyArray):
                    for whole, part in zip(self.crop, (z, y, x)))
         box = np.empty([part.stop - part.start for part in (z, y, x)], self.dtype)
         with _readable(self.path):
-            for i in range(len(box)):
-                box[i] = self.page(z.start + i)[y, x]
+            for i, page in enumerate(self.pages(range(z.start, z.stop))):
+                box[i] = page[y, x]
         return box
 
 
@@ -227,27 +226,29 @@ def _parse_range(text, size, what):
     return range(start, stop, int(match[4] or 1))
 
 
-def _mapped_page(file, dtype, offset, shape, axes, z):
-    """A slice of voxels as they lie in the file, stored axes in the order `axes`. Mapped each time
-    anew: the pages of a map that stays add up, in the memory of the process, to the whole file."""
-    return np.memmap(file, dtype, "r", offset, shape).transpose(axes)[z]
+# What Volumes read their slices with. They hold nothing open: each process reads for itself.
+
+def _mapped_pages(file, dtype, offset, shape, axes, z):
+    """Voxels as they lie in the file, stored axes in the order `axes`. Mapped each time anew: the
+    pages of a map that stays add up, in the memory of the process, to the whole file."""
+    return np.memmap(file, dtype, "r", offset, shape).transpose(axes)[z.start : z.stop]
 
 
 _kept = OrderedDict()           # (decode, z) -> slice, the latest last
 
 
-def _decoded_page(decode, z):
-    """A slice that must be decoded whole, by decode(z). The latest are kept, up to CACHE_BYTES."""
-    if (decode, z) not in _kept:
-        _kept[decode, z] = decode(z)
+def _decoded_pages(decode, z):
+    """Slices that must be decoded whole, by decode(z). The latest are kept, up to CACHE_BYTES."""
+    for i in z:
+        page = _kept.pop((decode, i), None)
+        _kept[decode, i] = decode(i) if page is None else page
         while sum(page.nbytes for page in _kept.values()) > CACHE_BYTES and len(_kept) > 1:
             _kept.popitem(last=False)
-    _kept.move_to_end((decode, z))
-    return _kept[decode, z]
+        yield _kept[decode, i]
 
 
-def _folder_page(slices, z):
-    return slices[z].page(0)
+def _folder_pages(slices, z):
+    return (page for i in z for page in slices[i].pages(range(1)))
 
 
 def _open_file(file):
@@ -265,8 +266,9 @@ def _open_npy(file):
     stored = np.load(file, mmap_mode="r")
     shape = (1,) * (3 - stored.ndim) + stored.shape
     axes = (0, 1, 2) if stored.flags.c_contiguous else (2, 1, 0)
-    page = partial(_mapped_page, file, stored.dtype, stored.offset, [shape[i] for i in axes], axes)
-    return Volume(file, "npy", shape, stored.dtype, page)
+    stored_shape = [shape[axis] for axis in axes]
+    pages = partial(_mapped_pages, file, stored.dtype, stored.offset, stored_shape, axes)
+    return Volume(file, "npy", shape, stored.dtype, pages)
 
 
 def _open_tiff(file):
@@ -283,11 +285,11 @@ def _open_tiff(file):
             raise InputError(f"{file}: {len(tif.series)} of axes {series.axes} {series.shape}; "
                              "wanted one stack of grey values (Fiji: Image > Type, Split Channels)")
         shape = (1, *series.shape)[-3:]
-        page = partial(_decoded_page, partial(_decode_tiff, file))
+        pages = partial(_decoded_pages, partial(_decode_tiff, file))
         if series.dataoffset is not None and series.keyframe.is_final:
             dtype = series.dtype.newbyteorder(tif.byteorder)
-            page = partial(_mapped_page, file, dtype, series.dataoffset, shape, (0, 1, 2))
-        return Volume(file, "tiff", shape, series.dtype, page, _tiff_voxel_size(tif, shape[0]))
+            pages = partial(_mapped_pages, file, dtype, series.dataoffset, shape, (0, 1, 2))
+        return Volume(file, "tiff", shape, series.dtype, pages, _tiff_voxel_size(tif, shape[0]))
 
 
 def _decode_tiff(file, z):
@@ -354,7 +356,7 @@ def _open_mrc(file):
     sides = [(float(header.cella[axis]), int(header["m" + axis])) for axis in "zyx"]
     start = [int(header[f"n{axis}start"]) for axis in "zyx"]
     return Volume(file, "mrc", [stored[axis] for axis in axes], dtype,
-                  partial(_mapped_page, file, dtype, data.offset, stored, axes),
+                  partial(_mapped_pages, file, dtype, data.offset, stored, axes),
                   [side / n / 10 if n > 0 else 0 for side, n in sides],     # Å to nm
                   origin=[float(header.origin[axis]) / 10 for axis in "zyx"],
                   start=[start[axis] for axis in axes], note=note)
@@ -369,8 +371,8 @@ def _png(file):
 def _open_png(file):
     with _png(file) as image:
         dtype, shape = np.dtype("u2" if image.mode[0] == "I" else "u1"), (1, *image.size[::-1])
-    page = partial(_decoded_page, partial(_decode_png, file))
-    return Volume(file, "slices", shape, dtype, page, numbers=_numbers([file]))
+    pages = partial(_decoded_pages, partial(_decode_png, file))
+    return Volume(file, "slices", shape, dtype, pages, numbers=_numbers([file]))
 
 
 def _decode_png(file, z):
@@ -400,7 +402,7 @@ def _open_folder(folder):
             raise InputError(f"{one.file}: {one.format} {one.shape} {one.dtype} in a folder of "
                              f"{first.format} {first.shape} {first.dtype}; wanted slices alike")
     return Volume(folder, "slices", (len(slices), *first.shape[1:]), first.dtype,
-                  partial(_folder_page, slices), first.voxel_size, _numbers(names))
+                  partial(_folder_pages, slices), first.voxel_size, _numbers(names))
 
 
 def _numbers(names):
@@ -510,8 +512,8 @@ def check_finite(volume):
 
 def _count_values(array):
     """Voxels of each value of an array of uint8 or uint16: int64 (256,) or (65536,)."""
-    parts = np.array_split(array.ravel(), 1 + array.size // 2**22)  # bincount makes an int64 copy
-    return sum(np.bincount(part, minlength=2 ** (8 * array.itemsize)) for part in parts)
+    values = torch.from_numpy(array if array.itemsize == 1 else array.astype(np.int32))
+    return values.flatten().bincount(minlength=2 ** (8 * array.itemsize)).numpy()
 
 
 class Resampled(LazyArray):
