@@ -26,7 +26,6 @@ Run:
 
 import argparse
 import csv
-import io
 import json
 import math
 import os
@@ -235,6 +234,25 @@ def score_segments(truth, pred):
                for key in ("voi", "adapted_rand_error")}}
 
 
+def save_segments(path, pair, truth, pred, voi, rows=4):
+    """segments_NAME.png: segments of truth and prediction in random colours, of the slices with the
+    highest variation of information; what separates them is black."""
+    worst = sorted((z for z, value in enumerate(voi) if value is not None), key=lambda z: -voi[z])
+    worst = worst[:rows]
+    colors = np.random.default_rng(0).uniform(0.2, 1, (max(truth.max(), pred.max()) + 1, 3))
+    colors[0] = 0
+    figure = emseg.new_figure(figsize=(9, 3.2 * len(worst)))
+    for z, axes in zip(worst, figure.subplots(max(1, len(worst)), 3, squeeze=False)):
+        if pair.image is not None:
+            axes[0].imshow(emseg.as_uint8(pair.image)[z], cmap="gray", vmin=0, vmax=255)
+        for axis, page in zip(axes[1:], (truth, pred)):
+            axis.imshow(colors[page[z]], interpolation="nearest")
+        for axis, title in zip(axes, (f"image  z = {z}", "segments of the truth",
+                                      f"predicted  VOI {voi[z]:.3f} bit")):
+            axis.set(title=title, xticks=[], yticks=[])
+    emseg.save_figure(figure, path)
+
+
 # -- pairs of volumes ------------------------------------------------------------------------------
 
 
@@ -300,11 +318,8 @@ def open_pairs(args):
     maps = [text and emseg.parse_label_map(text) for text in (args.label_map, args.prediction_map)]
     volumes = [emseg.open_volume(path) for path in args.prediction]
     for volume, path in zip(volumes, args.label):
-        own, drawn = volume.voxel_size, emseg.pair_labels(path, volume)[0].voxel_size
-        volume.voxel_size = args.voxel_size or drawn or own
-        if own and not np.allclose(volume.voxel_size, own, rtol=0.01) and not args.voxel_size:
-            print(f"warning: voxels of {volume.path} are {own} nm (z, y, x), those of its label "
-                  f"{drawn}; the latter count, unless you give --voxel-size Z Y X")
+        volume.voxel_size = (args.voxel_size or emseg.pair_labels(path, volume)[0].voxel_size
+                             or volume.voxel_size)
     labels, n = emseg.open_labels(
         args.label, volumes, len(names or ()) or None, maps[0], args.ignore_label,
         args.label_slices, require_foreground=False)
@@ -333,7 +348,7 @@ def open_pairs(args):
 
 
 def score_pair(pair, classes, args):
-    """The scores of a pair as an entry of metrics.json."""
+    """The scores of a pair as an entry of metrics.json; the picture of its segments."""
     result = emseg.volume_scores(pair.counts, pair.label, classes, args.organelles)
     if args.distances:
         distances = surface_distances(pair, len(classes)) if pair.label.voxel_size else [
@@ -341,7 +356,10 @@ def score_pair(pair, classes, args):
         for scores, found in zip(result["per_class"].values(), distances):
             scores.update(found)
     if args.segments is not None:
-        result["segments"] = score_segments(*find_segments(pair, args.segments, args.segments_2d))
+        segments = find_segments(pair, args.segments, args.segments_2d)
+        result["segments"] = score_segments(*segments)
+        save_segments(Path(args.out_dir, f"segments_{pair.name}.png"), pair, *segments,
+                      result["segments"]["voi_slices"])
     return {"volume": pair.image and pair.image.path, "label": pair.label.path,
             "prediction": pair.prediction.path, **result}
 
@@ -393,12 +411,12 @@ def describe(entry, what="mean"):
 
 def write_csv(path, rows):
     """A CSV file, whole or not at all, with all columns that occur."""
-    text = io.StringIO()
     columns = dict.fromkeys(key for row in rows for key in row)
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    emseg.write_text(path, text.getvalue())
+    with emseg.replacing(path) as temporary, open(
+            temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 # -- tables of runs --------------------------------------------------------------------------------
@@ -619,7 +637,7 @@ def tabulate(args):
 
 # What an evaluation writes.
 FILES = r"(config|metrics)\.json|(objects|table)\.csv|table\.md|\..*\.tmp|" \
-    r"(figure|slice_dice|histogram|render_.*)\.png"
+    r"(figure|slice_dice|histogram|render_.*|segments_.*)\.png"
 
 
 def open_folder(args):

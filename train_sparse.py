@@ -232,10 +232,10 @@ def parse_args(argv=None):
                 classes=["background", "mitochondrion", "nucleus"])
     quick = dict(width=16, epochs=10, scm_epochs=6, steps_per_epoch=25, batch_size=16, tta=False,
                  patch_size=[64, 64], downsample=4, lr=1e-3)
-    args = emseg.parse(parser, argv, demo, settings=lambda args: {
+    args = emseg.parse(parser, argv, demo, quick, settings=lambda args: {
         "scm_epochs": args.epochs,
         "patch_size": [16, 128, 128] if args.model in emseg.NETWORKS_3D else [512, 512],
-    }, of_prediction=("threshold", "mpp", "scm", "min_size"), quick=quick)
+    }, of_prediction=("threshold", "mpp", "scm", "min_size"))
     if args.context % 2 == 0:
         parser.error(f"--context {args.context} has no middle slice; give an odd number")
     args.scm = args.scm and args.mpp
