@@ -3040,7 +3040,7 @@ def save_curves(path, log):
                                    groups.items()):
         for key in keys:
             axis.plot(epochs, [float(row[key] or "nan") for row in rows], marker=".", label=key)
-        if "cps_weight" in rows[0]:             # of train_cps.py: from here on a loss has more terms
+        if "cps_weight" in rows[0]:                     # of train_cps.py: the loss has more terms
             axis.fill_between(epochs, [float(row["cps_weight"]) for row in rows], color="0.9",
                               transform=axis.get_xaxis_transform(), label="weight of CPS")
         axis.set(xlabel="epoch", ylabel=title)
@@ -3285,8 +3285,8 @@ def open_items(volumes, labels, args, slices=None, **rules):
     items = [Item(name, volume, network_input(volume, args))
              for name, volume in zip(unique_names(volumes), opened)]
     if labels:
-        rules = {"label_map": parse_label_map(args.label_map) if args.label_map else None,
-                 "ignore_label": args.ignore_label, **rules}
+        rules = {"label_map": args.label_map, "ignore_label": args.ignore_label, **rules}
+        rules["label_map"] = parse_label_map(rules["label_map"]) if rules["label_map"] else None
         truths, n_classes = open_labels(labels, opened, len(args.classes or []) or None,
                                         label_slices=slices, **rules)
         args.classes = class_names(args.classes, n_classes)

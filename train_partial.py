@@ -114,6 +114,9 @@ def parse_args(argv=None):
     method("--partial", nargs=3, action="append", default=[], metavar=("VOLUME", "LABEL", "MERGE"),
            help="a partially labelled volume; MERGE 3=1,4=1 says that classes 3 and 4 were drawn "
            "as 1, by their ids after --label-map (section 2.2); repeat it for each volume")
+    method("--partial-map", nargs="+", metavar="M", default=[],
+           help="label maps of the partially labelled volumes, one for each, where their values "
+           "mean something else than --label-map says")
     method("--resize", nargs=3, type=emseg.positive(int), metavar=("Z", "Y", "X"),
            help="show the network volumes of this shape, resized linearly, labels by the nearest "
            "voxel (section 2.1: 512 512 512); predictions keep the shape of the volume; in place "
@@ -128,6 +131,9 @@ def parse_args(argv=None):
     args = emseg.parse(parser, argv, demo, quick)
     if args.resize and args.downsample > 1:
         parser.error("--resize and --downsample both set the resolution; give one of them")
+    if args.partial_map and len(args.partial_map) != len(args.partial):
+        parser.error(f"--partial-map has {len(args.partial_map)} maps for {len(args.partial)} "
+                     f"volumes of --partial")
     if args.partial and not (args.volume or args.classes):
         parser.error("--partial without --volume: no file shows all classes; name them with "
                      "--classes, the background's first")
@@ -157,9 +163,10 @@ def main(args):
     # data: fully labelled volumes, then partially labelled ones
     train, val = emseg.open_training(args)
     full, merges = len(train), [list(range(len(args.classes)))] * len(train)
-    for volume, label, text in args.partial:
+    maps = args.partial_map or [args.label_map] * len(args.partial)
+    for (volume, label, text), label_map in zip(args.partial, maps):
         merges.append(parse_merge(text, len(args.classes)))
-        train += emseg.open_items([volume], [label], args, merge=merges[-1])
+        train += emseg.open_items([volume], [label], args, merge=merges[-1], label_map=label_map)
         emseg.print0(f"{label}: " + ", ".join(
             f"{args.classes[k]} drawn as {args.classes[target]}"
             for k, target in enumerate(merges[-1]) if k != target))
