@@ -3651,7 +3651,13 @@ class Run:
         self.interrupted = None
         self.predicted_voxels, self.predict_seconds = 0, 0.0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self._check_folder()
+        if args.resume and (self.folder / "config.json").exists():
+            if self.rank == 0:
+                lock_folder(self.folder)
+            self.config = json.loads((self.folder / "config.json").read_text())
+        elif not args.resume:
+            check_folder(self.folder, args.overwrite, self.script.name)
+        self.barrier()
         self.checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
         if self.checkpoint:
             if self.checkpoint["script"] != self.script.name:
@@ -3665,25 +3671,6 @@ class Run:
                + (f", {self.world} processes" if self.world > 1 else ""))
 
     # -- folder
-
-    def _check_folder(self):
-        """Refuse a folder that this run may not write into."""
-        config = self.folder / "config.json"
-        if self.folder.is_file():
-            raise InputError(f"--out-dir {self.folder} is a file")
-        if self.args.resume and config.exists():
-            if self.rank == 0:
-                lock_folder(self.folder)
-            self.config = json.loads(config.read_text())
-        elif not self.args.resume and self.folder.is_dir() and any(
-                not file.name.startswith(".") for file in self.folder.iterdir()):
-            if not config.exists():
-                raise InputError(f"--out-dir {self.folder} holds files, but no run; choose another "
-                                 f"folder")
-            if not self.args.overwrite:
-                raise InputError(f"--out-dir {self.folder} holds a run; give --overwrite, --resume "
-                                 f"or another folder")
-        self.barrier()
 
     @property
     def finished(self):
@@ -3955,6 +3942,24 @@ class Run:
             torch.distributed.barrier()
 
 
+def check_folder(folder, overwrite, script):
+    """Raise InputError where a folder holds anything but a run of this script to overwrite."""
+    if folder.is_file():
+        raise InputError(f"--out-dir {folder} is a file")
+    if not folder.is_dir() or all(file.name.startswith(".") for file in folder.iterdir()):
+        return
+    try:
+        is_run = json.loads((folder / "config.json").read_text())["script"] == script
+    except (OSError, ValueError, KeyError, TypeError):
+        is_run = False
+    if not is_run:
+        raise InputError(f"--out-dir {folder} holds files, but no run of {script}; choose another "
+                         f"folder")
+    if not overwrite:
+        raise InputError(f"--out-dir {folder} holds a run; give --overwrite or another folder, or "
+                         f"--resume")
+
+
 def lock_folder(folder):
     """Keep other processes from writing into a folder until this command ends or dies."""
     name = os.path.realpath(folder)
@@ -3986,11 +3991,7 @@ def files_of(folder):
     path = Path(folder, "config.json")
     if not path.exists():
         return []
-    try:
-        names = json.loads(path.read_text())["files"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"--out-dir {folder} does not say what its run has written; choose "
-                         f"another folder")
+    names = json.loads(path.read_text())["files"]
     return [path, *(file for name in names for file in (
         files_of(Path(folder, name)) if name.endswith("/") else [Path(folder, name)]))]
 

@@ -29,7 +29,6 @@ import csv
 import json
 import math
 import os
-import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -609,7 +608,8 @@ def draw_runs(folder, tables):
 def tabulate(args):
     """evaluate.py --runs: tables of finished runs, printed and as files. Only what was scored on
     the same voxels is in one table."""
-    folder, results, tables = open_folder(args), [], {}
+    folder, results, tables = Path(args.out_dir), [], {}
+    emseg.check_folder(folder, True, Path(__file__).name)           # a table is soon made again
     for run in args.runs:
         try:
             results += read_run(run)
@@ -627,7 +627,7 @@ def tabulate(args):
     text = "\n".join([f"All rows: {shared}\n", *(table for table, _ in shown),
                       rank_rows(tables, args.scores[0])])
     print(text)
-    write_config(args)
+    write_config(args, ["table.md", "table.csv", "histogram.png", "slice_dice.png"])
     emseg.write_text(folder / "table.md", text)
     write_csv(folder / "table.csv", [line for _, lines in shown for line in lines])
     draw_runs(folder, tables)
@@ -635,32 +635,15 @@ def tabulate(args):
 
 # -- the command -----------------------------------------------------------------------------------
 
-# What an evaluation writes.
-FILES = r"(config|metrics)\.json|(objects|table)\.csv|table\.md|\..*\.tmp|" \
-    r"(figure|slice_dice|histogram|render_.*|segments_.*)\.png"
-
-
-def open_folder(args):
-    """--out-dir. Raises InputError where it holds anything but an evaluation to overwrite."""
-    folder = Path(args.out_dir)
-    for file in folder.iterdir() if folder.exists() else ():
-        if not re.fullmatch(FILES, file.name):
-            raise emseg.InputError(f"--out-dir {folder} holds {file.name}, which is of no "
-                                   "evaluation; give another folder")
-        if not args.overwrite and not args.runs:        # a table is soon made again
-            raise emseg.InputError(f"--out-dir {folder} is not empty; give --overwrite or another "
-                                   "folder")
-    return folder
-
-
-def write_config(args, **more):
-    """Empty the folder of an earlier evaluation and begin with config.json."""
+def write_config(args, files, **more):
+    """Empty the folder of an earlier evaluation and begin with config.json. files: the names of
+    all that may be written."""
     folder = Path(args.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        file.unlink()
-    emseg.write_json(folder / "config.json", {"script": Path(__file__).name, "args": vars(args),
-                                           **emseg.provenance(__file__), **more})
+    emseg.remove_run(folder, emseg.inputs_of(args))
+    emseg.write_json(folder / "config.json", {
+        "script": Path(__file__).name, "args": vars(args), "files": files,
+        **emseg.provenance(__file__), **more})
 
 
 def class_of(text, classes):
@@ -727,7 +710,8 @@ def parse_args(argv=None):
 def main(args):
     if args.runs:
         return tabulate(args)
-    folder = open_folder(args)
+    folder = Path(args.out_dir)
+    emseg.check_folder(folder, args.overwrite, Path(__file__).name)
 
     # data
     classes, pairs = open_pairs(args)
@@ -735,7 +719,10 @@ def main(args):
     if args.segments is not None:
         args.segments = class_of(args.segments, classes)
     metrics = run_of(args.prediction)
-    write_config(args, classes=classes, training=metrics.get("training"))
+    write_config(args, ["metrics.json", "objects.csv", "figure.png", "slice_dice.png",
+                        *(f"{kind}_{pair.name}.png" for pair in pairs
+                          for kind in ("segments", "render"))],
+                 classes=classes, training=metrics.get("training"))
 
     # scores
     entries = []
