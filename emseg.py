@@ -4169,6 +4169,12 @@ def predict_all(run, predict, items, **options):
                              **options) for item in items]
 
 
+def predict_and_score(run, network, items):
+    """Predict all Items with a network of 2D slices, score and draw the predictions."""
+    paths = predict_all(run, functools.partial(see, run, network), items)
+    report(run, items, paths, count_parameters(network))
+
+
 def report(run, items, stages, parameters, colors=CLASS_COLORS, organelles=None, **more):
     """Score predictions; write metrics.json, figure.png, slice_dice.png and curves.png; print the
     scores and what was written. Returns the content of metrics.json, in the first process.

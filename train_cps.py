@@ -359,7 +359,7 @@ def main(args):
         emseg.write_demo(run, shape=(28, 256, 256))
     if args.checkpoint:
         network = run.load(make_network(args))
-        return finish(run, network, emseg.open_test(args, run.used))
+        return emseg.predict_and_score(run, network, emseg.open_test(args, run.used))
 
     # data
     train, val = emseg.open_training(args)
@@ -380,15 +380,12 @@ def main(args):
     # networks
     networks = [run.prepare(make_network(args)) for _ in ("ab" if cps else "a")]
     emseg.check_patch_size(networks[0], args.patch_size, args.model)
+    predict = functools.partial(emseg.see, run, networks[0])    # slices -> probabilities
 
     def heads_of(network, image):
         """All logits that a network is trained by, a list of (B, C, H, W)."""
         with run.autocast():
             return network(image, heads=True) if hasattr(network, "combine") else [network(image)]
-
-    def predict(image):
-        """uint8 slices (B, H, W) -> probabilities (B, C, H, W) of the first network."""
-        return emseg.see(run, networks[0], image)
 
     # optimiser
     optimizers = [optimizer_of(network, args) for network in networks]
@@ -432,13 +429,7 @@ def main(args):
 
     # predict and evaluate
     run.use_best(network=networks[0])
-    finish(run, networks[0], test)
-
-
-def finish(run, network, test):
-    """Predict the test volumes with the first network and score the predictions."""
-    predictions = emseg.predict_all(run, lambda image: emseg.see(run, network, image), test)
-    emseg.report(run, test, predictions, emseg.count_parameters(network))
+    emseg.predict_and_score(run, networks[0], test)
 
 
 if __name__ == "__main__":

@@ -400,7 +400,7 @@ def train_structure(run, train, val, test, patches):
         return
     if args.checkpoint:
         network = run.load(make_network(args))
-        return finish(run, network, test)
+        return emseg.predict_and_score(run, network, test)
 
     # data
     run.used = emseg.used_slices(train + val)
@@ -410,10 +410,7 @@ def train_structure(run, train, val, test, patches):
 
     # networks
     network = run.prepare(make_network(args).apply(emseg.glorot_initialization))
-
-    def predict(image):
-        """uint8 slices (B, H, W) -> probabilities (B, 1, H, W)."""
-        return emseg.see(run, network, image)
+    predict = functools.partial(emseg.see, run, network)        # slices -> probabilities
 
     # optimiser
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
@@ -449,13 +446,7 @@ def train_structure(run, train, val, test, patches):
 
     # predict and evaluate
     run.use_best(network=network)
-    finish(run, network, test)
-
-
-def finish(run, network, test):
-    """Predict the test volumes and score the predictions."""
-    predictions = emseg.predict_all(run, lambda image: emseg.see(run, network, image), test)
-    emseg.report(run, test, predictions, emseg.count_parameters(network))
+    emseg.predict_and_score(run, network, test)
 
 
 def merge_runs(run, runs, tests):
