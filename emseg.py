@@ -31,7 +31,6 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import io
 import itertools
 import json
 import logging
@@ -55,6 +54,11 @@ from pathlib import Path
 # Before torch is loaded: its threads sleep while they wait. Threads that spin (the default) make a
 # step 2 to 4 times as slow as soon as another process needs a core; sleeping costs 3 to 9 %.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# As many threads as a container has processors, which is less than what the machine has.
+with contextlib.suppress(OSError, ValueError):          # no container; or "max", all of them
+    quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+    processors = min(math.ceil(quota / period), len(os.sched_getaffinity(0)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(processors))
 
 import mrcfile
 import numpy as np
@@ -2727,10 +2731,15 @@ def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768)
     for title, axis in zip(titles, axes[0]):
         axis.set_title(plain(title))
     for row, (name, like, step, shown) in zip(axes, panels):
+        inset = _inset(shown)
         for axis, title in zip(row, titles):
             axis.set(xticks=[], yticks=[], frame_on="image" not in titles)
             if title in shown:
                 axis.imshow(shown[title], interpolation="antialiased")
+                if inset:
+                    zoom = axis.inset_axes((0.55, 0.55, 0.43, 0.43), xticks=[], yticks=[], **inset)
+                    zoom.imshow(shown[title])
+                    axis.indicate_inset_zoom(zoom, edgecolor="white", alpha=1)
         row[0].text(0.02, 0.97, plain(name), transform=row[0].transAxes, fontsize=7, va="top",
                     color="white", bbox={"color": "black", "alpha": 0.6, "pad": 1.5})
         _scale_bar(row[0], like.voxel_size, step)
@@ -2767,6 +2776,19 @@ def _panels(z, image, label, predictions, classes, colors, step):
             title = "errors" if len(preds) == 1 else f"{name}: errors"
             shown[title] = error_overlay(grey, truth, pred, alpha)
     return shown
+
+
+def _inset(shown, share=0.03, part=8):
+    """Limits (xlim, ylim) of the densest part of a slice's panels (titles -> RGB), an eighth of
+    its sides, where less than a share of it is coloured; else None."""
+    coloured = np.any([np.ptp(rgb, axis=2) > 0 for rgb in shown.values()], 0)
+    if not 0 < coloured.mean() < share:
+        return None
+    (H, W), sides = coloured.shape, [math.ceil(side / part) for side in coloured.shape]
+    dense = ndimage.gaussian_filter(coloured.astype(np.float32), [side / 4 for side in sides])
+    (y, x), (h, w) = np.unravel_index(dense.argmax(), dense.shape), sides
+    y, x = np.clip(y - h // 2, 0, H - h), np.clip(x - w // 2, 0, W - w)
+    return {"xlim": (x - 0.5, x + w - 0.5), "ylim": (y + h - 0.5, y - 0.5)}
 
 
 def _scale_bar(axis, voxel_size, step):
@@ -2918,11 +2940,14 @@ def save_curves(path, log):
     scores = [key for key in ("val_dice", "val_iou", "val_miou", "val_miou_org") if key in rows[0]]
     groups = {"loss": terms or ["loss"], **({"validation": scores} if scores else {})}
     figure = new_figure(figsize=(5 * len(groups), 3.5))
+    epochs = [int(row["epoch"]) for row in rows]
     for axis, (title, keys) in zip(figure.subplots(1, len(groups), squeeze=False)[0],
                                    groups.items()):
         for key in keys:
-            points = [(int(row["epoch"]), float(row[key] or "nan")) for row in rows]
-            axis.plot(*zip(*points), marker=".", label=key)
+            axis.plot(epochs, [float(row[key] or "nan") for row in rows], marker=".", label=key)
+        if "cps_weight" in rows[0]:                     # of train_cps.py: the loss has more terms
+            axis.fill_between(epochs, [float(row["cps_weight"]) for row in rows], color="0.9",
+                              transform=axis.get_xaxis_transform(), label="weight of CPS")
         axis.set(xlabel="epoch", ylabel=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
@@ -2939,16 +2964,12 @@ OF_THIS_CALL = {"out_dir", "overwrite", "resume", "device", "amp", "compile", "w
 INPUTS = {"volume", "label", "label_slices", "unlabeled_volume", "val_volume", "val_label",
           "val_slices", "test_volume", "test_label", "voxel_size", "demo", "checkpoint", "init",
           "quick"}
-PATHS = {name for name in INPUTS if name.endswith(("volume", "label"))} | {
-    "checkpoint", "init", "partial", "ensemble", "coarse"}      # arguments that are paths
 # What may be said with --checkpoint; all else has no effect there.
 OF_PREDICTION = OF_THIS_CALL | {"checkpoint", "test_volume", "test_label", "label_map", "tta",
                                 "ignore_label", "voxel_size", "save_probability"}
-
-
 # What --init and train_sparse.py's --coarse take over from another run.
-OF_NETWORK = ("model", "width", "average_branches", "patch_size", "downsample", "normalize",
-              "classes")
+OF_NETWORK = {"model", "width", "average_branches", "patch_size", "downsample", "normalize",
+              "classes"}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -3051,7 +3072,7 @@ def add_common_args(parser, models, sources):
             action.help += f" ({sources[action.dest]})"
 
 
-def parse(parser, argv, demo, settings=lambda args: {}, of_prediction=(), quick=None):
+def parse(parser, argv, demo, quick, settings=lambda args: {}, of_prediction=()):
     """Parse the command line. --demo, --quick, --resume and --checkpoint bring their own defaults.
 
     demo, quick: flags that these stand for; settings: args -> defaults that depend on other flags,
@@ -3069,23 +3090,21 @@ def parse(parser, argv, demo, settings=lambda args: {}, of_prediction=(), quick=
         if getattr(args, one) and getattr(args, other):
             parser.error(f"--{one} and --{other} contradict each other")
     try:
-        start = args.init or getattr(args, "coarse", None)
-        saved = load_checkpoint(start)["args"] if start else {}
-        saved = {name: saved[name] for name in OF_NETWORK if name in saved.keys() & names.keys()}
-        given = {**(demo if args.demo else (quick or {}) if args.quick else {}), **saved, **typed}
-        if args.checkpoint:
-            training = sorted(set(typed) - OF_PREDICTION - set(of_prediction))
-            if training:
-                parser.error(f"{flag_name(training[0])} has no effect with --checkpoint, which "
-                             f"only predicts --test-volume; --init trains on from a checkpoint")
-            saved = load_checkpoint(args.checkpoint)["args"]
-            given = {n: v for n, v in saved.items() if n in names
-                     and n not in OF_THIS_CALL | INPUTS} | typed
-        base = {**vars(args), **given}
+        training = sorted(set(typed) - OF_PREDICTION - set(of_prediction))
+        if args.checkpoint and training:
+            parser.error(f"{flag_name(training[0])} has no effect with --checkpoint, which only "
+                         f"predicts --test-volume; --init trains on from a checkpoint")
+        source = args.checkpoint or args.init or getattr(args, "coarse", None)
+        saved = load_checkpoint(source)["args"] if source else {}
+        kept = names.keys() - OF_THIS_CALL - INPUTS if args.checkpoint else OF_NETWORK
+        given = {**(demo if args.demo else quick if args.quick else {}),
+                 **{name: saved[name] for name in saved.keys() & names.keys() & kept}, **typed}
         if not args.checkpoint:
-            base = {**base, **settings(argparse.Namespace(**base)), **given}
-        args = argparse.Namespace(**base)
-        args.out_dir = args.out_dir or default_folder(parser.prog, args)
+            given = {**settings(argparse.Namespace(**{**vars(args), **given})), **given}
+        args = argparse.Namespace(**{**vars(args), **given})
+        kind = "-prediction" if args.checkpoint else "-demo" if args.demo else ""
+        args.out_dir = args.out_dir or (
+            f"runs/{Path(parser.prog).stem}-{args.model}-seed{args.seed}{kind}")
         if args.resume:
             args = resume_args(parser, args, typed)
     except InputError as error:
@@ -3102,12 +3121,6 @@ def flag_name(name):
 def format_shape(shape):
     """(110, 768, 1024) -> 110 x 768 x 1024."""
     return " x ".join(str(side) for side in shape)
-
-
-def default_folder(prog, args):
-    """runs/SCRIPT-MODEL-seedSEED, with -prediction for a prediction from a checkpoint."""
-    kind = "-prediction" if args.checkpoint else "-demo" if args.demo else ""
-    return f"runs/{Path(prog).stem}-{args.model}-seed{args.seed}{kind}"
 
 
 def resume_args(parser, args, typed):
@@ -3177,8 +3190,8 @@ def open_items(volumes, labels, args, slices=None, **rules):
     items = [Item(name, volume, network_input(volume, args))
              for name, volume in zip(unique_names(volumes), opened)]
     if labels:
-        rules = {"label_map": parse_label_map(args.label_map) if args.label_map else None,
-                 "ignore_label": args.ignore_label, **rules}
+        rules = {"label_map": args.label_map, "ignore_label": args.ignore_label, **rules}
+        rules["label_map"] = parse_label_map(rules["label_map"]) if rules["label_map"] else None
         truths, n_classes = open_labels(labels, opened, len(args.classes or []) or None,
                                         label_slices=slices, **rules)
         args.classes = class_names(args.classes, n_classes)
@@ -3220,15 +3233,12 @@ def validation_slices(text, label, annotated):
     rest = np.setdiff1d(annotated, label.slices)
     rest = rest if len(rest) else annotated
     try:
-        if "=" in text:
-            return rest[parse_slices(text, len(rest))]
-        chosen = parse_slices(text, len(label))
+        chosen = (rest[parse_slices(text, len(rest))] if "=" in text else
+                  parse_slices(text, len(label)))
     except InputError as error:
         raise InputError(f"--val-slices, of {len(rest)} annotated slices: {error}")
-    missing = np.setdiff1d(chosen, annotated)
-    if len(missing):
-        raise InputError(f"--val-slices {text}: slice {missing[0]} of {label.path} is not "
-                         f"annotated")
+    if not np.isin(chosen, annotated).all():
+        raise InputError(f"--val-slices {text}: {label.path} is not annotated in all of these")
     return chosen
 
 
@@ -3263,45 +3273,40 @@ def open_test(args, used, train=(), val=()):
 def check_annotation(train, args):
     """Raise InputError where no training slice, as the network sees it, shows a class: nothing
     would stop a network from seeing it anywhere. Print a note where most slices show nothing."""
-    if not sum(len(item.slices) for item in train):
+    counts = [_count_values(item.target[z])[: len(args.classes)]
+              for item in train for z in item.slices]
+    if not counts:
         raise InputError("no slice is left to train on; check --label-slices and --val-slices")
-    drawn = np.concatenate([item.label.counts[item.label.slices] for item in train])
-    seen = sum(np.bincount(item.target[z].ravel(), minlength=256)
-               for item in train for z in item.slices) if args.downsample > 1 else None
-    for k, name in enumerate(args.classes[1:], 1):
-        if not drawn[:, k].sum():
-            raise InputError(f"no slice to train on shows the class {name}; annotate some, choose "
-                             f"other slices, or leave the class out with --label-map")
-        if seen is not None and not seen[k]:
-            raise InputError(f"--downsample {args.downsample} leaves nothing of the class {name}; "
-                             f"give a smaller one")
-    empty = int((drawn[:, 1:].sum(1) == 0).sum())
-    if not args.label_slices and 2 * empty > len(drawn):
-        print0(f"note: {empty} of {len(drawn)} annotated slices show background only; if nobody "
+    for name, voxels in list(zip(args.classes, sum(counts)))[1:]:
+        if not voxels:
+            smaller = "give a smaller --downsample, " if args.downsample > 1 else ""
+            raise InputError(f"no slice to train on shows the class {name} at --downsample "
+                             f"{args.downsample}; {smaller}annotate some, choose other slices, or "
+                             f"leave the class out with --label-map")
+    empty = sum(not each[1:].any() for each in counts)
+    if not args.label_slices and 2 * empty > len(counts):
+        print0(f"note: {empty} of {len(counts)} annotated slices show background only; if nobody "
                f"annotated them, name the others with --label-slices")
 
 
 def describe_data(args, **groups):
     """Print what was read, a line for each volume: its shape, voxel size and annotated slices, with
-    their numbers in the files' names; which label value is which class, and its share."""
+    their numbers in the files' names, and the share of each class."""
     for kind, items in groups.items():
         for item in items:
-            size = item.volume.voxel_size
-            line = f"{kind}: {item.volume.path}, {format_shape(item.volume.shape)}"
-            line += f" voxels of {format_shape(f'{side:g}' for side in size)} nm" if size else ""
-            if item.label is not None and len(item.label.slices):
-                numbers = item.volume.numbers and item.volume.numbers[item.volume.crop[0]]
-                zs = item.label.slices
-                line += (f"; {len(zs)} labelled slices " if len(zs) < len(item.image) else
-                         "; all slices labelled")
-                if len(zs) < len(item.image):
-                    line += _listed(zs)
-                    line += f" (files {_listed([numbers[z] for z in zs])})" if numbers else ""
-                share = item.label.counts.sum(0) / max(1, item.label.counts.sum())
-                line += "; " + ", ".join(f"{name} {100 * part:.2g} %"
-                                         for name, part in zip(args.classes, share))
-            print0(line)
-            for note in gap_notes([item.volume]):
+            volume, label = item.volume, item.label
+            parts = [f"{kind}: {volume.path}, {format_shape(volume.shape)} voxels"]
+            if volume.voxel_size:
+                parts.append(f"{format_shape(f'{side:g}' for side in volume.voxel_size)} nm")
+            if label is not None and len(label.slices):
+                numbers = (volume.numbers or ())[volume.crop[0]]
+                parts.append(f"labelled slices {_listed(label.slices)}")
+                if numbers and numbers != (*range(len(volume)),):
+                    parts.append(f"in files {_listed([numbers[z] for z in label.slices])}")
+                share = 100 * label.counts.sum(0) / label.counts.sum()
+                parts += [f"{name} {part:.2g} %" for name, part in zip(args.classes, share)]
+            print0("; ".join(parts))
+            for note in gap_notes([volume]):
                 print0(note)
 
 
@@ -3405,19 +3410,13 @@ def write_demo(run, shape, voxel_size=(20.0, 8.0, 8.0)):
         setattr(run.args, f"{kind}label", paths[1:])
         if run.rank == 0 and not run.args.resume:
             image, label = phantom(shape, voxel_size, seed=1000 * run.args.seed + number)
-            write_volumes(paths, image, [label], voxel_size)
+            if ending == "mrc":
+                image = (image.astype(np.int16) - 128).astype(np.int8)
+            for path, array in zip(paths, (image, label)):
+                with create_volume(path, array.shape, array.dtype, voxel_size,
+                                   max_value=int(array.max())) as writer:
+                    writer[:] = array
     run.barrier()
-
-
-def write_volumes(paths, image, labels, voxel_size):
-    """Write an image and its labels, all uint8, as TIFF or MRC; an MRC image becomes int8, shifted
-    by 128, as tomograms often are."""
-    if paths[0].endswith(MRC_EXTENSIONS):
-        image = (image.astype(np.int16) - 128).astype(np.int8)
-    for path, array in zip(paths, (image, *labels)):
-        with create_volume(path, array.shape, array.dtype, voxel_size,
-                           max_value=int(array.max())) as writer:
-            writer[:] = array
 
 
 # -- device and processes --------------------------------------------------------------------------
@@ -3553,11 +3552,17 @@ class Run:
             keep_freed_memory()
         self.config, self.normalization, self.used = None, None, []
         self.step, self.seconds, self.sums, self.pending = 0, 0.0, {}, None
-        self.best, self.history = None, []      # the metric of end_epoch: highest, of each epoch
-        self.losses, self.interrupted = [], None        # the mean losses of each epoch
+        self.rows, self.best = [], None         # of log.csv; the highest metric of end_epoch
+        self.interrupted = None
         self.predicted_voxels, self.predict_seconds = 0, 0.0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self._check_folder()
+        if args.resume and (self.folder / "config.json").exists():
+            if self.rank == 0:
+                lock_folder(self.folder)
+            self.config = json.loads((self.folder / "config.json").read_text())
+        elif not args.resume:
+            check_folder(self.folder, args.overwrite, self.script.name)
+        self.barrier()
         self.checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
         if self.checkpoint:
             if self.checkpoint["script"] != self.script.name:
@@ -3571,25 +3576,6 @@ class Run:
                + (f", {self.world} processes" if self.world > 1 else ""))
 
     # -- folder
-
-    def _check_folder(self):
-        """Refuse a folder that this run may not write into."""
-        config = self.folder / "config.json"
-        if self.folder.is_file():
-            raise InputError(f"--out-dir {self.folder} is a file")
-        if self.args.resume and config.exists():
-            if self.rank == 0:
-                lock_folder(self.folder)
-            self.config = json.loads(config.read_text())
-        elif not self.args.resume and self.folder.is_dir() and any(
-                not file.name.startswith(".") for file in self.folder.iterdir()):
-            if not config.exists():
-                raise InputError(f"--out-dir {self.folder} holds files, but no run; choose another "
-                                 f"folder")
-            if not self.args.overwrite:
-                raise InputError(f"--out-dir {self.folder} holds a run; give --overwrite, --resume "
-                                 f"or another folder")
-        self.barrier()
 
     @property
     def finished(self):
@@ -3728,13 +3714,15 @@ class Run:
         self.scaler.update()
 
     def log(self, lr, **losses):
-        """Note the learning rate and the losses (scalar tensors) of a step; print the progress.
+        """Note the learning rate and the losses (scalar tensors) of a step, means over all
+        processes; print the progress.
 
         The values are fetched one step late, so that a GPU never waits for them.
         """
         self._collect()
-        self.lr = lr
-        self.pending = list(losses), torch.stack([v.detach().float() for v in losses.values()])
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        average([values])
+        self.lr, self.pending = lr, (list(losses), values)
         self._progress()
 
     def _collect(self):
@@ -3758,59 +3746,43 @@ class Run:
             return
         self.printed = now
         rate = (now - start) / max(1, self.step - first)
+        left = rate * (self.total - self.step)
         if now - start > 60:                    # the latest minute, since steps may become longer
             self.session = now - 30, self.step - 30 / rate
-            if rate * (self.total - self.step) > 86400 and not self.warned:
+            if left > 86400 and not self.warned:
                 self.warned = True
-                print(f"\nnote: {duration(rate * (self.total - self.step))} are left; a larger "
-                      f"--downsample, a smaller --width, --patch-size, --epochs or "
-                      f"--steps-per-epoch make it shorter, --quick shows a first result")
+                print("\nnote: more than a day is left; a larger --downsample, a smaller --width, "
+                      "--patch-size or --epochs make it shorter; --quick shows a first result")
         epoch, count = divmod(self.step, self.steps_per_epoch)
         text = (f"epoch {epoch}  step {self.step}/{self.total}  loss "
                 f"{self.sums['loss'] / max(1, count):.3f}  {rate:.2f} s/step  "
-                f"{duration(rate * (self.total - self.step))} left")
+                f"{datetime.timedelta(seconds=round(left))} left")
         print(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n", flush=True)
 
     def end_epoch(self, validation, metric="val_dice"):
         """Write the epoch's row of log.csv, last.pt, and best.pt if this metric of the validation
         has not been as high before."""
         self._collect()
-        self._average_sums()
-        epoch = self.step // self.steps_per_epoch - 1
-        self.losses.append({n: total / self.steps_per_epoch for n, total in self.sums.items()})
-        self.sums = {}
-        row = {"epoch": epoch, "step": self.step, "seconds": round(self.seconds, 1), "lr": self.lr,
-               **self.losses[-1], **validation}
-        self._write_row(row)
+        row = {"epoch": len(self.rows), "step": self.step, "seconds": round(self.seconds, 1),
+               "lr": self.lr, **{name: total / self.steps_per_epoch
+                                 for name, total in self.sums.items()}, **validation}
+        self.rows, self.sums = [*self.rows, row], {}
+        if self.rank == 0:
+            with replacing(self.path("log.csv")) as temporary, open(
+                    temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, row, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(self.rows)
         value = validation.get(metric)
         better = value is not None and (self.best is None or value > self.best)
         self.best = value if better else self.best
-        self.history += [] if value is None else [value]
         if better or (self.step == self.total and self.best is None):
             self.save("best.pt")
         self.save("last.pt")
         shown = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if value is not None
                           and key.startswith(("loss", "val")) and "val_dice_" not in key)
-        print0(f"{chr(13) if sys.stdout.isatty() else ''}epoch {epoch}  {shown}")
+        print0(f"{chr(13) if sys.stdout.isatty() else ''}epoch {row['epoch']}  {shown}")
         self._stop_if_interrupted()
-
-    def _write_row(self, row):
-        """Add a row to log.csv, after the rows of the epochs before it."""
-        if self.rank == 0:
-            path, text = self.path("log.csv"), io.StringIO()
-            writer = csv.DictWriter(text, row, lineterminator="\n")
-            writer.writeheader()
-            lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
-            writer.writerow(row)
-            header, new = text.getvalue().splitlines(keepends=True)
-            write_text(path, "".join([header, *lines[: row["epoch"]], new]))
-
-    def _average_sums(self):
-        """All processes go on with the mean of their losses."""
-        values = torch.tensor(list(self.sums.values()), dtype=torch.float64).to(
-            self.device if self.device.type == "cuda" else "cpu")
-        average([values] if len(values) else [])
-        self.sums = dict(zip(self.sums, values.tolist()))
 
     # -- interruption and checkpoints
 
@@ -3831,7 +3803,6 @@ class Run:
             torch.distributed.all_reduce(flag)
         if self.interrupted or self.world > 1 and flag:
             self._collect()
-            self._average_sums()
             self.save("last.pt")
             print0(f"\nsaved {self.folder / 'last.pt'} at step {self.step}")
             raise KeyboardInterrupt
@@ -3851,7 +3822,7 @@ class Run:
         content = {"script": self.script.name, "args": vars(self.args), "modules": keep,
                    "classes": self.args.classes, "normalization": self.normalization,
                    "used": self.used}
-        progress = ("step", "seconds", "best", "history", "losses", "sums")
+        progress = ("step", "seconds", "best", "rows", "sums")
         with replacing(self.path(name)) as temporary:
             torch.save({**content, **{key: getattr(self, key) for key in progress}}, temporary)
 
@@ -3859,7 +3830,7 @@ class Run:
         """Take over the state of an interrupted run."""
         for key, module in self.modules.items():
             load_weights(module, checkpoint, key, self.folder / "last.pt")
-        for key in ("step", "seconds", "best", "history", "losses", "sums"):
+        for key in ("step", "seconds", "best", "rows", "sums"):
             setattr(self, key, checkpoint[key])
         print0(f"resuming {self.folder} at step {self.step} of {self.total}")
 
@@ -3874,6 +3845,24 @@ class Run:
         """Wait for all processes."""
         if self.world > 1:
             torch.distributed.barrier()
+
+
+def check_folder(folder, overwrite, script):
+    """Raise InputError where a folder holds anything but a run of this script to overwrite."""
+    if folder.is_file():
+        raise InputError(f"--out-dir {folder} is a file")
+    if not folder.is_dir() or all(file.name.startswith(".") for file in folder.iterdir()):
+        return
+    try:
+        is_run = json.loads((folder / "config.json").read_text())["script"] == script
+    except (OSError, ValueError, KeyError, TypeError):
+        is_run = False
+    if not is_run:
+        raise InputError(f"--out-dir {folder} holds files, but no run of {script}; choose another "
+                         f"folder")
+    if not overwrite:
+        raise InputError(f"--out-dir {folder} holds a run; give --overwrite or another folder, or "
+                         f"--resume")
 
 
 def lock_folder(folder):
@@ -3891,40 +3880,41 @@ def lock_folder(folder):
 
 
 def inputs_of(args):
-    """The real paths of all files and folders that a command line names to read."""
+    """The real paths of all files and folders that a command line names."""
     def texts(value):
         return [value] if isinstance(value, str) else [
-            text for each in value or [] for text in texts(each)]
+            text for each in value for text in texts(each)] if isinstance(value, list) else []
 
-    named = [text for key in PATHS for text in texts(getattr(args, key, None))]
-    return {os.path.realpath(_split_crop(path)[0])
-            for text in named for path in (text, text.partition("=")[2]) if path}
+    named = [text for name, value in vars(args).items() if name != "out_dir"
+             for text in texts(value)]
+    paths = [_split_crop(path)[0] for text in named for path in (text, text.partition("=")[2])]
+    return {os.path.realpath(path) for path in paths if path and os.path.exists(path)}
+
+
+def files_of(folder):
+    """The files that the run in a folder has written, those of its runs in subfolders, too."""
+    path = Path(folder, "config.json")
+    if not path.exists():
+        return []
+    names = json.loads(path.read_text())["files"]
+    return [path, *(file for name in names for file in (
+        files_of(Path(folder, name)) if name.endswith("/") else [Path(folder, name)]))]
 
 
 def remove_run(folder, inputs):
-    """Delete what an earlier run has written into a folder, as its config.json says. Raises
-    InputError where that is one of the `inputs`, or lies in one that is a folder."""
-    try:
-        files = json.loads((folder / "config.json").read_text())["files"]
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"--out-dir {folder} does not say what its run has written; choose "
-                         f"another folder")
-    for name in files:
-        real = Path(os.path.realpath(folder / name))
+    """Delete what an earlier run has written into a folder. Raises InputError where that is one of
+    the `inputs`, or lies in one that is a folder."""
+    files = files_of(folder)
+    for file in files:
+        real = Path(os.path.realpath(file))
         if any(str(path) in inputs for path in (real, *real.parents[:-1])):
-            raise InputError(f"--overwrite would delete {folder / name}, which this run reads; "
-                             f"choose another --out-dir")
-    for name in files:
-        if name.endswith("/"):
-            remove_run(folder / name, inputs)
-        else:
-            (folder / name).unlink(missing_ok=True)
-    (folder / "config.json").unlink()
-    for name in files:
-        with contextlib.suppress(OSError):      # the folder itself, or a person's files are in it
-            (folder / name.rpartition("/")[0]).rmdir() if "/" in name else None
+            raise InputError(f"--overwrite would delete {file}, which this run reads; choose "
+                             f"another --out-dir")
+    for file in files:
+        file.unlink(missing_ok=True)
+    for below in sorted({file.parent for file in files} - {Path(folder)}, reverse=True):
+        with contextlib.suppress(OSError):              # a person's files are in it
+            below.rmdir()
 
 
 def load_checkpoint(path):
@@ -4024,19 +4014,14 @@ def validate(run, predict, items, context=1, depth=None, organelles=None):
 @contextlib.contextmanager
 def writers_of(run, item, outputs):
     """VolumeWriters of [(path, shape, dtype)], filled by all processes, whole when all are done."""
-    options = {"like": item.volume, "voxel_size": item.volume.voxel_size,
-               "max_value": len(run.args.classes) - 1}
     with contextlib.ExitStack() as files:
-        writers = []
-        if run.rank == 0:
-            for output in outputs:
-                promised = sum(writer.nbytes for writer in writers)
-                writers.append(files.enter_context(create_volume(*output, **options,
-                                                                 promised=promised)))
-        run.barrier()
-        if run.rank:
-            writers = [files.enter_context(create_volume(*output, **options, attach=True))
-                       for output in outputs]
+        if run.rank:                            # the first process creates the files
+            run.barrier()
+        writers = [files.enter_context(create_volume(
+            *output, item.volume.voxel_size, len(run.args.classes) - 1, item.volume,
+            attach=run.rank > 0)) for output in outputs]
+        if not run.rank:
+            run.barrier()
         yield writers
         run.barrier()
     run.barrier()
@@ -4089,6 +4074,12 @@ def predict_all(run, predict, items, **options):
                              **options) for item in items]
 
 
+def predict_and_score(run, network, items):
+    """Predict all Items with a network of 2D slices, score and draw the predictions."""
+    paths = predict_all(run, functools.partial(see, run, network), items)
+    report(run, items, paths, count_parameters(network))
+
+
 def report(run, items, stages, parameters, colors=CLASS_COLORS, organelles=None, **more):
     """Score predictions; write metrics.json, figure.png, slice_dice.png and curves.png; print the
     scores and what was written. Returns the content of metrics.json, in the first process.
@@ -4105,6 +4096,10 @@ def report(run, items, stages, parameters, colors=CLASS_COLORS, organelles=None,
         opened = {name: open_volume(paths[number]) for name, paths in stages.items()}
         entry = {"volume": item.volume.path, "label": item.label and item.label.path,
                  "prediction": str(list(stages.values())[-1][number])}
+        for prediction in opened.values():
+            if not any(page.any() for page in prediction):
+                print0(f"note: {prediction.path} is background only; a longer training, or more "
+                       f"labelled slices, may help")
         for name, prediction in opened.items() if item.label is not None else ():
             counts = confusion_volume(prediction, item.label, run.args.classes)
             result = volume_scores(counts, item.label, run.args.classes, organelles)
@@ -4154,15 +4149,6 @@ def show_progress(what, done, total):
     """A line that renews itself, and goes when all is done; on a terminal only."""
     if sys.stdout.isatty() and rank_and_world()[0] == 0:
         print(f"\r{f'{what} {done}/{total}' if done < total else ''}\x1b[K", end="", flush=True)
-
-
-def duration(seconds):
-    """75 -> 1 min 15 s."""
-    seconds = round(seconds)
-    hours, minutes = seconds // 3600, seconds // 60 % 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
 
 
 def peak_memory_gib(device):

@@ -26,11 +26,9 @@ Run:
 
 import argparse
 import csv
-import io
 import json
 import math
 import os
-import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +233,25 @@ def score_segments(truth, pred):
                for key in ("voi", "adapted_rand_error")}}
 
 
+def save_segments(path, pair, truth, pred, voi, rows=4):
+    """segments_NAME.png: segments of truth and prediction in random colours, of the slices with the
+    highest variation of information; what separates them is black."""
+    worst = sorted((z for z, value in enumerate(voi) if value is not None), key=lambda z: -voi[z])
+    worst = worst[:rows]
+    colors = np.random.default_rng(0).uniform(0.2, 1, (max(truth.max(), pred.max()) + 1, 3))
+    colors[0] = 0
+    figure = emseg.new_figure(figsize=(9, 3.2 * len(worst)))
+    for z, axes in zip(worst, figure.subplots(max(1, len(worst)), 3, squeeze=False)):
+        if pair.image is not None:
+            axes[0].imshow(emseg.as_uint8(pair.image)[z], cmap="gray", vmin=0, vmax=255)
+        for axis, page in zip(axes[1:], (truth, pred)):
+            axis.imshow(colors[page[z]], interpolation="nearest")
+        for axis, title in zip(axes, (f"image  z = {z}", "segments of the truth",
+                                      f"predicted  VOI {voi[z]:.3f} bit")):
+            axis.set(title=title, xticks=[], yticks=[])
+    emseg.save_figure(figure, path)
+
+
 # -- pairs of volumes ------------------------------------------------------------------------------
 
 
@@ -300,11 +317,8 @@ def open_pairs(args):
     maps = [text and emseg.parse_label_map(text) for text in (args.label_map, args.prediction_map)]
     volumes = [emseg.open_volume(path) for path in args.prediction]
     for volume, path in zip(volumes, args.label):
-        own, drawn = volume.voxel_size, emseg.pair_labels(path, volume)[0].voxel_size
-        volume.voxel_size = args.voxel_size or drawn or own
-        if own and not np.allclose(volume.voxel_size, own, rtol=0.01) and not args.voxel_size:
-            print(f"warning: voxels of {volume.path} are {own} nm (z, y, x), those of its label "
-                  f"{drawn}; the latter count, unless you give --voxel-size Z Y X")
+        volume.voxel_size = (args.voxel_size or emseg.pair_labels(path, volume)[0].voxel_size
+                             or volume.voxel_size)
     labels, n = emseg.open_labels(
         args.label, volumes, len(names or ()) or None, maps[0], args.ignore_label,
         args.label_slices, require_foreground=False)
@@ -333,7 +347,7 @@ def open_pairs(args):
 
 
 def score_pair(pair, classes, args):
-    """The scores of a pair as an entry of metrics.json."""
+    """The scores of a pair as an entry of metrics.json; the picture of its segments."""
     result = emseg.volume_scores(pair.counts, pair.label, classes, args.organelles)
     if args.distances:
         distances = surface_distances(pair, len(classes)) if pair.label.voxel_size else [
@@ -341,7 +355,10 @@ def score_pair(pair, classes, args):
         for scores, found in zip(result["per_class"].values(), distances):
             scores.update(found)
     if args.segments is not None:
-        result["segments"] = score_segments(*find_segments(pair, args.segments, args.segments_2d))
+        segments = find_segments(pair, args.segments, args.segments_2d)
+        result["segments"] = score_segments(*segments)
+        save_segments(Path(args.out_dir, f"segments_{pair.name}.png"), pair, *segments,
+                      result["segments"]["voi_slices"])
     return {"volume": pair.image and pair.image.path, "label": pair.label.path,
             "prediction": pair.prediction.path, **result}
 
@@ -393,12 +410,12 @@ def describe(entry, what="mean"):
 
 def write_csv(path, rows):
     """A CSV file, whole or not at all, with all columns that occur."""
-    text = io.StringIO()
     columns = dict.fromkeys(key for row in rows for key in row)
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    emseg.write_text(path, text.getvalue())
+    with emseg.replacing(path) as temporary, open(
+            temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 # -- tables of runs --------------------------------------------------------------------------------
@@ -591,7 +608,8 @@ def draw_runs(folder, tables):
 def tabulate(args):
     """evaluate.py --runs: tables of finished runs, printed and as files. Only what was scored on
     the same voxels is in one table."""
-    folder, results, tables = open_folder(args), [], {}
+    folder, results, tables = Path(args.out_dir), [], {}
+    emseg.check_folder(folder, True, Path(__file__).name)           # a table is soon made again
     for run in args.runs:
         try:
             results += read_run(run)
@@ -609,7 +627,7 @@ def tabulate(args):
     text = "\n".join([f"All rows: {shared}\n", *(table for table, _ in shown),
                       rank_rows(tables, args.scores[0])])
     print(text)
-    write_config(args)
+    write_config(args, ["table.md", "table.csv", "histogram.png", "slice_dice.png"])
     emseg.write_text(folder / "table.md", text)
     write_csv(folder / "table.csv", [line for _, lines in shown for line in lines])
     draw_runs(folder, tables)
@@ -617,32 +635,15 @@ def tabulate(args):
 
 # -- the command -----------------------------------------------------------------------------------
 
-# What an evaluation writes.
-FILES = r"(config|metrics)\.json|(objects|table)\.csv|table\.md|\..*\.tmp|" \
-    r"(figure|slice_dice|histogram|render_.*)\.png"
-
-
-def open_folder(args):
-    """--out-dir. Raises InputError where it holds anything but an evaluation to overwrite."""
-    folder = Path(args.out_dir)
-    for file in folder.iterdir() if folder.exists() else ():
-        if not re.fullmatch(FILES, file.name):
-            raise emseg.InputError(f"--out-dir {folder} holds {file.name}, which is of no "
-                                   "evaluation; give another folder")
-        if not args.overwrite and not args.runs:        # a table is soon made again
-            raise emseg.InputError(f"--out-dir {folder} is not empty; give --overwrite or another "
-                                   "folder")
-    return folder
-
-
-def write_config(args, **more):
-    """Empty the folder of an earlier evaluation and begin with config.json."""
+def write_config(args, files, **more):
+    """Empty the folder of an earlier evaluation and begin with config.json. files: the names of
+    all that may be written."""
     folder = Path(args.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        file.unlink()
-    emseg.write_json(folder / "config.json", {"script": Path(__file__).name, "args": vars(args),
-                                           **emseg.provenance(__file__), **more})
+    emseg.remove_run(folder, emseg.inputs_of(args))
+    emseg.write_json(folder / "config.json", {
+        "script": Path(__file__).name, "args": vars(args), "files": files,
+        **emseg.provenance(__file__), **more})
 
 
 def class_of(text, classes):
@@ -709,7 +710,8 @@ def parse_args(argv=None):
 def main(args):
     if args.runs:
         return tabulate(args)
-    folder = open_folder(args)
+    folder = Path(args.out_dir)
+    emseg.check_folder(folder, args.overwrite, Path(__file__).name)
 
     # data
     classes, pairs = open_pairs(args)
@@ -717,7 +719,10 @@ def main(args):
     if args.segments is not None:
         args.segments = class_of(args.segments, classes)
     metrics = run_of(args.prediction)
-    write_config(args, classes=classes, training=metrics.get("training"))
+    write_config(args, ["metrics.json", "objects.csv", "figure.png", "slice_dice.png",
+                        *(f"{kind}_{pair.name}.png" for pair in pairs
+                          for kind in ("segments", "render"))],
+                 classes=classes, training=metrics.get("training"))
 
     # scores
     entries = []

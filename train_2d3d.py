@@ -629,7 +629,7 @@ def parse_args(argv=None):
     if runs:                                    # the first run says how all see the volumes
         argv = [*(sys.argv[1:] if argv is None else argv), "--checkpoint", runs[0]]
     args = emseg.parse(
-        parser, argv, demo, lambda args: settings_of(args.model), quick=quick, of_prediction=(
+        parser, argv, demo, quick, lambda args: settings_of(args.model), of_prediction=(
             "ensemble", "top_k", "organelles", "test_ignore_label", "val_volume", "val_label"))
     if not any(args.weight_terms):
         parser.error("--weight-terms must not all be 0")
@@ -689,7 +689,7 @@ def train(args):
         save_weights(run.path("weights.png"), training[0], windows.weights[0], args.classes)
     batches = run.batches(windows, args.batch_size)
     for epoch in run.epochs():
-        if epoch >= STOP_EPOCH and run.history and max(run.history) < args.stop_miou:
+        if epoch >= STOP_EPOCH and run.best is not None and run.best < args.stop_miou:
             emseg.print0(f"no validation MIoU of {args.stop_miou:g} in {epoch} epochs; given up")
             break
         network.train()

@@ -198,12 +198,15 @@ def learning_rate(args, step, total, drops):
     return args.lr * 0.1**drops
 
 
-def rate_drops(losses, patience=15, most=2):
-    """How often the rate has dropped, from the loss of each epoch: after `patience` + 1 epochs
-    without a lower one, `most` times at most. Each drop starts anew, its best value too, since the
-    Tanimoto loss then becomes steeper (authors' code)."""
+def rate_drops(rows, patience=15, most=2):
+    """How often the rate has dropped, from the rows of log.csv: after `patience` + 1 epochs without
+    a better validation Dice (without validation, a lower supervised loss), `most` times at most.
+    Each drop starts anew, its best value too, since the Tanimoto loss then becomes steeper
+    (authors' code)."""
     drops, best, waited = 0, math.inf, 0
-    for loss in losses:
+    for row in rows:
+        dice = row.get("val_dice")
+        loss = row.get("loss_sup", row["loss"]) if dice is None else 1 - dice
         best, waited = (loss, 0) if loss < best * (1 - 1e-5) else (best, waited + 1)
         if waited > patience and drops < most:
             drops, best, waited = drops + 1, math.inf, 0
@@ -323,7 +326,7 @@ def parse_args(argv=None):
                 classes=["background", "mitochondrion", "nucleus"])
     quick = dict(model="unet", width=16, epochs=10, steps_per_epoch=20, batch_size=16, cutmix=False,
                  patch_size=[64, 64], downsample=4, lr=5e-3, cps_warmup=[4.0, 8.0])
-    args = emseg.parse(parser, argv, demo, settings=recipe, quick=quick)
+    args = emseg.parse(parser, argv, demo, quick, settings=recipe)
     if args.average_branches and args.model not in ("unet++", "unet++3"):
         parser.error(f"--average-branches: {args.model} has no branches; unet++ and unet++3 "
                      f"have")
@@ -356,7 +359,7 @@ def main(args):
         emseg.write_demo(run, shape=(28, 256, 256))
     if args.checkpoint:
         network = run.load(make_network(args))
-        return finish(run, network, emseg.open_test(args, run.used))
+        return emseg.predict_and_score(run, network, emseg.open_test(args, run.used))
 
     # data
     train, val = emseg.open_training(args)
@@ -377,15 +380,12 @@ def main(args):
     # networks
     networks = [run.prepare(make_network(args)) for _ in ("ab" if cps else "a")]
     emseg.check_patch_size(networks[0], args.patch_size, args.model)
+    predict = functools.partial(emseg.see, run, networks[0])    # slices -> probabilities
 
     def heads_of(network, image):
         """All logits that a network is trained by, a list of (B, C, H, W)."""
         with run.autocast():
             return network(image, heads=True) if hasattr(network, "combine") else [network(image)]
-
-    def predict(image):
-        """uint8 slices (B, H, W) -> probabilities (B, C, H, W) of the first network."""
-        return emseg.see(run, networks[0], image)
 
     # optimiser
     optimizers = [optimizer_of(network, args) for network in networks]
@@ -403,9 +403,7 @@ def main(args):
     for epoch in run.epochs():
         for network in networks:
             network.train()
-        drops = rate_drops([1 - dice for dice in run.history] or        # of the validation, if any
-                           [losses.get("loss_sup", losses["loss"]) for losses in run.losses]
-                           ) if args.schedule == "plateau" else 0
+        drops = rate_drops(run.rows) if args.schedule == "plateau" else 0
         loss_function = loss_of(args.model, drops)
         for step in run.steps(epoch):
             lr = learning_rate(args, step, run.total, drops)
@@ -423,20 +421,15 @@ def main(args):
                     ) if args.cutmix else cps_loss(
                         heads_of, networks, loss_function, heads_l, image_u)
                 loss = loss_sup + weight * loss_cps                                     # eq. 3
-                terms = {"loss_sup": loss_sup, "loss_cps": loss_cps}
+                terms = {"loss_sup": loss_sup, "loss_cps": loss_cps,
+                         "cps_weight": torch.full_like(loss_sup, weight)}
             run.update(loss, lr, *zip(networks, optimizers), clip=args.clip)
             run.log(lr=lr, loss=loss, **terms)
         run.end_epoch(emseg.validate(run, predict, val))
 
     # predict and evaluate
     run.use_best(network=networks[0])
-    finish(run, networks[0], test)
-
-
-def finish(run, network, test):
-    """Predict the test volumes with the first network and score the predictions."""
-    predictions = emseg.predict_all(run, lambda image: emseg.see(run, network, image), test)
-    emseg.report(run, test, predictions, emseg.count_parameters(network))
+    emseg.predict_and_score(run, networks[0], test)
 
 
 if __name__ == "__main__":

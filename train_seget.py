@@ -352,7 +352,7 @@ def parse_args(argv=None):
                 classes=["background", "membrane", "mitochondrion", "vesicle"])
     quick = dict(width=8, epochs=8, steps_per_epoch=20, batch_size=8, patch_size=[64, 64],
                  downsample=4, lr=6e-3, decay=4e-3, augment=True)
-    args = emseg.parse(parser, argv, demo, quick=quick)
+    args = emseg.parse(parser, argv, demo, quick)
     args.stride = args.stride or [max(1, side // 2) for side in args.patch_size]
     if args.val_slices is None and not args.val_volume:
         args.val_slices = "every=5"
@@ -400,7 +400,7 @@ def train_structure(run, train, val, test, patches):
         return
     if args.checkpoint:
         network = run.load(make_network(args))
-        return finish(run, network, test)
+        return emseg.predict_and_score(run, network, test)
 
     # data
     run.used = emseg.used_slices(train + val)
@@ -410,10 +410,7 @@ def train_structure(run, train, val, test, patches):
 
     # networks
     network = run.prepare(make_network(args).apply(emseg.glorot_initialization))
-
-    def predict(image):
-        """uint8 slices (B, H, W) -> probabilities (B, 1, H, W)."""
-        return emseg.see(run, network, image)
+    predict = functools.partial(emseg.see, run, network)        # slices -> probabilities
 
     # optimiser
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
@@ -425,7 +422,7 @@ def train_structure(run, train, val, test, patches):
               optimizer=optimizer)
     batches = run.batches(patches, args.batch_size)
     for epoch in run.epochs():
-        waited, drops = plateau(run.history, args.reduce_patience)
+        waited, drops = plateau([row["val_miou"] for row in run.rows], args.reduce_patience)
         if waited >= args.patience:
             emseg.print0(f"the last {waited} epochs were not better than epoch "
                          f"{epoch - waited - 1}, which is kept (mIoU {run.best:.4f})")
@@ -449,13 +446,7 @@ def train_structure(run, train, val, test, patches):
 
     # predict and evaluate
     run.use_best(network=network)
-    finish(run, network, test)
-
-
-def finish(run, network, test):
-    """Predict the test volumes and score the predictions."""
-    predictions = emseg.predict_all(run, lambda image: emseg.see(run, network, image), test)
-    emseg.report(run, test, predictions, emseg.count_parameters(network))
+    emseg.predict_and_score(run, network, test)
 
 
 def merge_runs(run, runs, tests):

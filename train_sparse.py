@@ -232,10 +232,10 @@ def parse_args(argv=None):
                 classes=["background", "mitochondrion", "nucleus"])
     quick = dict(width=16, epochs=10, scm_epochs=6, steps_per_epoch=25, batch_size=16, tta=False,
                  patch_size=[64, 64], downsample=4, lr=1e-3)
-    args = emseg.parse(parser, argv, demo, settings=lambda args: {
+    args = emseg.parse(parser, argv, demo, quick, settings=lambda args: {
         "scm_epochs": args.epochs,
         "patch_size": [16, 128, 128] if args.model in emseg.NETWORKS_3D else [512, 512],
-    }, of_prediction=("threshold", "mpp", "scm", "min_size"), quick=quick)
+    }, of_prediction=("threshold", "mpp", "scm", "min_size"))
     if args.context % 2 == 0:
         parser.error(f"--context {args.context} has no middle slice; give an odd number")
     args.scm = args.scm and args.mpp
@@ -330,9 +330,9 @@ def main(args):
 
     # stage 1
     if args.coarse:
-        coarse = emseg.load_checkpoint(args.coarse)
-        emseg.load_weights(run.modules["network"], coarse, "network", args.coarse)
-        run.normalization, run.used = coarse["normalization"], run.used + coarse["used"]
+        checkpoint = emseg.load_checkpoint(args.coarse)
+        emseg.load_weights(run.modules["network"], checkpoint, "network", args.coarse)
+        run.normalization, run.used = checkpoint["normalization"], run.used + checkpoint["used"]
     else:
         train_stage(run.args_of("coarse", mpp=False, scm=False), run, "network", patches,
                     48 * len(patches.slices) // patches.patch_size[0], augment_slices,
@@ -342,9 +342,9 @@ def main(args):
     if args.scm:
         stack = with_masks(run, train + unlabelled)
         soft = [emseg.shrink(write_refined(run, item, item.label), args) for item in stack]
-        coarse, soft = [[emseg.WithContext(each, args.context) for each in ids]
-                        for ids in ([item.image for item in stack], soft)]
-        patches = emseg.Patches(coarse, soft, [args.context, *args.patch_size[-2:]],
+        masks, soft = [[emseg.WithContext(ids, args.context) for ids in each]
+                       for each in ([item.image for item in stack], soft)]
+        patches = emseg.Patches(masks, soft, [args.context, *args.patch_size[-2:]],
                                 foreground=args.foreground, seed=(args.seed, 1))
         train_stage(run.args_of("scm", epochs=args.scm_epochs, init=None), run, "scm", patches,
                     16 * sum(len(item.volume) for item in stack), augment_masks, predict_masks,
@@ -355,14 +355,14 @@ def main(args):
     finish(run, test, train)
 
 
-def train_stage(args, whole, key, patches, crops, augment, predict, val, **options):
-    """The training of a stage (section 3.1), a complete run: network `key` of the Run `whole`.
+def train_stage(args, parent, key, patches, crops, augment, predict, val, **options):
+    """The training of a stage (section 3.1), a complete run: network `key` of the Run `parent`.
 
     crops: of an epoch; augment, predict: functions of this script; options: of emseg.validate.
     """
     # run folder, seed, device
     run = emseg.Run(args, __file__)
-    run.normalization, run.used, network = whole.normalization, whole.used, whole.modules[key]
+    run.normalization, run.used, network = parent.normalization, parent.used, parent.modules[key]
 
     # optimiser
     optimizer = torch.optim.RMSprop(network.parameters(), lr=args.lr)
@@ -380,12 +380,12 @@ def train_stage(args, whole, key, patches, crops, augment, predict, val, **optio
             loss = emseg.soft_dice_loss(logits, label, smooth=1.0)      # as the authors smooth it
             run.update(loss, args.lr, (network, optimizer))
             run.log(lr=args.lr, loss=loss)
-        run.end_epoch(emseg.validate(run, functools.partial(predict, whole), val, **options))
+        run.end_epoch(emseg.validate(run, functools.partial(predict, parent), val, **options))
 
     # evaluate
     run.use_best(network=network)
     emseg.report(run, [], [], emseg.count_parameters(network))
-    whole.best, whole.seconds = run.best, whole.seconds + run.seconds
+    parent.best, parent.seconds = run.best, parent.seconds + run.seconds
 
 
 def finish(run, test, train=()):
@@ -395,10 +395,9 @@ def finish(run, test, train=()):
         stages = emseg.predict_all(run, functools.partial(predict_slices, run), test,
                                    depth=args.depth)
     else:
-        names = [not args.scm and emseg.result_name("prediction", item, test) for item in test]
-        stages = {"coarse": [write_coarse(run, item).path for item in test],
-                  "mpp": [write_refined(run, item, labels.get(item.volume.path), name).path
-                          for item, name in zip(test, names)]}
+        stages = {"coarse": [write_coarse(run, item).path for item in test], "mpp": [
+            write_refined(run, item, labels.get(item.volume.path), None if args.scm else
+                          emseg.result_name("prediction", item, test)).path for item in test]}
     if args.scm:
         stages["scm"] = emseg.predict_all(run, functools.partial(predict_masks, run),
                                           with_masks(run, test), context=args.context)

@@ -15,6 +15,7 @@ import csv
 import fnmatch
 import json
 import os
+import random
 import re
 import signal
 import statistics
@@ -98,7 +99,14 @@ EXPERIMENTS = {
          "12 labelled, supervised (ceiling)": METHODS["supervised"]},
         {**CPS_CPU, "flags": "--width 16 --downsample 2 --patch-size 96 96 --lr 3e-3", "steps": 60,
          "minutes": 13}, CPS_GPU, "iou", (0, 1, 2), {}),
-    # next-slice, not built: is the slice on which both CPS networks agree least the one to label?
+    "next-slice": Experiment(
+        "ours, of no paper", "the slice on which both CPS networks agree least is the one to label "
+        "next", "train_cps.py --quick --no-cutmix --steps-per-epoch {steps} " + LUCCHI,
+        {"1 labelled": "--label-slices 27",
+         "2 labelled, the second by least agreement": "--label-slices 27,{doubtful}",
+         "2 labelled, evenly spaced": "--label-slices 27,82",
+         "2 labelled, the second at random": "--label-slices 27,{random}"},
+        dict(steps=30, minutes=6), dict(steps=100, minutes=2), "iou", (0, 1, 2), {}),
     "sparse": Experiment(
         "ISBI 2022 (sparse slices), table 2: EPFL, 32 slices, IoU",
         "deformed crops, then stage 2 (mpp), then stage 3 (scm) each improve a sparse annotation",
@@ -161,7 +169,9 @@ EXPERIMENTS = {
         "Guay 2021, table 1: platelets, test MIoU(org)",
         "a few of the best instances, averaged, beat the best one",
         VNC_2D3D + "--model unet5 --patch-size {padded} --instances 4 --steps-per-epoch {steps}",
-        {"four instances": ""}, {**CPU_2D3D, "minutes": 60}, GPU_2D3D, "miou_org", (0, 10, 20),
+        {"four instances": ""},
+        {**CPU_2D3D, "flags": CPU_2D3D["flags"] + " --batch-size 2", "padded": "96 96",
+         "minutes": 24}, GPU_2D3D, "miou_org", (0, 10, 20),
         {"four instances: single best": "0.417", "four instances: ensemble": "0.446"}),
 }
 
@@ -177,14 +187,45 @@ class Job(namedtuple("Job", "name variant seed budget device folder")):
         """The command line, a list that begins with the script's name."""
         experiment = EXPERIMENTS[self.name]
         text = f"{experiment.command} {experiment.variants[self.variant]}"
-        text = text.format(data=os.environ.get("EMSEG_DATA"), **getattr(experiment, self.budget))
+        names = {"data": os.environ.get("EMSEG_DATA"), **getattr(experiment, self.budget),
+                 "random": random.Random(self.seed).randrange(110)}
+        if self.first():
+            names["doubtful"] = doubtful_slice(self.first().out_dir())
+        text = text.format(**names)
         return [*text.split(), "--seed", str(self.seed), "--device", self.device,
                 "--out-dir", str(self.out_dir())]
+
+    def first(self):
+        """The job whose networks this one needs, if any: the first variant."""
+        variants = EXPERIMENTS[self.name].variants
+        return self._replace(variant=next(iter(variants))) if (
+            "{doubtful}" in variants[self.variant]) else None
 
     def is_done(self):
         wanted = self.name, self.variant, str(self.seed), self.budget, self.device == "cuda"
         return any(wanted == (row["experiment"], variant_of(row), row["seed"], row["budget"],
                               row["hardware"].startswith("GPU")) for row in read_rows())
+
+
+def doubtful_slice(folder):
+    """The slice of the training volume on which both networks of a train_cps.py run agree least:
+    the lowest Dice of their predictions; slices without any foreground agree."""
+    sys.path.insert(0, str(ROOT))
+    import emseg
+    import torch
+    import train_cps
+    checkpoint = emseg.load_checkpoint(folder)
+    args, networks = argparse.Namespace(**checkpoint["args"]), []
+    for key in ("network", "network_b"):
+        networks.append(train_cps.make_network(args).eval())
+        emseg.load_weights(networks[-1], checkpoint, key, folder)
+    image, dice = emseg.network_input(emseg.open_volume(args.volume[0]), args), []
+    for z in range(len(image)):
+        with torch.inference_mode():
+            page = emseg.normalize(torch.from_numpy(image[z : z + 1]), checkpoint["normalization"])
+            a, b = [emseg.class_ids(emseg.predict_slices(network, page)) for network in networks]
+        dice.append(float((2 * (a * b).sum() + 1e-9) / (a.sum() + b.sum() + 1e-9)))
+    return dice.index(min(dice))
 
 
 def read_rows():
@@ -270,10 +311,13 @@ def run(jobs, args):
         try:
             if time.monotonic() > end and not stopping:
                 raise KeyboardInterrupt
-            while waiting and len(running) < args.jobs and not stopping:
-                job = waiting.pop(0)
-                if not job.is_done():                   # by another process meanwhile
-                    running[job] = start(job)
+            ready = [job for job in waiting if not job.first() or job.first().is_done()]
+            if not (ready or running):                  # what they need has failed
+                break
+            if ready and len(running) < args.jobs and not stopping:
+                waiting.remove(ready[0])
+                if not ready[0].is_done():              # by another process meanwhile
+                    running[ready[0]] = start(ready[0])
             for job in [job for job, process in running.items() if process.poll() is not None]:
                 finish(job, running.pop(job).returncode, args.keep)
             time.sleep(0.2)

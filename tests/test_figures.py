@@ -99,6 +99,18 @@ def test_the_errors_of_stages_stand_side_by_side(tmp_path, figures):
     assert not np.allclose(picture(axes[2]), picture(axes[3]))
 
 
+def test_small_objects_are_shown_enlarged(tmp_path, figures):
+    truth = np.zeros((1, 80, 80), np.uint8)
+    truth[0, 60:64, 8:12] = 1
+    arrays = InMemory(0 * truth), InMemory(truth), {"prediction": InMemory(0 * truth)}
+    emseg.save_slices(tmp_path / "figure.png", [("small", *arrays, None)], CLASSES)
+    (inset,) = figures[0].axes[3].child_axes                # errors
+    (left, right), (low, high) = inset.get_xlim(), inset.get_ylim()
+    assert left < 8 and 12 < right < left + 11 and high < 60 and 64 < low < high + 11
+    emseg.save_slices(tmp_path / "figure.png", [item()], CLASSES)
+    assert not figures[1].axes[3].child_axes
+
+
 @pytest.mark.parametrize("side, step, nm, text", [(400, 1, 8.0, "500 nm"), (400, 1, 40.0, "2 µm"),
                                                   (2000, 3, 0.5, "200 nm"), (64, 1, 5.0, "50 nm")])
 def test_scale_bar_has_the_length_that_it_names(side, step, nm, text):
@@ -160,6 +172,10 @@ def test_curves_with_gaps_where_nothing_was_measured(tmp_path, figures):
     losses, dice = [axis.lines for axis in figures[0].axes]
     assert [line.get_label() for line in losses] == ["loss_x"]                  # not the total
     np.testing.assert_array_equal(dice[0].get_xydata(), [[0, 0.1], [1, np.nan]])
+    write_log(tmp_path / "log.csv", [["epoch", "loss", "cps_weight"], [0, 3.0, 0], [1, 2.0, 0.5]])
+    emseg.save_curves(tmp_path / "curves.png", tmp_path / "log.csv")
+    (area,) = figures[1].axes[0].collections
+    assert area.get_paths()[0].vertices[:, 1].max() == 0.5
 
 
 def test_slice_dice_shows_every_class_against_z_on_a_fitted_axis(tmp_path, figures):

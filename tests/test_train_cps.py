@@ -57,7 +57,9 @@ def test_the_rate_drops_as_in_the_authors_schedule(seed):
             schedule.step(loss)
         if optimizer.param_groups[0]["lr"] < before:
             schedule, drops = new_schedule(), drops + 1
-        assert train_cps.rate_drops(losses[:epoch]) == drops
+        seen = losses[:epoch]
+        assert train_cps.rate_drops([{"loss": 9, "loss_sup": each} for each in seen]) == drops
+        assert train_cps.rate_drops([{"loss": 9, "val_dice": 1 - each} for each in seen]) == drops
     assert drops == 2
 
 
@@ -393,7 +395,7 @@ def test_the_rate_drops_and_a_resumed_run_knows_the_losses(cells, tmp_path, monk
     arguments = ["--volume", cells / "image.tif", "--label", cells / "mito.tif", "--label-slices",
                  "0,3,7", "--test-volume", cells / "image.tif@0:1", *TINY, "--model", "unet++3",
                  "--width", 8, "--method", "supervised", "--epochs", 3, "--steps-per-epoch", 1]
-    monkeypatch.setattr(train_cps, "rate_drops", lambda losses: len(losses) // 2)
+    monkeypatch.setattr(train_cps, "rate_drops", lambda rows: len(rows) // 2)
     run(*arguments, "--out-dir", tmp_path / "whole")
     rows = log_without_seconds(tmp_path / "whole")
     peak = 3 * 1e-4 / 256

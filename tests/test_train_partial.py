@@ -176,6 +176,16 @@ def test_the_demo_has_full_and_partial_labels(tmp_path):
     assert metrics(tmp_path / "run")["volumes"][0]["ignored"] == 0
 
 
+def test_partial_files_may_have_values_of_their_own(trained, cells, tmp_path):
+    tifffile.imwrite(tmp_path / "old.tif", tifffile.imread(cells / "label.tif")[3:7] * 10 + 5,
+                     photometric="minisblack")
+    run("--volume", cells / "image.tif@0:3", "--label", cells / "label.tif@0:3", "--partial",
+        cells / "image.tif@3:7", tmp_path / "old.tif", "3=0,4=0", "--partial-map",
+        "5=0,15=1,25=2,35=3,45=4", *CLASSES, "--test-volume", cells / "image.tif", "--test-label",
+        cells / "label.tif", "--val-slices", "2", "--out-dir", tmp_path / "run", *TINY)
+    assert log_without_seconds(tmp_path / "run") == log_without_seconds(trained)
+
+
 def test_partial_labels_alone_and_resized_volumes(cells, tmp_path):
     """Predictions keep the shape of their volume."""
     image, label = cells / "image.tif", cells / "label.tif"
