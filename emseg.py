@@ -284,8 +284,7 @@ def _open_tiff(file):
         if tif.filehandle.read(len(end)) != end:
             raise InputError(f"{file}: truncated, its list of pages breaks off")
         series = tif.series[0]
-        one_stack = len(tif.series) == 1 and re.fullmatch("[^CS]?YX", series.axes)
-        if not one_stack or series.is_multifile:
+        if len(tif.series) > 1 or series.is_multifile or not re.fullmatch("[^CS]?YX", series.axes):
             raise InputError(f"{file}: {len(tif.series)} of axes {series.axes} {series.shape}; "
                              "wanted one stack of grey values (Fiji: Image > Type, Split Channels)")
         shape = (1, *series.shape)[-3:]
@@ -815,23 +814,20 @@ def _listed(values, most=12):
 class VolumeWriter:
     """A volume file being written: writer[z0:z1] = slab, in any order; see create_volume."""
 
-    def __init__(self, stream, dtype, shape, offset):
-        self.stream, self.dtype, self.shape = stream, dtype, shape
-        self.offset = offset            # of the first voxel, in bytes
-        self.nbytes = math.prod(shape) * dtype.itemsize
+    def __init__(self, stream, offset, shape, dtype):
+        self.stream, self.offset, self.shape, self.dtype = stream, offset, shape, dtype
 
     def __setitem__(self, index, slab):
         start, stop, _ = index.indices(self.shape[0])
         slab = np.asarray(slab, self.dtype)
         assert slab.shape == (stop - start, *self.shape[1:]), (slab.shape, index, self.shape)
-        self.stream.seek(self.offset + start * self.nbytes // self.shape[0])
+        self.stream.seek(self.offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize)
         self.stream.write(slab.tobytes())
         self.stream.flush()
 
 
 @contextlib.contextmanager
-def create_volume(path, shape, dtype, voxel_size=None, max_value=None, like=None, attach=False,
-                  promised=0):
+def create_volume(path, shape, dtype, voxel_size=None, max_value=None, like=None, attach=False):
     """Create a .tif or .mrc file for a volume larger than memory: a VolumeWriter, to use in `with`.
 
     shape (Z, Y, X), or (Z, C, Y, X) for a TIFF of several channels; dtype uint8, uint16 or float32;
@@ -856,7 +852,7 @@ def create_volume(path, shape, dtype, voxel_size=None, max_value=None, like=None
             with tifffile.TiffFile(temporary) as tif:
                 offset = tif.pages[0].dataoffsets[0]
         with open(temporary, "r+b") as stream:
-            yield VolumeWriter(stream, dtype, shape, offset)
+            yield VolumeWriter(stream, offset, shape, dtype)
 
 
 def _create_tiff(file, shape, dtype, voxel_size, max_value):

@@ -717,6 +717,9 @@ def test_a_label_takes_the_crop_of_its_volume_and_no_other(tmp_path):
         np.testing.assert_array_equal(label[:], (array > 3)[2:5, :, 4:])
     with pytest.raises(emseg.InputError, match="cropped elsewhere"):
         emseg.open_labels([f"{tmp_path}/label.npy@1:4,:,4:"], [volume])
+    np.save(tmp_path / "drawn.npy", (array > 3).astype(np.uint8)[:, :, 4:])     # on the crop in x
+    (label,), _ = emseg.open_labels([tmp_path / "drawn.npy"], [volume])
+    np.testing.assert_array_equal(label[:], (array > 3)[2:5, :, 4:])
 
 
 def test_a_slice_that_is_left_out_is_noted(tmp_path):
