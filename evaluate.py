@@ -338,8 +338,7 @@ def open_pairs(args):
                 raise emseg.InputError(f"{image.path} has shape {image.shape}, its prediction "
                                        f"{mask.path} {mask.shape}")
         label = without_used_slices(label, volume, metrics)
-        counts = np.concatenate([emseg.confusion(mask[cut], label[cut], n)
-                                 for cut in emseg.slabs(mask.shape, SLAB)])
+        counts = emseg.confusion_volume(mask, label, classes, SLAB)
         if not counts.any():
             raise emseg.InputError(f"{label.path}: every voxel is ignored; nothing can be scored")
         pairs.append(Pair(name, mask, label, image, counts))
