@@ -189,9 +189,8 @@ def _readable(path):
     except InputError:
         raise
     except Exception as error:
-        mend = "is the file whole, and what its extension says?"
-        if "imagecodecs" in str(error):
-            mend = "pip install imagecodecs, or save it uncompressed"
+        no_codec = "imagecodecs" in str(error)
+        mend = "pip install imagecodecs" if no_codec else "is it whole, and what its name says?"
         raise InputError(f"{path}: not readable ({_one_line(error)}); {mend}") from error
 
 
@@ -244,10 +243,11 @@ _kept = OrderedDict()           # (decode, z) -> slice, the latest last
 def _decoded_pages(decode, z):
     """Slices that must be decoded whole, by decode(z). The latest are kept, up to CACHE_BYTES."""
     for i in z:
-        page = _kept.pop((decode, i), None)
-        _kept[decode, i] = decode(i) if page is None else page
-        while sum(page.nbytes for page in _kept.values()) > CACHE_BYTES and len(_kept) > 1:
-            _kept.popitem(last=False)
+        if (decode, i) not in _kept:
+            _kept[decode, i] = decode(i)
+            while sum(page.nbytes for page in _kept.values()) > CACHE_BYTES and len(_kept) > 1:
+                _kept.popitem(last=False)
+        _kept.move_to_end((decode, i))
         yield _kept[decode, i]
 
 
@@ -647,7 +647,7 @@ def parse_label_map(text):
 
 
 class Labels(LazyArray):
-    """Class ids of a volume, IGNORE where nobody annotated; see open_labels.
+    """Class ids of a volume, uint8 (Z, Y, X), IGNORE where nobody annotated; see open_labels.
 
     raw, rows: from pair_labels. found: {z: (values, voxels of each)}. class_of: {value: class id},
     of all values in raw, sorted. counts (Z, n_classes) int64: annotated voxels of each class in
@@ -741,8 +741,8 @@ def pair_labels(path, volume, label_slices=None):
         names, numbers = list(volume.numbers or range(depth)), label.numbers or ["none"]
         unknown = [number for number in numbers if number not in names]
         if unknown:
-            raise InputError(f"{path}: each label slice needs in its name a number of its own, that "
-                             f"of a slice of {volume.path}: {_listed(names)}; got "
+            raise InputError(f"{path}: each label slice needs in its name a number of its own, "
+                             f"that of a slice of {volume.path}: {_listed(names)}; got "
                              f"{_listed(unknown)}")
         rows = np.full(depth, -1)
         rows[[names.index(number) for number in numbers]] = np.arange(len(label))
@@ -1154,7 +1154,7 @@ def batches(patches, batch_size, start, stop, workers=0, rank=0, world=1, pin_me
 
 
 def measure_normalization(images, slices, mode):
-    """{"mode", "mean", "std"} of the training slices: the averages of each slice's mean and standard
+    """{"mode", "mean", "std"} of the training slices: averages of each slice's mean and standard
     deviation (Pagano 2023, authors' code) over at most 32 slices. For "volume" see as_uint8."""
     if mode == "volume":
         return {"mode": mode, **STANDARD}
