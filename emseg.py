@@ -191,12 +191,8 @@ def _readable(path):
     except Exception as error:
         no_codec = "imagecodecs" in str(error)
         mend = "pip install imagecodecs" if no_codec else "is it whole, and what its name says?"
-        raise InputError(f"{path}: not readable ({_one_line(error)}); {mend}") from error
-
-
-def _one_line(error):
-    """An exception as one line of at most 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{path}: not readable ({line}); {mend}") from error
 
 
 def _split_crop(path):
@@ -286,7 +282,8 @@ def _open_tiff(file):
         series = tif.series[0]
         if len(tif.series) > 1 or series.is_multifile or not re.fullmatch("[^CS]?YX", series.axes):
             raise InputError(f"{file}: {len(tif.series)} of axes {series.axes} {series.shape}; "
-                             "wanted one stack of grey values (Fiji: Image > Type, Split Channels)")
+                             "wanted one stack of grey values (Fiji: Image > Type, Split Channels; "
+                             "tifffile.imwrite: metadata={'axes': 'ZYX'})")
         shape = (1, *series.shape)[-3:]
         pages = partial(_decoded_pages, partial(_decode_tiff, file))
         if series.dataoffset is not None and series.keyframe.is_final:
@@ -404,8 +401,12 @@ def _open_folder(folder):
         if (one.format, one.shape, one.dtype) != (first.format, (1, *first.shape[1:]), first.dtype):
             raise InputError(f"{one.file}: {one.format} {one.shape} {one.dtype} in a folder of "
                              f"{first.format} {first.shape} {first.dtype}; wanted slices alike")
+    numbers, note = _numbers(names), None
+    steps = np.diff(numbers or ())
+    if len(steps) and steps.max() > steps.min():
+        note = f"no slice between {numbers[steps.argmax()]} and {numbers[steps.argmax() + 1]}"
     return Volume(folder, "slices", (len(slices), *first.shape[1:]), first.dtype,
-                  partial(_folder_pages, slices), first.voxel_size, _numbers(names))
+                  partial(_folder_pages, slices), first.voxel_size, numbers, note=note)
 
 
 def _numbers(names):
@@ -426,7 +427,7 @@ def as_uint8(volume, normalize=None):
     (at most 16 slices, about 4 million voxels) become 0 and 255; see grey_range. normalize:
     "equalize" equalises the histogram of every slice (Pagano 2023, section 2.1.2); "volume" gives
     the file mean 128 and standard deviation 40, measured on at most 32 slices. Raises InputError
-    where voxels are NaN or infinite, see check_finite.
+    where voxels are NaN or infinite.
     """
     plain = volume.dtype == np.uint8 and normalize not in ("equalize", "volume")
     return volume if plain else Grey(volume, normalize)
@@ -439,7 +440,9 @@ class Grey(LazyArray):
         super().__init__(volume.path, volume.shape, np.uint8, volume.voxel_size)
         self.volume, self.normalize, self.tables = volume, normalize, {}
         self.whole = volume.cropped([slice(0, size) for size in volume.file_shape], volume.file)
-        check_finite(volume)
+        for z in range(len(volume) if volume.dtype.kind == "f" else 0):
+            if not np.isfinite(volume[z]).all():
+                raise InputError(f"{volume.path}: slice {z} holds NaN or infinite values")
         self.low, self.high = grey_range(self.whole)
 
     def read(self, z, y, x):
@@ -504,13 +507,6 @@ def grey_range(volume):
     if low == high:  # a few bright voxels on a constant ground
         low, high = sample.min(), sample.max()
     return float(low), float(high)
-
-
-def check_finite(volume):
-    """Raise InputError, naming the slice, where a volume of floats holds NaN or infinite values."""
-    for z in range(len(volume) if volume.dtype.kind == "f" else 0):
-        if not np.isfinite(volume[z]).all():
-            raise InputError(f"{volume.path}: slice {z} holds NaN or infinite values")
 
 
 def _count_values(array):
@@ -844,7 +840,7 @@ def create_volume(path, shape, dtype, voxel_size=None, max_value=None, like=None
     voxel_size = voxel_size or like and like.voxel_size
     with contextlib.nullcontext(_temporary(path)) if attach else replacing(path) as temporary:
         if is_mrc and not attach:
-            _create_mrc(temporary, shape, dtype, voxel_size, like)
+            _create_mrc(temporary, shape, dtype, voxel_size, max_value, like)
         elif not attach:
             _create_tiff(temporary, shape, dtype, voxel_size, max_value)
         offset = 1024
@@ -872,12 +868,14 @@ def _create_tiff(file, shape, dtype, voxel_size, max_value):
                      resolution=(1 / x, 1 / y) if voxel_size else None, resolutionunit=1)
 
 
-def _create_mrc(file, shape, dtype, voxel_size, like):
+def _create_mrc(file, shape, dtype, voxel_size, max_value, like):
     """Header and room for the voxels, which lie where `like`, a Volume, does in an MRC's space."""
     mode = {"int8": 0, "int16": 1, "float32": 2, "uint16": 6}[dtype.name]
     with mrcfile.new_mmap(file, shape, mrc_mode=mode, overwrite=True) as mrc:
         if voxel_size:
             mrc.voxel_size = tuple(side * 10 for side in reversed(voxel_size))  # x, y, z in Å
+        if max_value or dtype == np.int8:       # else programs must guess whether it is signed
+            mrc.header.dmin, mrc.header.dmax = (0, max_value) if max_value else (-128, 127)
         if getattr(like, "origin", None):
             first, origin, start = np.array([[part.start for part in like.crop], like.origin,
                                              like.start])
@@ -890,16 +888,6 @@ def _create_mrc(file, shape, dtype, voxel_size, like):
 def _temporary(path):
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.tmp")
-
-
-@contextlib.contextmanager
-def _disk_errors(path):
-    """An OSError inside, such as a full disk, becomes an InputError that names path."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); is there room "
-                         "on the disk and the right to write?") from error
 
 
 @contextlib.contextmanager
@@ -3302,29 +3290,12 @@ def describe_data(args, **groups):
                 share = 100 * label.counts.sum(0) / label.counts.sum()
                 parts += [f"{name} {part:.2g} %" for name, part in zip(args.classes, share)]
             print0("; ".join(parts))
-            for note in gap_notes([volume]):
-                print0(note)
-
-
-def gap_notes(volumes):
-    """Lines to print: notes of files, and folders of slices whose numbers leave one out."""
-    notes = []
-    for volume in volumes:
-        if volume.note:
-            notes.append(f"note: {volume.path}: {volume.note}")
-        numbers = (volume.numbers or ())[volume.crop[0]]
-        steps = np.diff(numbers)
-        if len(steps) and steps.max() != steps.min():
-            place = int(steps.argmax())
-            notes.append(f"note: {volume.path}: no slice between {numbers[place]} and "
-                         f"{numbers[place + 1]}, which are taken for neighbours")
-    return notes
+            if volume.note:
+                print0(f"note: {volume.path}: {volume.note}")
 
 
 def network_input(volume, args):
-    """What a network sees of a volume: uint8, normalised, resized and downsampled as asked. Raises
-    InputError where any voxel is NaN: better now than after hours of training."""
-    check_finite(volume)
+    """What a network sees of a volume: uint8, normalised, resized and downsampled as asked."""
     image = as_uint8(volume, args.normalize)
     if getattr(args, "resize", None):
         image = resize(image, args.resize, linear=True)
@@ -3408,9 +3379,8 @@ def write_demo(run, shape, voxel_size=(20.0, 8.0, 8.0)):
             image, label = phantom(shape, voxel_size, seed=1000 * run.args.seed + number)
             if ending == "mrc":
                 image = (image.astype(np.int16) - 128).astype(np.int8)
-            for path, array in zip(paths, (image, label)):
-                with create_volume(path, array.shape, array.dtype, voxel_size,
-                                   max_value=int(array.max())) as writer:
+            for path, array, most in zip(paths, (image, label), (None, int(label.max()))):
+                with create_volume(path, array.shape, array.dtype, voxel_size, most) as writer:
                     writer[:] = array
     run.barrier()
 
@@ -3584,11 +3554,10 @@ class Run:
             return
         self.config = {"script": self.script.name, "args": vars(self.args), "files": []}
         if self.rank == 0:
-            with _disk_errors(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                lock_folder(self.folder)
-                if self.args.overwrite:
-                    remove_run(self.folder, inputs_of(self.args))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock_folder(self.folder)
+            if self.args.overwrite:
+                remove_run(self.folder, inputs_of(self.args))
             self.config |= provenance(self.script)
             self.config["device"] = (torch.cuda.get_device_name(self.device)
                                      if self.device.type == "cuda" else platform.machine())
@@ -3935,7 +3904,7 @@ def load_weights(module, checkpoint, key, path):
         module.load_state_dict(checkpoint["modules"][key])
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: does not fit this network, which must have the same --model, "
-                         f"--width and number of classes ({_one_line(error)[:80]} …)")
+                         f"--width and number of classes ({str(error).splitlines()[0]} …)")
 
 
 def write_text(path, text):

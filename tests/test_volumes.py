@@ -260,9 +260,9 @@ def test_unsigned_bytes_of_mrc_files_without_imods_mark(tmp_path):
     """Mode 0 as CCP4, EMAN and Amira wrote it: the range in the header says that it is unsigned."""
     array, path = random_volume() * 2, tmp_path / "a.mrc"
     mrc_by_hand(path, array.view(np.int8))                      # says nothing: signed, with a note
-    assert "signed" in emseg.gap_notes([check_reading(path, array.view(np.int8))])[0]
+    assert "signed" in check_reading(path, array.view(np.int8)).note
     mrc_by_hand(path, array.view(np.int8), {76: struct.pack("<3f", array.min(), array.max(), 99)})
-    assert not emseg.gap_notes([check_reading(path, array)])
+    assert not check_reading(path, array).note
 
 
 @pytest.mark.parametrize("raw, advice", [
@@ -717,12 +717,21 @@ def test_a_label_takes_the_crop_of_its_volume_and_no_other(tmp_path):
     np.testing.assert_array_equal(label[:], (array > 3)[2:5, :, 4:])
 
 
+def test_own_mrc_files_say_how_bytes_are_signed(tmp_path):
+    for name, most, wanted in ("image.mrc", None, (-128, 127)), ("label.mrc", 3, (0, 3)):
+        with emseg.create_volume(tmp_path / name, (2, 8, 9), np.int8, max_value=most) as writer:
+            writer[:] = np.full((2, 8, 9), -5 if most is None else 1)
+        assert emseg.open_volume(tmp_path / name).note is None
+        with mrcfile.open(tmp_path / name, header_only=True) as mrc:
+            assert (mrc.header.dmin, mrc.header.dmax) == wanted
+
+
 def test_a_slice_that_is_left_out_is_noted(tmp_path):
     images = random_volume((4, 8, 9))
     gap = write_folder(tmp_path / "gap", images, [f"s{n:03}.png" for n in (1, 2, 4, 5)])
-    assert "no slice between 2 and 4" in emseg.gap_notes([emseg.open_volume(gap)])[0]
+    assert emseg.open_volume(gap).note == "no slice between 2 and 4"
     tens = write_folder(tmp_path / "tens", images, [f"s{n:03}.png" for n in (10, 20, 30, 40)])
-    assert not emseg.gap_notes([emseg.open_volume(tens), emseg.open_volume(f"{gap}@2:")])
+    assert not emseg.open_volume(tens).note
 
 
 @pytest.mark.parametrize("extension", ["tif", "mrc"])
