@@ -44,6 +44,9 @@ Expect:
     GPU    not run
     CPU    test Dice of coarse, mpp, scm 0.86, 0.88, 0.87 (mitochondria) and 0.94, 0.94, 0.94
            (nucleus), seed 0, 280 s of one thread
+    EPFL mitochondria, every fifth of 110 slices labelled (tests/replicate.py sparse), a quarter of
+    the resolution, width 16, 1600 steps, test IoU of coarse, mpp, scm: 0.827 +- 0.002, 0.844 +-
+    0.003, 0.864 +- 0.013 (3 seeds); coarse from every slice 0.835 +- 0.013; 14 minutes of a thread
 """
 
 import argparse
