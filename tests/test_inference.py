@@ -120,17 +120,6 @@ def test_margin_network_equals_scipy_up_to_the_borders(size, stride, offset, max
 # -- eight views
 
 
-@pytest.mark.parametrize("front", [(2, 1), (1, 2, 3)])
-def test_eight_views_of_an_equivariant_predictor_equal_one(front):
-    image = random_image(*front, 9, 14)
-
-    def predict(view):
-        flat = F.avg_pool2d(view.flatten(1, -3), 3, 1, 1, count_include_pad=False)
-        return flat.view(view.shape).sigmoid()
-
-    torch.testing.assert_close(emseg.eight_views(predict, image), predict(image))
-
-
 def test_eight_views_are_turned_back_before_the_mean():
     image = random_image(2, 1, 5, 8)
 

@@ -191,13 +191,6 @@ def indices(*args, **options):
     return [batch.tolist() for batch in emseg.batches(Indices(), *args, **options)]
 
 
-def test_batches_are_stacked_items():
-    patches = emseg.Patches([InMemory(random_volume())], [InMemory(random_volume())], (4, 5))
-    first, second = emseg.batches(patches, 3, 0, 2)
-    assert first[0].shape == (3, 4, 5) and first[0].dtype == torch.uint8
-    assert torch.equal(second[1], torch.stack([patches[i][1] for i in (3, 4, 5)]))
-
-
 def test_ranks_and_steps_share_all_indices_without_repeats():
     by_rank = [indices(3, 0, 4, rank=rank, world=2) for rank in (0, 1)]
     assert sorted(i for batches in by_rank for batch in batches for i in batch) == list(range(24))
@@ -226,14 +219,6 @@ def test_zscore_averages_the_statistics_of_the_given_slices():
     found = emseg.measure_normalization([InMemory(a), InMemory(b)], [[0, 2], [1]], "zscore")
     assert found == {"mode": "zscore", "mean": pytest.approx(np.mean([s.mean() for s in used])),
                      "std": pytest.approx(np.mean([s.std() for s in used]))}
-
-
-def test_zscore_samples_many_slices_evenly():
-    volume = InMemory(np.arange(200, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8))
-    found = emseg.measure_normalization([volume], [range(200)], "equalize")
-    read = volume.read_slices
-    assert 16 <= len(read) <= 32 and np.ptp(np.diff(read)) <= 1
-    assert found["mode"] == "equalize" and found["mean"] == pytest.approx(99.5, abs=5)
 
 
 def test_constant_slices_do_not_divide_by_zero():
@@ -283,14 +268,6 @@ def test_identity_grid_returns_image_and_label(size):
     assert grid.shape == (2, *size, 2)
     np.testing.assert_allclose(emseg.warp(image, grid, "bilinear"), image, atol=1e-2)
     assert torch.equal(emseg.warp(label, grid, "nearest"), label.float())
-
-
-def test_without_geometry_nothing_is_resampled():
-    image, label = torch.from_numpy(random_volume((2, 6, 7))), torch.full((2, 6, 7), 255).byte()
-    out, out_label = emseg.augment(image, label, RAW)
-    assert torch.equal(out, image[:, None].float()) and out.dtype == torch.float32
-    assert torch.equal(out_label, label.long()) and out_label.dtype == torch.int64
-    assert emseg.augment(image, None, RAW, flip=True)[1] is None
 
 
 @pytest.mark.parametrize("size, options, wanted", [

@@ -8,8 +8,7 @@ from matplotlib.image import imread
 
 import emseg
 import train_2d3d
-from conftest import (interrupt_after, log_without_seconds, metrics, refused, run, two_processes,
-                      weights)
+from conftest import interrupt_after, log_without_seconds, metrics, refused, run, weights
 
 TINY = ["--width", "2", "--patch-size", "3", "28", "28", "--spacing", "2", "16", "16", "--epochs",
         "2", "--steps-per-epoch", "3", "--batch-size", "2", "--elastic", "3", "--lr", "5e-3",
@@ -188,15 +187,6 @@ def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monk
         assert log_without_seconds(tmp_path / "run" / name) == log_without_seconds(trained / name)
     np.testing.assert_array_equal(read(tmp_path / "run"), read(trained))
     assert metrics(tmp_path / "run")["instances"] == metrics(trained)["instances"]
-
-
-def test_two_processes_train_and_predict_together(cells, tmp_path):
-    said = two_processes(train_2d3d, *volumes(cells), *TINY, "--epochs", "1",
-                         "--steps-per-epoch", "1", "--out-dir", tmp_path / "out")
-    run(train_2d3d, "--checkpoint", tmp_path / "out", *volumes(cells, None, None)[:2], "--out-dir",
-        tmp_path / "alone")
-    assert "2 processes" in said
-    np.testing.assert_array_equal(read(tmp_path / "out"), read(tmp_path / "alone"))
 
 
 PATCHES = {"deepvess": "7 33 33", "unet3d-thick": "4 32 32", "unet3d-thin": "3 36 36",
