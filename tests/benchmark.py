@@ -2,9 +2,9 @@
 [--width 16]
 
 Prints, for each network, training patches per second, inference voxels per second, peak memory so
-far and the share of the machine's own matrix-product rate that training reaches; then what tiles
-cost in the prediction of large slices. Whole volumes:
-tests/large.py.
+far, the share of the machine's own matrix-product rate that training reaches, and the share of
+a step in which a GPU has nothing to do; then what tiles cost in the prediction of large slices. Whole
+volumes: tests/large.py.
 """
 
 import argparse
@@ -100,13 +100,25 @@ def floating_point_operations(step):
     return counter.get_total_flops()
 
 
+def idle_share(step, device, seconds, runs=5):
+    """The share of a step, of so many seconds, in which the GPU runs no kernel; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(runs):
+            step.whole()
+        torch.cuda.synchronize(device)
+    busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / runs
+    return max(0.0, 1 - busy / seconds)
+
+
 def networks(args, device, dtype):
     rate = matrix_rate(device, dtype)
     print(f"{device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}; matrix product {rate / 1e9:.0f} GFLOP/s; width "
           f"{args.width or 'of the paper'}")
     print(f"{'network':18}{'batch':>20}{'parameters':>12}{'patches/s':>11}{'Mvoxel/s':>10}"
-          f"{'GiB':>7}{'of matrix rate':>16}")
+          f"{'GiB':>7}{'of matrix rate':>16}{'GPU idle':>10}")
     for name in args.networks or NETWORKS:
         step = Step(name, args, device, dtype)
         seconds = median_seconds(step.whole, device)
@@ -115,7 +127,8 @@ def networks(args, device, dtype):
         print(f"{name:18}{emseg.format_shape(step.batch):>20}"
               f"{emseg.count_parameters(step.network):12,}{step.batch[0] / seconds:11.1f}"
               f"{step.image.numel() / inference / 1e6:10.2f}"
-              f"{emseg.peak_memory_gib(device) or 0:7.2f}{share:16.0%}")
+              f"{emseg.peak_memory_gib(device) or 0:7.2f}{share:16.0%}"
+              f"{idle_share(step, device, seconds):10.0%}")
 
 
 def tiles(args, device, dtype):
