@@ -2,9 +2,9 @@
 [--width 16]
 
 Prints, for each network, training patches per second, inference voxels per second, peak memory so
-far, the share of the machine's own matrix-product rate that training reaches, and the share of
-a step in which a GPU has nothing to do; then what tiles cost in the prediction of large slices. Whole
-volumes: tests/large.py.
+far, the share of the machine's own matrix-product rate that training reaches, and the share of a
+step in which a GPU has nothing to do; then what tiles cost in the prediction of large slices.
+Whole volumes: tests/large.py.
 """
 
 import argparse
