@@ -70,11 +70,6 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 from torch import nn
 
-try:
-    import fcntl
-except ImportError:         # Windows
-    fcntl = None
-
 IGNORE = 255
 
 
@@ -426,8 +421,7 @@ def as_uint8(volume, normalize=None):
     Anything else is stretched linearly so that the 0.1 and 99.9 percentiles of a sample of the file
     (at most 16 slices, about 4 million voxels) become 0 and 255; see grey_range. normalize:
     "equalize" equalises the histogram of every slice (Pagano 2023, section 2.1.2); "volume" gives
-    the file mean 128 and standard deviation 40, measured on at most 32 slices. Raises InputError
-    where voxels are NaN or infinite.
+    the file mean 128 and standard deviation 40, measured on at most 32 slices.
     """
     plain = volume.dtype == np.uint8 and normalize not in ("equalize", "volume")
     return volume if plain else Grey(volume, normalize)
@@ -440,9 +434,6 @@ class Grey(LazyArray):
         super().__init__(volume.path, volume.shape, np.uint8, volume.voxel_size)
         self.volume, self.normalize, self.tables = volume, normalize, {}
         self.whole = volume.cropped([slice(0, size) for size in volume.file_shape], volume.file)
-        for z in range(len(volume) if volume.dtype.kind == "f" else 0):
-            if not np.isfinite(volume[z]).all():
-                raise InputError(f"{volume.path}: slice {z} holds NaN or infinite values")
         self.low, self.high = grey_range(self.whole)
 
     def read(self, z, y, x):
@@ -715,7 +706,7 @@ def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label
             raise InputError(f"{raw.path}: every voxel is ignored, none is annotated")
     if require_foreground and not any(label.counts[:, 1:].any() for label in labels):
         raise InputError(f"{paths}: no foreground, all voxels are background or ignored (values "
-                         f"{_listed(union)}); see {flag} and --label-slices")
+                         f"{_listed(union)}); see {flag}, --ignore-label and --label-slices")
     return labels, n_classes
 
 
@@ -797,6 +788,8 @@ def class_of_values(path, values, n_classes, label_map=None, merge=None, flag="-
     advice = ",".join(f"{v}={k}" for k, v in enumerate(sorted(values, key=lambda v: (v != 0, v))))
     if len(values) > min(n_classes, 12):                # numbers of objects, say
         advice = f"{0 if 0 in values else min(values)}=0,*=1"
+    if len(values) > 12 and 0 in values and max(values) <= 255:         # a mask with soft borders
+        advice = "128:256=1,*=0"
     raise InputError(f"{path}: label values {_listed(values)}: neither class ids 0 to "
                      f"{n_classes - 1} nor a mask of 0 and one value; map them, for example "
                      f'{flag}="{advice}", name all with --classes, or see --ignore-label')
@@ -2474,12 +2467,12 @@ def predict_by_windows(predict, image, depth, rank=0, world=1):
         rest = prob[end - start :].clone()
 
 
-def predict_volume(stream, writers, shape, downsample=1, probability=None, progress=None):
+def predict_volume(stream, writer, decide, shape, downsample=1, probability=None, progress=None):
     """Write a stream of predictions: memory depends on its slabs, not on the volume.
 
     stream: yields (slab, probabilities (n, C, H, W)), which are enlarged linearly by `downsample`
-    and cut, or else to (Y, X) of `shape` (Z, Y, X), the prediction's. writers: {VolumeWriter:
-    probabilities (1, C, Y, X) -> class ids (1, Y, X)}; probability: a VolumeWriter, too, of (Z, Y,
+    and cut, or else to (Y, X) of `shape` (Z, Y, X), the prediction's. writer: a VolumeWriter;
+    decide: probabilities (1, C, Y, X) -> class ids (1, Y, X); probability: a VolumeWriter of (Z, Y,
     X) or (Z, C, Y, X). progress: called with the slices done and the slices of the volume.
     """
     done, (Z, Y, X) = 0, shape
@@ -2489,9 +2482,8 @@ def predict_volume(stream, writers, shape, downsample=1, probability=None, progr
             if large.shape[2:] != sides:            # channels last: three times faster on a CPU
                 large = bilinear(large.contiguous(memory_format=torch.channels_last), sides)
             large = large[..., :Y, :X]
-            for writer, decide in writers.items():
-                parts = [decide(rows).to(torch.uint8) for rows in large.split(512, dim=2)]
-                writer[z : z + 1] = torch.cat(parts, dim=1).cpu().numpy()
+            parts = [decide(rows).to(torch.uint8) for rows in large.split(512, dim=2)]
+            writer[z : z + 1] = torch.cat(parts, dim=1).cpu().numpy()
             if probability is not None:
                 large = large[:, 0] if large.shape[1] == 1 else large
                 probability[z : z + 1] = large.cpu().numpy()
@@ -2735,7 +2727,7 @@ def _slices_to_show(image, label, dice, count):
     """(z, mean Dice of the foreground or NaN) of the slices to show; see save_slices."""
     zs = np.asarray(label.slices if label is not None else range(len(image)))
     if dice is None:
-        even = ((np.arange(count) + 0.5) * len(zs) / count).astype(int)
+        even = ((np.arange(count) + 0.25) * len(zs) / count).astype(int)    # none of n=COUNT
         return [(z, np.nan) for z in dict.fromkeys(zs[even])]
     mean = _nanmean(dice[:, 1:], 1)
     return [(z, mean[z]) for z in zs[mean[zs].argsort(kind="stable")][:count]]      # NaN last
@@ -3032,8 +3024,8 @@ def add_common_args(parser, models, sources):
     training("--patch-size", type=positive(int), nargs="+", metavar="N",
              help="sides Y X of the crops in pixels, after --downsample; Z Y X for a 3D network")
     training("--lr", type=positive(float), metavar="R", help="highest learning rate")
-    training("--workers", type=int, metavar="N", default=4 if torch.cuda.is_available() else 0,
-             help="processes that read crops")
+    training("--workers", type=number(int, 0), metavar="N", help="processes that read crops",
+             default=4 if torch.cuda.is_available() else 0)
     run = parser.add_argument_group("run").add_argument
     run("--out-dir", metavar="D", help="run folder; default runs/SCRIPT-MODEL-seedSEED")
     run("--overwrite", action="store_true", help="replace the files of an earlier run")
@@ -3042,7 +3034,7 @@ def add_common_args(parser, models, sources):
         "training")
     run("--init", metavar="F", help="a run, or its best.pt: start the training from its networks, "
         "with its --model, --width, --downsample, …, after a few slices were corrected, say")
-    run("--seed", type=int, default=0, metavar="N", help="seed of everything random")
+    run("--seed", type=number(int, 0), default=0, metavar="N", help="seed of everything random")
     run("--device", metavar="D", help="cpu, cuda, cuda:1, mps; default: the best there is")
     run("--amp", action=flag, help="mixed precision; default: what the device does well")
     run("--compile", action="store_true", help="torch.compile the networks")
@@ -3288,14 +3280,18 @@ def describe_data(args, **groups):
                 if numbers and numbers != (*range(len(volume)),):
                     parts.append(f"in files {_listed([numbers[z] for z in label.slices])}")
                 share = 100 * label.counts.sum(0) / label.counts.sum()
-                parts += [f"{name} {part:.2g} %" for name, part in zip(args.classes, share)]
+                parts += [f"{name} {part:.3g} %" for name, part in zip(args.classes, share)]
             print0("; ".join(parts))
             if volume.note:
                 print0(f"note: {volume.path}: {volume.note}")
 
 
 def network_input(volume, args):
-    """What a network sees of a volume: uint8, normalised, resized and downsampled as asked."""
+    """What a network sees of a volume: uint8, normalised, resized and downsampled as asked. Raises
+    InputError where any voxel is NaN: better now than after hours of training."""
+    for z in range(len(volume) if volume.dtype.kind == "f" else 0):
+        if not np.isfinite(volume[z]).all():
+            raise InputError(f"{volume.path}: slice {z} holds NaN or infinite values")
     image = as_uint8(volume, args.normalize)
     if getattr(args, "resize", None):
         image = resize(image, args.resize, linear=True)
@@ -3344,6 +3340,9 @@ def drop_used_slices(item, used):
     if not len(slices):
         raise InputError(f"{item.volume.path}: every labelled slice was trained or validated on; "
                          f"test on others")
+    if len(slices) < len(item.label.slices):
+        print0(f"{item.volume.path}: {len(item.label.slices) - len(slices)} slices that were "
+               f"trained or validated on do not score")
     return dataclasses.replace(item, label=item.label.only(slices))
 
 
@@ -3463,29 +3462,20 @@ def command(main):
             print(f"{prog}: error: {line.removeprefix('emseg.InputError: ')}", file=sys.stderr)
             raise SystemExit(2)
         except KeyboardInterrupt:
-            print(f"{prog}: interrupted; {how_to_resume(prog, args.out_dir)}", file=sys.stderr)
+            line = "start again"
+            if hasattr(args, "resume") and Path(args.out_dir, "config.json").exists():
+                flags = "--resume", "--out-dir", str(args.out_dir)
+                line = f"continue with: python {shlex.join([sys.argv[0], *flags])}"
+            print(f"{prog}: interrupted; {line}", file=sys.stderr)
             raise SystemExit(130)
         finally:
             signal.signal(signal.SIGTERM, handler)
-            while LOCKED:
-                os.close(LOCKED.popitem()[1])
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
     return wrapper
 
 
-def how_to_resume(script, folder):
-    """The command that goes on with an interrupted run, for a shell."""
-    if not (Path(folder) / "config.json").exists():
-        return "start again"
-    typed = sys.argv[0] if Path(sys.argv[0]).name == script else script
-    return f"continue with: python {shlex.join([typed, '--resume', '--out-dir', str(folder)])}"
-
-
 # -- run -------------------------------------------------------------------------------------------
-
-LOCKED = {}         # descriptors of run folders into which no other process may write
-
 
 class Run:
     """One run: its folder, device, seeds, log and checkpoints. The training loop is the script's:
@@ -3523,8 +3513,6 @@ class Run:
         self.predicted_voxels, self.predict_seconds = 0, 0.0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if args.resume and (self.folder / "config.json").exists():
-            if self.rank == 0:
-                lock_folder(self.folder)
             self.config = json.loads((self.folder / "config.json").read_text())
         elif not args.resume:
             check_folder(self.folder, args.overwrite, self.script.name)
@@ -3555,7 +3543,6 @@ class Run:
         self.config = {"script": self.script.name, "args": vars(self.args), "files": []}
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock_folder(self.folder)
             if self.args.overwrite:
                 remove_run(self.folder, inputs_of(self.args))
             self.config |= provenance(self.script)
@@ -3830,20 +3817,6 @@ def check_folder(folder, overwrite, script):
                          f"--resume")
 
 
-def lock_folder(folder):
-    """Keep other processes from writing into a folder until this command ends or dies."""
-    name = os.path.realpath(folder)
-    if fcntl is None or name in LOCKED:         # Windows has no locks
-        return
-    LOCKED[name] = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(LOCKED[name], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"--out-dir {folder}: another process is writing into it")
-    except OSError:                             # a file system without locks
-        pass
-
-
 def inputs_of(args):
     """The real paths of all files and folders that a command line names."""
     def texts(value):
@@ -3998,18 +3971,16 @@ def result_name(kind, item, items):
     return f"{kind}_{item.name}.{ending}" if len(items) > 1 else f"{kind}.{ending}"
 
 
-def write_prediction(run, predict, item, name, image=None, context=1, depth=None, channels=None,
-                     decide=None, probability=None):
+def write_prediction(run, predict, item, name, context=1, depth=None, channels=None, decide=None,
+                     probability=None):
     """Write the prediction of an Item into the run's file `name`; returns its path.
 
     predict: uint8 slices (B, H, W) -> probabilities (B, C, H, W). All processes share the work.
-    image: what the network sees, in place of item.image; context: see predict_by_slabs; depth: of
-    the windows of a 3D network. channels: of the probabilities, where they are not one for each
-    class. decide: probabilities (n, C, ...) -> class ids (n, ...), in place of class_ids.
-    probability: name of the file of the probabilities, if they are wanted.
+    context: see predict_by_slabs; depth: of the windows of a 3D network. channels: of the
+    probabilities, where they are not one for each class. decide: probabilities (n, C, ...) -> class
+    ids (n, ...), in place of class_ids. probability: name of their file, if they are wanted.
     """
     started, shape = time.monotonic(), item.volume.shape
-    image = item.image if image is None else image
     channels = channels or out_channels(run.args.classes)
     threshold = getattr(run.args, "threshold", 0.5)
     outputs = [(run.path(name), shape, np.uint8)]
@@ -4018,13 +3989,13 @@ def write_prediction(run, predict, item, name, image=None, context=1, depth=None
         outputs.append((run.path(probability), stacked, np.float32))
     share = {"rank": run.rank, "world": run.world}
     if depth:
-        stream = predict_by_windows(predict, image, depth, **share)
+        stream = predict_by_windows(predict, item.image, depth, **share)
     else:
-        stream = predict_by_slabs(predict, image, shape, context, **share,
+        stream = predict_by_slabs(predict, item.image, shape, context, **share,
                                   pixels=2**22 if run.device.type == "cuda" else 2**20)
     with writers_of(run, item, outputs) as writers:
         decide = decide or functools.partial(class_ids, threshold=threshold)
-        predict_volume(stream, {writers[0]: decide}, shape, run.args.downsample, *writers[1:],
+        predict_volume(stream, writers[0], decide, shape, run.args.downsample, *writers[1:],
                        progress=lambda done, total: show_progress("predicting  slice", done, total))
     run.predicted_voxels += math.prod(shape)
     run.predict_seconds += time.monotonic() - started

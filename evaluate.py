@@ -156,7 +156,7 @@ def object_rows(pair, classes, min_voxels):
     shape, size = np.array(pair.label.shape), pair.label.voxel_size
     check_memory(shape, "--objects")
     nm = np.array(size or (math.nan,) * 3)
-    for source, ids in zip(("truth", "prediction"), pair.read(slice(None))):
+    for source, ids in zip(("truth", "prediction"), pair.read(slice(None), whole=True)):
         numbers, class_id = np.zeros(ids.shape, np.int32), [0]
         for k in range(1, len(classes)):
             found, n = ndimage.label(ids == k, np.ones((3, 3, 3)))
@@ -193,7 +193,8 @@ def find_segments(pair, membrane, in_2d):
     structure = ndimage.generate_binary_structure(3, 1)
     structure[::2] &= not in_2d
     truth, pred = [ndimage.label((ids != membrane) & (ids != emseg.IGNORE), structure)[0]
-                   for ids in pair.read(slice(None))]
+                   for ids in pair.read(slice(None), whole=True)]
+    truth[np.setdiff1d(range(len(truth)), pair.label.slices)] = 0               # do not score
     for page in pred:
         if page.any():
             nearest = ndimage.distance_transform_edt(
@@ -257,16 +258,19 @@ def save_segments(path, pair, truth, pred, voi, rows=4):
 
 @dataclass
 class Pair:
-    """A prediction, its label and the image (or None): lazy (Z, Y, X). counts: see emseg.scores."""
+    """A prediction, its label, the image (or None): lazy (Z, Y, X). counts: see emseg.scores;
+    whole: the label with the slices that do not score because they were trained on."""
     name: str
     prediction: object
     label: object
     image: object
     counts: np.ndarray
+    whole: object = None
 
-    def read(self, cut):
+    def read(self, cut, whole=False):
         """Class ids of truth and prediction in some slices, IGNORE where the truth is: uint8."""
-        truth, pred = self.label[cut], self.prediction[cut]
+        truth = (self.whole or self.label if whole else self.label)[cut]
+        pred = self.prediction[cut]
         pred[truth == emseg.IGNORE] = emseg.IGNORE
         return truth, pred
 
@@ -282,9 +286,9 @@ def run_of(predictions):
     try:
         (folder,) = {Path(path).parent for path in predictions}
         metrics, config = read_json(folder)
-    except (OSError, ValueError):           # several folders, or not those of a run
+        return metrics | {"training": {"script": metrics["script"], "args": config["args"]}}
+    except (OSError, ValueError, KeyError, TypeError):      # several folders, or not those of a run
         return {}
-    return metrics | {"training": {"script": metrics["script"], "args": config["args"]}}
 
 
 def without_used_slices(label, prediction, metrics):
@@ -337,11 +341,11 @@ def open_pairs(args):
             if image.shape != mask.shape:
                 raise emseg.InputError(f"{image.path} has shape {image.shape}, its prediction "
                                        f"{mask.path} {mask.shape}")
-        label = without_used_slices(label, volume, metrics)
+        whole, label = label, without_used_slices(label, volume, metrics)
         counts = emseg.confusion_volume(mask, label, classes, SLAB)
         if not counts.any():
             raise emseg.InputError(f"{label.path}: every voxel is ignored; nothing can be scored")
-        pairs.append(Pair(name, mask, label, image, counts))
+        pairs.append(Pair(name, mask, label, image, counts, whole))
     return classes, pairs
 
 
@@ -448,11 +452,12 @@ def read_run(folder):
     folder = Path(folder)
     try:
         content, config = read_json(folder)
-    except OSError as error:
-        raise emseg.InputError(f"no finished run ({error})")
-    if content["mean"] is None:
+        mean = content["mean"]
+        training = config.get("training") or {"script": content["script"], "args": config["args"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise emseg.InputError(f"no finished run ({error!r})")
+    if mean is None:
         raise emseg.InputError("no scores, its test volumes have no labels")
-    training = config.get("training") or {"script": content["script"], "args": config["args"]}
     settings = {emseg.flag_name(key): json.dumps(value).strip('[]"').replace('"', "")
                 for key, value in training["args"].items() if key not in NO_SETTING}
     # several trainings of one command have folders in its folder: seed3, scm
@@ -470,7 +475,7 @@ def read_run(folder):
                                  "method": training["args"].get("method", ""), "stage": stage},
                    settings, tuple(content["classes"]), scored_on,
                    flat_scores(mean, content, validation), slices)
-            for stage, mean in content.get("stages", {"": content["mean"]}).items()]
+            for stage, mean in content.get("stages", {"": mean}).items()]
 
 
 def peak_validation(log):
@@ -757,7 +762,7 @@ def main(args):
             print(f"note: {pair.label.path} has no voxel size: its voxels are drawn as cubes; give "
                   f"--voxel-size Z Y X")
         emseg.save_surfaces(folder / f"render_{pair.name}.png", {
-            "truth": pair.label, "prediction": pair.prediction}, classes)
+            "truth": pair.whole, "prediction": pair.prediction}, classes)
     print(f"wrote {folder}/: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 

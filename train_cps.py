@@ -239,7 +239,8 @@ def cps_loss(heads_of, networks, loss, heads_l, image_u):
     networks for the labelled images; image_u (B, 1, H, W): unlabelled ones. Both teach.
     """
     heads_u = [heads_of(network, image_u) for network in networks]
-    heads_a, heads_b = [[torch.cat(pair) for pair in zip(*each)] for each in zip(heads_l, heads_u)]
+    heads_a, heads_b = [[torch.cat([head_l, head_u]) for head_l, head_u in zip(own_l, own_u)]
+                        for own_l, own_u in zip(heads_l, heads_u)]
     pseudo_a, pseudo_b = map(pseudo_label, networks, (heads_a, heads_b))
     return loss(heads_a, pseudo_b) + loss(heads_b, pseudo_a)
 
@@ -247,9 +248,9 @@ def cps_loss(heads_of, networks, loss, heads_l, image_u):
 def cps_cutmix_loss(heads_of, networks, loss, image_l, image_u):
     """Cross pseudo supervision with CutMix (section 2.4.2): see cps_loss.
 
-    The whole images teach, in one batch, and each network learns from mixtures of them what the
-    other one predicts of the whole ones. Labelled crops are mixed with labelled ones, so that half
-    of the batch holds foreground.
+    The whole images teach, in one batch and in training mode, and each network learns from mixtures
+    of them what the other one predicts of the whole ones. Labelled crops are mixed with labelled
+    ones, so that half of the batch holds foreground.
     """
     # even labelled, even unlabelled, odd labelled, odd unlabelled: see mix
     image = torch.cat([each[half::2] for half in (0, 1) for each in (image_l, image_u)])
@@ -336,6 +337,8 @@ def parse_args(argv=None):
     if args.method == "cps" and start >= args.epochs:
         parser.error(f"--cps-warmup starts at epoch {start:g}, but there are {args.epochs} epochs; "
                      f"start earlier, or give --method supervised")
+    if args.method == "supervised" and args.unlabeled_volume:
+        parser.error("--unlabeled-volume has no effect with --method supervised")
     wanted = 1 if args.method == "supervised" else 4 if args.cutmix else 2
     if args.batch_size % wanted:
         parser.error(f"--batch-size {args.batch_size}: half of the crops are labelled and CutMix "
@@ -413,6 +416,7 @@ def main(args):
             loss, terms = loss_sup, {}
             if cps:
                 weight = cps_weight(step / run.steps_per_epoch, args.cps_warmup, args.cps_weight)
+                # drawn from the first step on, so that a step's crops depend on its number alone
                 image_u, loss_cps = next(batches_u), torch.zeros_like(loss_sup)
                 if weight:
                     image_u, _ = emseg.augment(image_u, None, run.normalization, **AUGMENTATION)

@@ -130,6 +130,8 @@ def parse_args(argv=None):
     quick = dict(model="unet", width=16, epochs=10, steps_per_epoch=30, batch_size=16, lr=5e-3,
                  patch_size=[64, 64], downsample=4)
     args = emseg.parse(parser, argv, demo, quick)
+    if args.resize and args.quick:
+        args.downsample = 1
     if args.resize and args.downsample > 1:
         parser.error("--resize and --downsample both set the resolution; give one of them")
     if args.partial_map and len(args.partial_map) != len(args.partial):

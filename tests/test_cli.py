@@ -68,20 +68,6 @@ def test_a_folder_of_other_files_is_refused(cells, tmp_path, capsys):
         assert "holds files, but no run" in line and os.listdir(tmp_path) == ["mine.txt"]
 
 
-def test_a_folder_has_one_writer(trained, cells, tmp_path, capsys):
-    fcntl = pytest.importorskip("fcntl")
-    out = tmp_path / "run"
-    shutil.copytree(trained, out)
-    descriptor = os.open(out, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        for flags in tiny_cps(cells, out, "--overwrite"), ("--resume", "--out-dir", out):
-            line = conftest.refused(train_cps, capsys, *flags)
-            assert "another process is writing" in line
-    finally:
-        os.close(descriptor)
-
-
 def test_a_finished_run_is_left_alone(trained, capsys):
     before = (trained / "best.pt").stat().st_mtime_ns
     run(train_cps, "--resume", "--out-dir", trained)
@@ -248,6 +234,7 @@ def test_two_processes_train_and_predict_together(cells, tmp_path):
     (["--classes", "a", "b", "c"], "classes"),
     (["--batch-size", "6"], "multiple of 4"),
     (["--lr", "0"], "not between"),
+    (["--seed", "-1"], "not between"),
     (["--cps-warmup", "3", "1"], "START must be below END"),
     (["--device", "cuda:77"], "--device cuda:77"),
     (["--overwrite", "--resume"], "contradict"),

@@ -397,7 +397,10 @@ def test_segments_are_drawn_worst_slice_first(monkeypatch):
 def test_a_run_is_scored_as_in_its_training(trained, cells, tmp_path, capsys, no_pictures):
     """Without the slices that it used, with its class names, model and seed."""
     run(evaluate, "--prediction", trained / "prediction.tif", "--label", cells / "mito.tif",
-        "--volume", cells / "image.tif", "--no-distances", "--out-dir", tmp_path / "out")
+        "--volume", cells / "image.tif", "--no-distances", "--objects", "--out-dir",
+        tmp_path / "out")
+    _, count = ndimage.label(emseg.open_volume(cells / "mito.tif")[:], np.ones((3, 3, 3)))
+    assert [row["source"] for row in rows_of(tmp_path / "out")].count("truth") == count
     before, after = metrics(trained), metrics(tmp_path / "out")
     assert set(after) <= set(before) and after["script"] == "evaluate.py"
     assert after["volumes"] == before["volumes"] and after["mean"] == before["mean"]

@@ -86,7 +86,7 @@ def test_the_worst_annotated_slices_come_first(tmp_path, figures):
 def test_without_truth_slices_are_spread_evenly_over_the_volumes(tmp_path):
     items = [item((40, 8, 8), labelled=False), item((9, 8, 8), labelled=False)]
     emseg.save_slices(tmp_path / "figure.png", items, CLASSES, rows=4)
-    assert [volume.read_slices for _, volume, *_ in items] == [[10, 30], [2, 6]]
+    assert [volume.read_slices for _, volume, *_ in items] == [[5, 25], [1, 5]]
 
 
 def test_the_errors_of_stages_stand_side_by_side(tmp_path, figures):

@@ -155,7 +155,7 @@ def write(predict, image, writer, shape, probability=None, downsample=1, thresho
           progress=None, **options):
     """Predict slab by slab into a writer."""
     stream = emseg.predict_by_slabs(predict, InMemory(image), shape, **options)
-    emseg.predict_volume(stream, {writer: functools.partial(emseg.class_ids, threshold=threshold)},
+    emseg.predict_volume(stream, writer, functools.partial(emseg.class_ids, threshold=threshold),
                          shape, downsample, probability, progress)
 
 

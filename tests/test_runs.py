@@ -198,6 +198,8 @@ def test_any_key_of_metrics_json_is_a_column(tmp_path, capsys):
 def test_what_is_no_finished_run_is_named_and_skipped(tmp_path, capsys):
     run, unscored = made(tmp_path / "a"), made(tmp_path / "c", None)
     (tmp_path / "b").mkdir()
+    for name in "metrics", "config":
+        (tmp_path / "b" / f"{name}.json").write_text("{}")
     assert len(first(tabulate(tmp_path, run, tmp_path / "b", unscored))) == 1
     printed = capsys.readouterr().out
     assert f"skipped {tmp_path / 'b'}: no finished run" in printed
