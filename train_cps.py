@@ -337,8 +337,6 @@ def parse_args(argv=None):
     if args.method == "cps" and start >= args.epochs:
         parser.error(f"--cps-warmup starts at epoch {start:g}, but there are {args.epochs} epochs; "
                      f"start earlier, or give --method supervised")
-    if args.method == "supervised" and args.unlabeled_volume:
-        parser.error("--unlabeled-volume has no effect with --method supervised")
     wanted = 1 if args.method == "supervised" else 4 if args.cutmix else 2
     if args.batch_size % wanted:
         parser.error(f"--batch-size {args.batch_size}: half of the crops are labelled and CutMix "
