@@ -47,6 +47,7 @@ import textwrap
 import time
 import warnings
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -2475,21 +2476,31 @@ def predict_volume(stream, writer, decide, shape, downsample=1, probability=None
     decide: probabilities (1, C, Y, X) -> class ids (1, Y, X); probability: a VolumeWriter of (Z, Y,
     X) or (Z, C, Y, X). progress: called with the slices done and the slices of the volume.
     """
-    done, (Z, Y, X) = 0, shape
-    for slab, prob in stream:
-        sides = (Y, X) if downsample == 1 else tuple(s * downsample for s in prob.shape[2:])
-        for z, large in zip(range(slab.start, min(slab.stop, Z)), prob.split(1)):
-            if large.shape[2:] != sides:            # channels last: three times faster on a CPU
-                large = bilinear(large.contiguous(memory_format=torch.channels_last), sides)
-            large = large[..., :Y, :X]
-            parts = [decide(rows).to(torch.uint8) for rows in large.split(512, dim=2)]
-            writer[z : z + 1] = torch.cat(parts, dim=1).cpu().numpy()
-            if probability is not None:
-                large = large[:, 0] if large.shape[1] == 1 else large
-                probability[z : z + 1] = large.cpu().numpy()
-            done += 1
-        if progress:
-            progress(done, Z)
+    done, waiting, (Z, Y, X) = 0, [], shape
+
+    def write(z, ids, large):
+        writer[z : z + 1] = ids.cpu().numpy()
+        if probability is not None:
+            probability[z : z + 1] = (large[:, 0] if large.shape[1] == 1 else large).cpu().numpy()
+
+    # Slices are copied and written by a thread: a GPU goes on with the next one meanwhile.
+    with ThreadPoolExecutor(1) as pool:
+        for slab, prob in stream:
+            sides = (Y, X) if downsample == 1 else tuple(s * downsample for s in prob.shape[2:])
+            for z, large in zip(range(slab.start, min(slab.stop, Z)), prob.split(1)):
+                if large.shape[2:] != sides:        # channels last: three times faster on a CPU
+                    large = bilinear(large.contiguous(memory_format=torch.channels_last), sides)
+                large = large[..., :Y, :X]
+                parts = [decide(rows).to(torch.uint8) for rows in large.split(512, dim=2)]
+                waiting.append(pool.submit(write, z, torch.cat(parts, dim=1),
+                                           None if probability is None else large))
+                while len(waiting) > 2:
+                    waiting.pop(0).result()
+                done += 1
+            if progress:
+                progress(done, Z)
+        for each in waiting:
+            each.result()
 
 
 def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=0, world=1,
