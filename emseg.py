@@ -110,6 +110,10 @@ class LazyArray:
     def __len__(self):
         return self.shape[0]
 
+    def slice_name(self, z):
+        """What figures call a slice: z, and the number in its file's name if that is another."""
+        return f"z = {z}"
+
     def __getitem__(self, index):
         index = index if isinstance(index, tuple) else (index,)
         parts = [range(size)[i] for size, i in zip(self.shape, index + (slice(None),) * 2)]
@@ -139,6 +143,10 @@ class Volume(LazyArray):
         self.file, self.format, self.file_shape, self.pages = file, format, self.shape, pages
         self.crop = tuple(slice(0, size) for size in shape)
         self.numbers, self.origin, self.start, self.note = numbers, origin, start, note
+
+    def slice_name(self, z):
+        number = self.numbers[self.crop[0].start + z] if self.numbers else z
+        return f"z = {z}" if number == z else f"z = {z} (file {number})"
 
     def cropped(self, crop, path):
         """The box of three slices into the file, under another path."""
@@ -443,6 +451,9 @@ class Grey(LazyArray):
             for i, page in enumerate(box, z.start + self.volume.crop[0].start):
                 page[:] = self.table(i)[page]
         return box
+
+    def slice_name(self, z):
+        return self.volume.slice_name(z)
 
     def stretched(self, box):
         """Voxels as uint8."""
@@ -2707,7 +2718,8 @@ def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768)
         like = next(iter(predictions.values())) if image is None else image
         step = math.ceil(max(like.shape[1:]) / max_side)
         for z, score in _slices_to_show(like, label, dice, max(1, rows // len(items))):
-            title = f"{name}  z = {z}" + ("" if np.isnan(score) else f"  Dice {score:.3f}")
+            title = f"{name}  {like.slice_name(z)}"
+            title += "" if np.isnan(score) else f"  Dice {score:.3f}"
             shown = _panels(z, image, label, predictions, classes, colors, step)
             panels.append((title, like, step, shown))
     titles = max((list(shown) for *_, shown in panels), key=len)

@@ -726,7 +726,10 @@ def test_own_mrc_files_say_how_bytes_are_signed(tmp_path):
 def test_a_slice_that_is_left_out_is_noted(tmp_path):
     images = random_volume((4, 8, 9))
     gap = write_folder(tmp_path / "gap", images, [f"s{n:03}.png" for n in (1, 2, 4, 5)])
-    assert emseg.open_volume(gap).note == "no slice between 2 and 4"
+    volume = emseg.open_volume(gap)
+    assert volume.note == "no slice between 2 and 4"
+    assert emseg.as_uint8(volume, "equalize").slice_name(2) == "z = 2 (file 4)"
+    assert emseg.open_volume(f"{gap}@1:").slice_name(0) == "z = 0 (file 2)"
     tens = write_folder(tmp_path / "tens", images, [f"s{n:03}.png" for n in (10, 20, 30, 40)])
     assert not emseg.open_volume(tens).note
 
