@@ -3290,7 +3290,7 @@ def check_annotation(train, args):
 
 def describe_data(args, **groups):
     """Print what was read, a line for each volume: its shape, voxel size and annotated slices, with
-    their numbers in the files' names, and the share of each class."""
+    their numbers in the files' names, and the label value and share of each class."""
     for kind, items in groups.items():
         for item in items:
             volume, label = item.volume, item.label
@@ -3303,7 +3303,8 @@ def describe_data(args, **groups):
                 if numbers and numbers != (*range(len(volume)),):
                     parts.append(f"in files {_listed([numbers[z] for z in label.slices])}")
                 share = 100 * label.counts.sum(0) / label.counts.sum()
-                parts += [f"{name} {part:.3g} %" for name, part in zip(args.classes, share)]
+                parts += [f"{_listed(label.values[label.ids == k], 4)} = {name}, {share[k]:.3g} %"
+                          for k, name in enumerate(args.classes)]
             print0("; ".join(parts))
             if volume.note:
                 print0(f"note: {volume.path}: {volume.note}")
