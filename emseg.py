@@ -3276,12 +3276,11 @@ def check_annotation(train, args):
               for item in train for z in item.slices]
     if not counts:
         raise InputError("no slice is left to train on; check --label-slices and --val-slices")
-    for name, voxels in list(zip(args.classes, sum(counts)))[1:]:
+    for name, voxels in zip(args.classes[1:], sum(counts)[1:]):
         if not voxels:
-            smaller = "give a smaller --downsample, " if args.downsample > 1 else ""
-            raise InputError(f"no slice to train on shows the class {name} at --downsample "
-                             f"{args.downsample}; {smaller}annotate some, choose other slices, or "
-                             f"leave the class out with --label-map")
+            smaller = " (give a smaller --downsample)" if args.downsample > 1 else ""
+            raise InputError(f"no slice to train on shows the class {name}{smaller}; annotate "
+                             f"some, choose other slices, or leave it out with --label-map")
     empty = sum(not each[1:].any() for each in counts)
     if not args.label_slices and 2 * empty > len(counts):
         print0(f"note: {empty} of {len(counts)} annotated slices show background only; if nobody "

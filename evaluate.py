@@ -266,12 +266,11 @@ class Pair:
     label: object
     image: object
     counts: np.ndarray
-    whole: object = None
+    whole: object
 
     def read(self, cut, whole=False):
         """Class ids of truth and prediction in some slices, IGNORE where the truth is: uint8."""
-        truth = (self.whole or self.label if whole else self.label)[cut]
-        pred = self.prediction[cut]
+        truth, pred = (self.whole if whole else self.label)[cut], self.prediction[cut]
         pred[truth == emseg.IGNORE] = emseg.IGNORE
         return truth, pred
 
@@ -645,7 +644,8 @@ def write_config(args, files, **more):
     all that may be written."""
     folder = Path(args.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    emseg.remove_run(folder, emseg.inputs_of(args))
+    # a table of runs/* may have its own folder among these
+    emseg.remove_run(folder, set() if args.runs else emseg.inputs_of(args))
     emseg.write_json(folder / "config.json", {
         "script": Path(__file__).name, "args": vars(args), "files": files,
         **emseg.provenance(__file__), **more})

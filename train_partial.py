@@ -128,10 +128,9 @@ def parse_args(argv=None):
                 patch_size=[96, 96], label_map="1=1,2=2,3=3,*=0",
                 classes=["background", "membrane", "nucleus", "mitochondrion"])
     quick = dict(model="unet", width=16, epochs=10, steps_per_epoch=30, batch_size=16, lr=5e-3,
-                 patch_size=[64, 64], downsample=4)
-    args = emseg.parse(parser, argv, demo, quick)
-    if args.resize and args.quick:
-        args.downsample = 1
+                 patch_size=[64, 64])
+    args = emseg.parse(parser, argv, demo, quick, settings=lambda args: {
+        "downsample": 4 if args.quick and not args.resize else args.downsample})
     if args.resize and args.downsample > 1:
         parser.error("--resize and --downsample both set the resolution; give one of them")
     if args.partial_map and len(args.partial_map) != len(args.partial):

@@ -38,8 +38,8 @@ def pair_of(shape, classes=3, seed=0, ignored=0.1, **options):
 
 def in_memory(truth, pred, voxel_size=VOXEL):
     """The Pair of two arrays."""
-    return evaluate.Pair("pair", InMemory(pred, voxel_size=voxel_size),
-                         InMemory(truth, voxel_size=voxel_size), None, None)
+    label = InMemory(truth, voxel_size=voxel_size)
+    return evaluate.Pair("pair", InMemory(pred, voxel_size=voxel_size), label, None, None, label)
 
 
 def save(path, array, voxel_size=VOXEL):
