@@ -3278,8 +3278,9 @@ def check_annotation(train, args):
         raise InputError("no slice is left to train on; check --label-slices and --val-slices")
     for name, voxels in zip(args.classes[1:], sum(counts)[1:]):
         if not voxels:
-            smaller = " (give a smaller --downsample)" if args.downsample > 1 else ""
-            raise InputError(f"no slice to train on shows the class {name}{smaller}; annotate "
+            at = f" at --downsample {args.downsample} (a smaller one may)"
+            at = at if args.downsample > 1 else ""
+            raise InputError(f"no slice to train on shows the class {name}{at}; annotate "
                              f"some, choose other slices, or leave it out with --label-map")
     empty = sum(not each[1:].any() for each in counts)
     if not args.label_slices and 2 * empty > len(counts):

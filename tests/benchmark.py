@@ -1,5 +1,4 @@
-"""Speed of every network on this machine: python tests/benchmark.py [--networks NAME ...]
-[--width 16]
+"""Speed of every network on this machine: python tests/benchmark.py --width 16
 
 Prints, for each network, training patches per second, inference voxels per second, peak memory so
 far, the share of the machine's own matrix-product rate that training reaches, and the share of a
