@@ -231,7 +231,7 @@ def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monk
     if steps:
         conftest.interrupt_after(monkeypatch, steps)
     else:
-        monkeypatch.setattr(train_sparse, "postprocess", lambda *_: signal.raise_signal(2))
+        monkeypatch.setattr(train_sparse, "postprocess", lambda *_: signal.raise_signal(15))
     with pytest.raises(SystemExit) as stopped:
         train(cells, tmp_path)
     assert stopped.value.code == 130
