@@ -284,7 +284,7 @@ def start(job):
                                 stderr=log, env=environment, start_new_session=True)
 
 
-def finish(job, status, keep):
+def finish(job, status):
     """Note the result of a command that has ended."""
     folder = job.out_dir()
     log = folder.with_name(f"{folder.name}.txt")
@@ -298,8 +298,8 @@ def finish(job, status, keep):
     for row in rows:
         print(f"{job.name}, {row['variant']}, seed {job.seed}: {row['score']}", flush=True)
     log.unlink()
-    for file in [] if keep else [file for file in folder.rglob("*") if file.is_file()]:
-        if file.name not in KEPT:
+    for file in [*folder.rglob("*")]:
+        if file.is_file() and file.name not in KEPT:
             file.unlink()
 
 
@@ -319,7 +319,7 @@ def run(jobs, args):
                 if not ready[0].is_done():              # by another process meanwhile
                     running[ready[0]] = start(ready[0])
             for job in [job for job, process in running.items() if process.poll() is not None]:
-                finish(job, running.pop(job).returncode, args.keep)
+                finish(job, running.pop(job).returncode)
             time.sleep(0.2)
         except KeyboardInterrupt:                       # each command saves its state and ends
             stopping = True
@@ -382,7 +382,6 @@ def parse_args(argv=None):
     flag("--seeds", type=int, nargs="+", help="default: the experiment's")
     flag("--variants", nargs="+", default=["*"], metavar="PATTERN", help="such as '1 labelled*'")
     flag("--folder", default=str(ROOT / "runs/replicate"), help="where the runs go")
-    flag("--keep", action="store_true", help="keep predictions and figures of finished runs")
     args = parser.parse_args(argv)
     args.jobs = args.jobs or {"cpu": 2, "cuda": 1}[args.device]
     args.folder = str(Path(args.folder).resolve())

@@ -194,13 +194,6 @@ def test_two_level_unet_by_hand(up):
     torch.testing.assert_close(network(x), wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_valid_unet_has_the_published_sides():
-    with torch.device("meta"):
-        network = emseg.UNet(1, 7, width=2, levels=5, norm=None, padding=0)
-        assert network(torch.zeros(1, 1, 572, 572)).shape == (1, 7, 388, 388)
-    assert (network.stride, network.offset, network.margin) == (16, 12, 92)
-
-
 @pytest.mark.parametrize("levels", [2, 4])
 def test_valid_unet_equals_the_interior_of_a_padded_one(levels):
     valid, padded = tiny(levels=levels, padding=0), tiny(levels=levels)
@@ -416,6 +409,16 @@ def test_class_ids_threshold_one_channel_and_take_the_largest_of_several():
     several = torch.tensor([[0.3, 0.2, 0.5], [0.4, 0.35, 0.25]]).T[None, :, :, None]
     ids = emseg.class_ids(several)
     assert ids.dtype == torch.int64 and ids[0, :, 0].tolist() == [2, 0]
+
+
+def test_mean_logits_are_exact_for_extreme_ones():
+    """Half of the heads sure of yes: log 1 - log 1; all sure of it: their mean odds."""
+    for sure, wanted in ([200.0, -200.0], 0.0), ([200.0, 200.0], 200.0), ([-99.0, -99.0], -99.0):
+        heads = [torch.full((1, 1, 1, 1), x).requires_grad_() for x in sure]
+        found = emseg.mean_logits(heads)
+        found.sum().backward()
+        assert found.item() == pytest.approx(wanted, abs=1e-4)
+        assert all(x.grad.isfinite() for x in heads)
 
 
 # -- losses

@@ -221,6 +221,21 @@ def test_zscore_averages_the_statistics_of_the_given_slices():
                      "std": pytest.approx(np.mean([s.std() for s in used]))}
 
 
+def test_zscore_samples_many_slices_evenly():
+    volume = InMemory(np.arange(200, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8))
+    found = emseg.measure_normalization([volume], [range(200)], "equalize")
+    read = volume.read_slices
+    assert 16 <= len(read) <= 32 and np.ptp(np.diff(read)) <= 1
+    assert found["mode"] == "equalize" and found["mean"] == pytest.approx(99.5, abs=5)
+
+
+def test_constant_slices_do_not_divide_by_zero():
+    found = emseg.measure_normalization([InMemory(np.full((2, 4, 4), 9, np.uint8))], [[0]],
+                                        "zscore")
+    image = emseg.normalize(torch.full((1, 4, 4), 9, dtype=torch.uint8), found)
+    assert found["std"] > 0 and torch.equal(image, torch.zeros(1, 1, 4, 4))
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 5), (2, 3, 4, 5)])
 def test_normalize_adds_a_channel_and_scales(shape):
     image = random_volume(shape)

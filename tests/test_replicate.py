@@ -50,7 +50,7 @@ def test_rows_of_stages_count_as_done_and_reach_the_table(tmp_path, monkeypatch)
         (folder / "log.csv").write_text("epoch,step,seconds\n0,10,60\n1,20,120.0\n")
         (folder / "prediction.tif").touch()
         folder.with_name(f"{folder.name}.txt").touch()
-        replicate.finish(job, 0, keep=False)
+        replicate.finish(job, 0)
         assert job.is_done()
         assert sorted(file.name for file in folder.iterdir()) == ["log.csv", "metrics.json"]
     row = [line for line in replicate.table().splitlines() if "every 5th: scm" in line]
