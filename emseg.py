@@ -761,8 +761,9 @@ def pair_labels(path, volume, label_slices=None):
         chosen = parse_slices(label_slices, len(rows))
         missing = chosen[rows[chosen] < 0]
         if len(missing):
-            raise InputError(f"{path}: --label-slices asks for slice {missing[0]}, which has no "
-                             f"label; labelled are {_listed(np.flatnonzero(rows >= 0))}")
+            there = [volume.slice_name(z) for z in np.flatnonzero(rows >= 0)]
+            raise InputError(f"{path}: --label-slices asks for {volume.slice_name(missing[0])}, "
+                             f"which has no label; labelled are {_listed(there)}")
         rows[np.setdiff1d(np.arange(len(rows)), chosen)] = -1
     return label, rows
 
@@ -777,8 +778,8 @@ def _slice_values(volume, z):
     else:
         values, counts = np.unique(page, return_counts=True)
     if (values % 1 != 0).any() or values[-1] >= 2**63:
-        raise InputError(f"{volume.path}: slice {z} holds values that are not whole numbers (below "
-                         "2**63); wanted class ids, not an image or a probability")
+        raise InputError(f"{volume.path}: {volume.slice_name(z)} holds values that are not whole "
+                         "numbers (below 2**63); wanted class ids, not an image or a probability")
     return values.astype(np.int64), counts
 
 
@@ -3009,6 +3010,16 @@ def positive(kind):
 nonnegative, share = number(float, 0), number(float, 0, 1)
 
 
+def add_label_args(data):
+    """The flags on labels, those of evaluate.py, too; data: adds one to its group."""
+    data("--label-slices", metavar="S", help="annotated slices: 0:165:5, 0,40,80, n=7 or every=5")
+    data("--label-map", metavar="M", help="label value=class id: 191=1,223=2,*=0 or 128:256=1,*=0")
+    data("--ignore-label", type=int, metavar="V", help="label value that marks unannotated voxels")
+    data("--classes", nargs="+", metavar="NAME", help="class names, background first")
+    data("--voxel-size", nargs=3, type=number(float, *PLAUSIBLE_NM), metavar=("Z", "Y", "X"),
+         help="voxel size in nm, in place of the files'")
+
+
 def add_common_args(parser, models, sources):
     """The flags that all scripts share, in the groups data, training and run.
 
@@ -3019,10 +3030,7 @@ def add_common_args(parser, models, sources):
     data("--volume", nargs="+", metavar="P", default=[], help="training volumes: TIFF, MRC, NPY or "
          "a folder of slices; P@z0:z1,y0:y1,x0:x1 crops")
     data("--label", nargs="+", metavar="P", default=[], help="their labels, in the same order")
-    data("--label-slices", metavar="S", help="annotated slices: 0:165:5, 0,40,80, n=7 or every=5")
-    data("--label-map", metavar="M", help="label value=class id: 191=1,223=2,*=0 or 128:256=1,*=0")
-    data("--ignore-label", type=int, metavar="V", help="label value that marks unannotated voxels")
-    data("--classes", nargs="+", metavar="NAME", help="class names, background first")
+    add_label_args(data)
     data("--val-volume", nargs="+", metavar="P", default=[], help="volumes that choose best.pt")
     data("--val-label", nargs="+", metavar="P", default=[], help="their labels")
     data("--val-slices", metavar="S", help="annotated slices of --volume kept for validation; n=2 "
@@ -3030,8 +3038,6 @@ def add_common_args(parser, models, sources):
     data("--test-volume", nargs="+", metavar="P", default=[], help="volumes to predict; without "
          "them --volume is predicted")
     data("--test-label", nargs="+", metavar="P", default=[], help="their labels, for the scores")
-    data("--voxel-size", nargs=3, type=number(float, *PLAUSIBLE_NM), metavar=("Z", "Y", "X"),
-         help="voxel size in nm, in place of the files'")
     data("--downsample", type=positive(int), default=1, metavar="N",
          help="show the network slices N times smaller in y and x")
     data("--normalize", choices=("zscore", "volume", "equalize"), default="zscore",
@@ -3315,7 +3321,7 @@ def network_input(volume, args):
     InputError where any voxel is NaN: better now than after hours of training."""
     for z in range(len(volume) if volume.dtype.kind == "f" else 0):
         if not np.isfinite(volume[z]).all():
-            raise InputError(f"{volume.path}: slice {z} holds NaN or infinite values")
+            raise InputError(f"{volume.path}: {volume.slice_name(z)} holds NaN or infinite values")
     image = as_uint8(volume, args.normalize)
     if getattr(args, "resize", None):
         image = resize(image, args.resize, linear=True)
@@ -3531,9 +3537,9 @@ class Run:
         elif self.device.type == "cpu":
             keep_freed_memory()
         self.config, self.normalization, self.used = None, None, []
-        self.step, self.seconds, self.sums, self.pending = 0, 0.0, {}, None
+        self.step, self.seconds, self.sums = 0, 0.0, {}     # of the losses of an epoch
         self.rows, self.best = [], None         # of log.csv; the highest metric of end_epoch
-        self.interrupted = None
+        self.interrupted = False
         self.predicted_voxels, self.predict_seconds = 0, 0.0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if args.resume and (self.folder / "config.json").exists():
@@ -3646,8 +3652,14 @@ class Run:
         self.printed, self.session, self.warned = 0.0, (time.monotonic(), self.step), False
 
     def epochs(self):
-        """The epochs that are left. Ctrl-C and SIGTERM meanwhile save and leave after a step."""
-        handlers = {number: signal.signal(number, self._interrupt)
+        """The epochs that are left. Ctrl-C and SIGTERM meanwhile save and leave after a step; a
+        second one at once."""
+        def interrupt(number, frame):
+            if self.interrupted and self.world == 1:    # torchrun passes the same one on
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        handlers = {number: signal.signal(number, interrupt)
                     for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while self.step < self.total:
@@ -3690,37 +3702,31 @@ class Run:
         self.scaler.update()
 
     def log(self, lr, **losses):
-        """Note the learning rate and the losses (scalar tensors) of a step, means over all
-        processes; print the progress.
-
-        The values are fetched one step late, so that a GPU never waits for them.
-        """
-        self._collect()
+        """Add the losses of a step (scalar tensors), means over all processes, to those of the
+        epoch; print the progress. The sums stay on the device: a GPU never waits for them."""
         values = torch.stack([value.detach().float() for value in losses.values()])
         average([values])
-        self.lr, self.pending = lr, (list(losses), values)
+        self.lr = lr
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in zip(losses, values)}
         self._progress()
 
-    def _collect(self):
-        """Add the pending losses to the epoch's sums. Raises InputError where one is not finite."""
-        if self.pending is None:
-            return
-        names, values = self.pending
-        self.pending = None
-        for name, value in zip(names, values.tolist()):
-            if not math.isfinite(value):
-                epoch, step = divmod(self.step - 1, self.steps_per_epoch)
-                raise InputError(f"{name} is {value} at epoch {epoch}, step {step}; try a lower "
-                                 f"--lr or --no-amp; the last good checkpoint in {self.folder} is "
-                                 f"kept")
-            self.sums[name] = self.sums.get(name, 0.0) + value
+    def _mean_losses(self, steps):
+        """The losses of the epoch so far. Raises InputError where one is not finite."""
+        means = {name: float(total) / steps for name, total in self.sums.items()}
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise InputError(f"{name} is {mean} in epoch {len(self.rows)}, step {steps} or "
+                                 f"before; try a lower --lr or --no-amp; the last good checkpoint "
+                                 f"in {self.folder} is kept")
+        return means
 
     def _progress(self):
         """A line that renews itself on a terminal; elsewhere a line every few seconds."""
         now, (start, first), terminal = time.monotonic(), self.session, sys.stdout.isatty()
-        if self.rank or now - self.printed < (0.2 if terminal else 5) or not self.sums:
+        if self.rank or now - self.printed < (0.2 if terminal else 5):
             return
-        self.printed = now
+        epoch, count = divmod(self.step, self.steps_per_epoch)
+        loss, self.printed = self._mean_losses(count + 1)["loss"], now
         rate = (now - start) / max(1, self.step - first)
         left = rate * (self.total - self.step)
         if now - start > 60:                    # the latest minute, since steps may become longer
@@ -3729,26 +3735,18 @@ class Run:
                 self.warned = True
                 print("\nnote: more than a day is left; a larger --downsample, a smaller --width, "
                       "--patch-size or --epochs make it shorter; --quick shows a first result")
-        epoch, count = divmod(self.step, self.steps_per_epoch)
-        text = (f"epoch {epoch}  step {self.step}/{self.total}  loss "
-                f"{self.sums['loss'] / max(1, count):.3f}  {rate:.2f} s/step  "
-                f"{datetime.timedelta(seconds=round(left))} left")
+        text = (f"epoch {epoch}  step {self.step}/{self.total}  loss {loss:.3f}  {rate:.2f} s/step "
+                f" {datetime.timedelta(seconds=round(left))} left")
         print(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n", flush=True)
 
     def end_epoch(self, validation, metric="val_dice"):
         """Write the epoch's row of log.csv, last.pt, and best.pt if this metric of the validation
         has not been as high before."""
-        self._collect()
         row = {"epoch": len(self.rows), "step": self.step, "seconds": round(self.seconds, 1),
-               "lr": self.lr, **{name: total / self.steps_per_epoch
-                                 for name, total in self.sums.items()}, **validation}
+               "lr": self.lr, **self._mean_losses(self.steps_per_epoch), **validation}
         self.rows, self.sums = [*self.rows, row], {}
         if self.rank == 0:
-            with replacing(self.path("log.csv")) as temporary, open(
-                    temporary, "w", newline="") as file:
-                writer = csv.DictWriter(file, row, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(self.rows)
+            write_csv(self.path("log.csv"), self.rows)
         value = validation.get(metric)
         better = value is not None and (self.best is None or value > self.best)
         self.best = value if better else self.best
@@ -3762,23 +3760,11 @@ class Run:
 
     # -- interruption and checkpoints
 
-    def _interrupt(self, number, frame):
-        """First Ctrl-C: finish the step and save. One a second later or more: stop at once.
-
-        Before that it may be the same one, which torchrun passes on to its processes.
-        """
-        now = time.monotonic()
-        if self.interrupted and now - self.interrupted > 1:
-            raise KeyboardInterrupt
-        self.interrupted = self.interrupted or now
-
     def _stop_if_interrupted(self):
         """Where any process was interrupted: save and leave, see command."""
-        flag = torch.tensor(float(bool(self.interrupted)), device=self.device)
-        if self.world > 1:
-            torch.distributed.all_reduce(flag)
-        if self.interrupted or self.world > 1 and flag:
-            self._collect()
+        flag = torch.tensor(float(self.interrupted), device=self.device)
+        average([flag])
+        if flag if self.world > 1 else self.interrupted:
             self.save("last.pt")
             print0(f"\nsaved {self.folder / 'last.pt'} at step {self.step}")
             raise KeyboardInterrupt
@@ -3913,6 +3899,16 @@ def write_text(path, text):
 def write_json(path, content):
     """Write a JSON file, None for null; see write_text."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(path, rows):
+    """Write a CSV file of rows, {column: value}, with all columns that occur; see write_text."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    with replacing(path) as temporary, open(
+            temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def provenance(script):

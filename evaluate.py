@@ -411,16 +411,6 @@ def describe(entry, what="mean"):
     return "\n".join(lines)
 
 
-def write_csv(path, rows):
-    """A CSV file, whole or not at all, with all columns that occur."""
-    columns = dict.fromkeys(key for row in rows for key in row)
-    with emseg.replacing(path) as temporary, open(
-            temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 # -- tables of runs --------------------------------------------------------------------------------
 
 # Arguments that tell no training from another, or that say what is scored.
@@ -633,7 +623,7 @@ def tabulate(args):
     print(text)
     write_config(args, ["table.md", "table.csv", "histogram.png", "slice_dice.png"])
     emseg.write_text(folder / "table.md", text)
-    write_csv(folder / "table.csv", [line for _, lines in shown for line in lines])
+    emseg.write_csv(folder / "table.csv", [line for _, lines in shown for line in lines])
     draw_runs(folder, tables)
 
 
@@ -666,15 +656,8 @@ def parse_args(argv=None):
          "NPY or a folder of slices; P@z0:z1,y0:y1,x0:x1 crops")
     data("--label", nargs="+", metavar="P", default=[], help="their labels, in the same order")
     data("--volume", nargs="+", metavar="P", default=[], help="the images, for figure.png")
-    data("--label-map", metavar="M", help="label value=class id: 191=1,223=2,*=0 or 128:256=1,*=0")
-    data("--prediction-map", metavar="M", help="the same for the values of the predictions")
-    data("--label-slices", metavar="S", help="slices of the labels that count: 0:165:5, 0,40,80, "
-         "n=7 or every=5")
-    data("--ignore-label", type=int, metavar="V", help="label value that marks unannotated voxels")
-    data("--classes", nargs="+", metavar="NAME", help="class names, background first; default: "
-         "those of the run whose folder the prediction is in")
-    data("--voxel-size", nargs=3, type=emseg.number(float, *emseg.PLAUSIBLE_NM),
-         metavar=("Z", "Y", "X"), help="voxel size in nm, in place of the files'")
+    emseg.add_label_args(data)
+    data("--prediction-map", metavar="M", help="a --label-map for the values of the predictions")
     scores = parser.add_argument_group("scores").add_argument
     scores("--organelles", nargs="+", metavar="CLASS", default=[], help="classes of miou_org")
     scores("--distances", action=argparse.BooleanOptionalAction, default=True,
@@ -748,7 +731,7 @@ def main(args):
         "mean": mean, **{key: metrics.get(key) for key in OF_TRAINING},
         "peak_memory_gib": emseg.peak_memory_gib(torch.device("cpu"))})
     if args.objects:
-        write_csv(folder / "objects.csv", [row for pair in pairs for row in object_rows(
+        emseg.write_csv(folder / "objects.csv", [row for pair in pairs for row in object_rows(
             pair, classes, args.min_voxels)])
 
     # pictures

@@ -88,7 +88,6 @@ RECIPES = {
     "cps": {**HEAVY_CPS, "others": dict(LINEAR, lr=1e-3, batch_size=12, epochs=300)},
     "cps + cutmix": {**HEAVY_CPS, "others": dict(LINEAR, lr=1e-3, batch_size=20)},
 }
-SETTINGS = "model", "method", "cutmix", *RECIPES["cps"]["others"]      # printed at the start
 
 
 def recipe(args):
@@ -232,11 +231,11 @@ def pseudo_label(network, heads):
     return emseg.class_ids(emseg.probabilities(logits.detach()))
 
 
-def cps_loss(heads_of, networks, loss, heads_l, image_u):
+def cps_loss(heads_of, networks, loss, heads_l, image_l, image_u):
     """Cross pseudo supervision (eq. 2): each network learns what the other one predicts.
 
     heads_of: network, image (B, 1, H, W) -> list of logits (B, C, H, W); heads_l: those of both
-    networks for the labelled images; image_u (B, 1, H, W): unlabelled ones. Both teach.
+    networks for the labelled images image_l; image_u: unlabelled ones. Both teach.
     """
     heads_u = [heads_of(network, image_u) for network in networks]
     heads_a, heads_b = [[torch.cat([head_l, head_u]) for head_l, head_u in zip(own_l, own_u)]
@@ -245,7 +244,7 @@ def cps_loss(heads_of, networks, loss, heads_l, image_u):
     return loss(heads_a, pseudo_b) + loss(heads_b, pseudo_a)
 
 
-def cps_cutmix_loss(heads_of, networks, loss, image_l, image_u):
+def cps_cutmix_loss(heads_of, networks, loss, heads_l, image_l, image_u):
     """Cross pseudo supervision with CutMix (section 2.4.2): see cps_loss.
 
     The whole images teach, in one batch and in training mode, and each network learns from mixtures
@@ -393,7 +392,6 @@ def main(args):
 
     # train
     count = args.batch_size // 2 if cps else args.batch_size
-    emseg.print0(", ".join(f"{key.replace('_', ' ')} {getattr(args, key)}" for key in SETTINGS))
     run.begin(args.steps_per_epoch or math.ceil(64 * len(labelled.slices) / count),
               **dict(zip(("network", "network_b"), networks)),
               **dict(zip(("optimizer", "optimizer_b"), optimizers)))
@@ -418,10 +416,8 @@ def main(args):
                 image_u, loss_cps = next(batches_u), torch.zeros_like(loss_sup)
                 if weight:
                     image_u, _ = emseg.augment(image_u, None, run.normalization, **AUGMENTATION)
-                    loss_cps = cps_cutmix_loss(
-                        heads_of, networks, loss_function, image_l, image_u
-                    ) if args.cutmix else cps_loss(
-                        heads_of, networks, loss_function, heads_l, image_u)
+                    loss_cps = (cps_cutmix_loss if args.cutmix else cps_loss)(
+                        heads_of, networks, loss_function, heads_l, image_l, image_u)
                 loss = loss_sup + weight * loss_cps                                     # eq. 3
                 terms = {"loss_sup": loss_sup, "loss_cps": loss_cps,
                          "cps_weight": torch.full_like(loss_sup, weight)}

@@ -598,7 +598,7 @@ def test_sparse_label_folder(tmp_path):
     assert paired(f"{label}@4:8", f"{folder}@4:8").slices.tolist() == [1]
     drawn = write_folder(tmp_path / "drawn", masks[:, 1:7], ["102.png", "105.png", "110.png"])
     np.testing.assert_array_equal(paired(drawn, f"{folder}@0:8,1:7")[5], masks[1, 1:7])
-    with pytest.raises(emseg.InputError, match="asks for slice 3"):
+    with pytest.raises(emseg.InputError, match=r"asks for z = 3 .file 103., which"):
         paired(label, folder, label_slices="2,3")
     assert paired(label, folder, label_slices="5").slices.tolist() == [5]
     # a volume in one file: the number is z
