@@ -253,6 +253,7 @@ class DeepVess(nn.Module):
 
 MODELS = {**emseg.NETWORKS, "2d3d": Hybrid, "2d3d-no-3x3x3": partial(Hybrid, volumetric=False),
           "2d3d-no-multiloss": Hybrid, "2d3d-no-pyramid": partial(Hybrid, pyramid=False),
+          "2d3d-no-3d": partial(Hybrid, volumetric=False, pyramid=False),       # not in paper
           "unet": partial(emseg.UNet, levels=5, norm=None, padding=0),      # 572 -> 388 pixels
           "unet3d-thin": SameUNet3D, "unet3d-thick": partial(SameUNet3D, thick=True),
           "deepvess": DeepVess}
