@@ -632,8 +632,6 @@ def parse_args(argv=None):
     args = emseg.parse(
         parser, argv, demo, quick, lambda args: settings_of(args.model), of_prediction=(
             "ensemble", "top_k", "organelles", "test_ignore_label", "val_volume", "val_label"))
-    if not any(args.weight_terms):
-        parser.error("--weight-terms must not all be 0")
     count = len(args.ensemble) or args.instances
     if args.top_k and args.top_k > count:
         parser.error(f"--top-k {args.top_k}: there are {count} instances")

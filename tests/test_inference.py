@@ -68,16 +68,6 @@ def random_ids(shape, n=3, ignore=0.0, seed=0):
 # -- tiles
 
 
-@pytest.mark.parametrize("pads", [(2, 3, 4, 1), (0, 7, 5, 0), (9, 9, 0, 0), (0, 8, 0, 0)])
-@pytest.mark.parametrize("front", [(2, 1), (2, 3, 4)])
-def test_mirror_pad_against_numpy(pads, front):
-    image = random_image(*front, 8, 7)
-    top, bottom, left, right = pads
-    mode = "reflect" if max(top, bottom) < 8 and max(left, right) < 7 else "edge"
-    wanted = np.pad(image, (*[(0, 0)] * len(front), (top, bottom), (left, right)), mode=mode)
-    np.testing.assert_array_equal(emseg.mirror_pad(image, *pads), wanted)
-
-
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("max_tile", [None, (12, 16)])
 @pytest.mark.parametrize("numbers", [(1, 0, 0), (8, 4, 10)])
@@ -341,20 +331,13 @@ def test_score_slices_of_a_network_that_sees_the_neighbours(context):
     np.testing.assert_array_equal(found, confusion_by_loops(pred, label.array[zs], 2))
 
 
-@pytest.mark.parametrize("depth", [1, 8])
-def test_score_slices_takes_the_middle_of_a_predicted_window(depth):
+@pytest.mark.parametrize("depth, threshold", [(1, 0.5), (8, 0.5), (1, 0.2)])
+def test_score_slices_takes_the_middle_of_a_predicted_window(depth, threshold):
     image, zs = InMemory(random_ids((16, 9, 8), 256)), [0, 5, 15]
     label = InMemory(random_ids((16, 9, 8), 2, ignore=0.2, seed=1), slices=zs)
-    found = emseg.score_slices(predict_grey, image, label, CLASSES[:2], context=depth)
-    np.testing.assert_array_equal(
-        found, confusion_by_loops((image.array > 127)[zs].astype(int), label.array[zs], 2))
-
-
-def test_score_slices_at_another_threshold():
-    image, label = InMemory(random_ids((4, 9, 8), 256)), InMemory(random_ids((4, 9, 8), 2))
-    found = emseg.score_slices(predict_grey, image, label, CLASSES[:2], threshold=0.2)
-    np.testing.assert_array_equal(
-        found, confusion_by_loops((image.array > 51).astype(int), label.array, 2))
+    found = emseg.score_slices(predict_grey, image, label, CLASSES[:2], depth, threshold)
+    pred = (image.array > 255 * threshold)[zs].astype(int)
+    np.testing.assert_array_equal(found, confusion_by_loops(pred, label.array[zs], 2))
 
 
 def test_ranks_share_the_annotated_slices_and_add_their_counts(monkeypatch):
@@ -440,13 +423,6 @@ def test_mean_scores_leave_out_what_is_undefined():
     assert mean["dice"] == pytest.approx((10 / 13 + 1) / 2)
     assert mean["iou"] == pytest.approx((5 / 8 + 1) / 2)
     assert mean.keys() == first.keys() and mean["per_class"].keys() == first["per_class"].keys()
-
-
-def test_dice_of_slices_by_hand():
-    found = emseg.dice_of_slices(emseg.confusion(PRED, TRUTH, 3))
-    nan = np.nan
-    background = [2 / 4, 6 / 7, 1, nan, nan]
-    np.testing.assert_allclose(found, np.transpose([background, [0.5, 0, nan, nan, 1], [nan] * 5]))
 
 
 @pytest.mark.parametrize("n", [2, 3, 15, 16, 255])

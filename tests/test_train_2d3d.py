@@ -207,7 +207,6 @@ def test_every_rival_trains_and_predicts(cells, tmp_path, model):
 @pytest.mark.parametrize("change, message", [
     (["--organelles", "3", "5"], "--organelles 5: class ids run from 0 to 4"),
     (["--top-k", "2"], "--top-k 2: there are 1 instances"),
-    (["--weight-terms", "0", "0", "0"], "--weight-terms must not all be 0"),
     (["--patch-size", "6", "28", "28"], "windows that predict 6 x 24 x 24 voxels do not fit"),
     (["--patch-size", "3", "40", "60"], "nearest to 40: 36 or 44"),
     (["--unlabeled-volume", "a.tif"], "unrecognized arguments")])
