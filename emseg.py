@@ -3572,9 +3572,7 @@ class Run:
             return
         self.config = {"script": self.script.name, "args": vars(self.args), "files": []}
         if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.args.overwrite:
-                remove_run(self.folder, inputs_of(self.args))
+            empty_folder(self.folder, inputs_of(self.args))
             self.config |= provenance(self.script)
             self.config["device"] = (torch.cuda.get_device_name(self.device)
                                      if self.device.type == "cuda" else platform.machine())
@@ -3849,9 +3847,9 @@ def files_of(folder):
         files_of(Path(folder, name)) if name.endswith("/") else [Path(folder, name)]))]
 
 
-def remove_run(folder, inputs):
-    """Delete what an earlier run has written into a folder. Raises InputError where that is one of
-    the `inputs`, or lies in one that is a folder."""
+def empty_folder(folder, inputs):
+    """Make a folder (a Path), without what an earlier run has written into it. Raises InputError
+    where that is one of the `inputs`, or lies in one that is a folder."""
     files = files_of(folder)
     for file in files:
         real = Path(os.path.realpath(file))
@@ -3860,9 +3858,10 @@ def remove_run(folder, inputs):
                              f"another --out-dir")
     for file in files:
         file.unlink(missing_ok=True)
-    for below in sorted({file.parent for file in files} - {Path(folder)}, reverse=True):
+    for below in sorted({file.parent for file in files}, reverse=True):
         with contextlib.suppress(OSError):              # a person's files are in it
             below.rmdir()
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def load_checkpoint(path):

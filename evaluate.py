@@ -414,10 +414,10 @@ def describe(entry, what="mean"):
 # -- tables of runs --------------------------------------------------------------------------------
 
 # Arguments that tell no training from another, or that say what is scored.
-NO_SETTING = {"seed", "out_dir", "overwrite", "resume", "checkpoint", "device", "amp", "compile",
-              "workers", "demo", "save_probability", "test_volume", "test_label", "classes",
-              "voxel_size", "model", "method", "distances", "objects", "min_voxels", "segments",
-              "segments_2d", "render", "runs", "scores"}
+NO_SETTING = emseg.OF_THIS_CALL | {
+    "seed", "checkpoint", "demo", "save_probability", "test_volume", "test_label", "classes",
+    "voxel_size", "model", "method", "distances", "objects", "min_voxels", "segments",
+    "segments_2d", "render", "runs", "scores"}
 DEFAULT_SCORES = ("dice", "iou", "miou", "miou_org", "val_miou", "val_miou_org", "parameters",
                   "train_seconds")
 
@@ -633,9 +633,8 @@ def write_config(args, files, **more):
     """Empty the folder of an earlier evaluation and begin with config.json. files: the names of
     all that may be written."""
     folder = Path(args.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     # a table of runs/* may have its own folder among these
-    emseg.remove_run(folder, set() if args.runs else emseg.inputs_of(args))
+    emseg.empty_folder(folder, set() if args.runs else emseg.inputs_of(args))
     emseg.write_json(folder / "config.json", {
         "script": Path(__file__).name, "args": vars(args), "files": files,
         **emseg.provenance(__file__), **more})
@@ -662,8 +661,7 @@ def parse_args(argv=None):
     scores("--organelles", nargs="+", metavar="CLASS", default=[], help="classes of miou_org")
     scores("--distances", action=argparse.BooleanOptionalAction, default=True,
            help="HD95 and ASSD in nm")
-    scores("--objects", action="store_true", help="objects.csv: connected components with their "
-           "sizes and places")
+    scores("--objects", action="store_true", help="objects.csv: components, sizes and places")
     scores("--min-voxels", type=emseg.positive(int), default=1, metavar="N",
            help="smaller objects are left out")
     scores("--segments", metavar="CLASS", help="variation of information and adapted Rand error of "
@@ -728,8 +726,10 @@ def main(args):
         print(f"\nmean of {len(pairs)} pairs\n{describe(mean, 'mean over pairs of the mean')}")
     emseg.write_json(folder / "metrics.json", {
         "schema": 1, "script": Path(__file__).name, "classes": classes, "volumes": entries,
-        "mean": mean, **{key: metrics.get(key) for key in OF_TRAINING},
-        "peak_memory_gib": emseg.peak_memory_gib(torch.device("cpu"))})
+        "mean": mean, "peak_memory_gib": emseg.peak_memory_gib(torch.device("cpu")),
+        **{key: metrics.get(key) for key in (
+            "model", "seed", "selected_on", "train_seconds", "predict_seconds",
+            "predict_voxels_per_second", "parameters")}})
     if args.objects:
         emseg.write_csv(folder / "objects.csv", [row for pair in pairs for row in object_rows(
             pair, classes, args.min_voxels)])
@@ -748,11 +748,6 @@ def main(args):
         emseg.save_surfaces(folder / f"render_{pair.name}.png", {
             "truth": pair.whole, "prediction": pair.prediction}, classes)
     print(f"wrote {folder}/: {', '.join(sorted(file.name for file in folder.iterdir()))}")
-
-
-# What metrics.json takes over from that of the run whose predictions are scored.
-OF_TRAINING = ("model", "seed", "selected_on", "train_seconds", "predict_seconds",
-               "predict_voxels_per_second", "parameters")
 
 
 if __name__ == "__main__":
