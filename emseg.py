@@ -3272,7 +3272,10 @@ def open_test(args, used, train=(), val=()):
     ignored = args.ignore_label, getattr(args, "test_ignore_label", None)
     items = open_items(args.test_volume, args.test_label, args, require_foreground=False,
                        ignore_label=ignored)
-    return [drop_used_slices(item, used) for item in items]
+    items = [drop_used_slices(item, used) for item in items]
+    if args.checkpoint:
+        describe_data(args, test=items)
+    return items
 
 
 def check_annotation(train, args):
@@ -3875,7 +3878,7 @@ def load_checkpoint(path):
     except Exception as error:     # torch.load raises what it likes on damaged or malicious files
         raise InputError(f"{path}: damaged, or not a checkpoint that is safe to load "
                          f"({type(error).__name__})")
-    if not isinstance(content, dict) or not {"script", "args", "modules", "used"} <= set(content):
+    if not isinstance(content, dict) or not {"script", "args", "modules", "rows"} <= set(content):
         raise InputError(f"{path}: not a checkpoint of this version of emseg")
     return content
 
