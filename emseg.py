@@ -1078,9 +1078,6 @@ class Patches(torch.utils.data.Dataset):
                     "--patch-size or --downsample")
         slices = [range(len(image)) for image in images] if slices is None else slices
         self.slices = [(v, int(z)) for v, zs in enumerate(slices) for z in zs]
-        if not self.slices:
-            raise InputError("no slice is left to draw patches from; check --label-slices and "
-                             "--val-slices")
         self.foreground = foreground
         self.points = self._foreground_points() if foreground else []
 
@@ -1093,9 +1090,6 @@ class Patches(torch.utils.data.Dataset):
             for value in np.setdiff1d(label, [0, IGNORE]):
                 found = rng.permutation(np.argwhere(label == value).astype(np.int32))
                 points.setdefault(int(value), []).append((v, z, found[:POINTS_PER_SLICE]))
-        if not points:
-            raise InputError("none of the slices to train on holds foreground; check "
-                             "--label-slices, --val-slices and --label-map")
         return sorted(points.items())
 
     def __getitem__(self, index):
@@ -1105,7 +1099,10 @@ class Patches(torch.utils.data.Dataset):
         else:
             v, z = self.slices[rng.integers(len(self.slices))]
             window = self._window(rng, v, z)
-        item = [self._crop(arrays[v], window) for arrays in (self.images, self.labels) if arrays]
+        if self.flat:
+            window = window[0].start, *window[1:]
+        item = [torch.from_numpy(arrays[v][window])
+                for arrays in (self.images, self.labels) if arrays]
         item += [v] if self.numbered else []
         return tuple(item) if len(item) > 1 else item[0]
 
@@ -1128,10 +1125,6 @@ class Patches(torch.utils.data.Dataset):
             start = int(rng.integers(low, high + 1))
             window.append(slice(start, start + size))
         return tuple(window)
-
-    def _crop(self, array, window):
-        crop = torch.from_numpy(array[window])
-        return crop[0] if self.flat else crop
 
 
 def batches(patches, batch_size, start, stop, workers=0, rank=0, world=1, pin_memory=False):

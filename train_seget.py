@@ -201,7 +201,7 @@ class SlidingWindows(emseg.Patches):
             for corner in itertools.product(*map(self.starts, structure.shape, patch_size, stride)):
                 window = tuple(slice(a, a + side) for a, side in zip(corner, patch_size))
                 positive = int(structure[window].any())
-                self.windows += [(v, (slice(z, z + 1), *window))] * (1 + copies * positive)
+                self.windows += [(v, (z, *window))] * (1 + copies * positive)
 
     @staticmethod
     def starts(side, patch, stride):
@@ -215,7 +215,7 @@ class SlidingWindows(emseg.Patches):
         passes, place = divmod(index, len(self))
         order = np.random.default_rng((*self.seed, passes)).permutation(len(self))
         v, window = self.windows[order[place]]
-        return self._crop(self.images[v], window), self._crop(self.labels[v], window)
+        return tuple(torch.from_numpy(arrays[v][window]) for arrays in (self.images, self.labels))
 
 
 def plateau(history, reduce_patience):
