@@ -83,7 +83,8 @@ class InputError(ValueError):
 # ==================================================================================================
 #
 # Four lazy arrays, which read a box of voxels when they are indexed: a Volume is a file, Grey its
-# grey values as uint8, Resampled one of them at another resolution, Labels its class ids.
+# grey values as uint8, Resampled one of them at another resolution, Labels its class ids. (Inference
+# has a fifth, WithContext, which repeats the first and last slices.)
 
 TIFF_EXTENSIONS = (".tif", ".tiff")
 MRC_EXTENSIONS = (".mrc", ".mrcs", ".rec", ".map", ".st", ".ali")
@@ -1219,26 +1220,17 @@ def warp(image, grid, mode):
                          align_corners=False).reshape(*image.shape[:-2], *grid.shape[1:3])
 
 
-def augment(image, label, normalization, brightness=0.0, contrast=0.0, **geometry):
+def augment(image, label, normalization, **geometry):
     """A batch of uint8 crops -> normalised, augmented network input, all on the crops' device.
 
     image (B, H, W) or (B, Z, H, W) uint8; label alike, or None; geometry: see sampling_grid.
-    brightness: shift drawn from +- this share of the grey range; contrast: factor from 1 +- this.
     Returns image (B, 1, ...) float32 and label (B, ...) int64 or None.
     """
-    B, H, W = len(image), *image.shape[-2:]
     if geometry:
-        grid = sampling_grid(B, (H, W), image.device, **geometry)
+        grid = sampling_grid(len(image), image.shape[-2:], image.device, **geometry)
         image = warp(image, grid, "bilinear")
         label = None if label is None else warp(label, grid, "nearest")
-    image = normalize(image, normalization)
-    one_each = (B, *[1] * (image.dim() - 1))
-    if contrast:
-        image = image * (1 + image.new_empty(one_each).uniform_(-contrast, contrast))
-    if brightness:
-        shift = image.new_empty(one_each).uniform_(-brightness, brightness)
-        image = image + shift * (255 / normalization["std"])
-    return image, None if label is None else label.long()
+    return normalize(image, normalization), None if label is None else label.long()
 
 
 # ==================================================================================================
@@ -2634,10 +2626,11 @@ def confusion_volume(prediction, label, classes, pixels=2**24):
 
 
 def volume_scores(counts, label, classes, organelles=None):
-    """`scores` of confusion counts (Z, K, K), with the voxels of the label, those ignored, and the
-    2D Dice of each slice: {class name: [...]}, None where it is undefined."""
+    """`scores` of confusion counts (Z, K, K), with the voxels of the label, those ignored, the
+    slices that count, and the 2D Dice of each: {class name: [...]}, None where it is undefined."""
     voxels, dice = math.prod(label.shape), dice_of_slices(counts)
     return {"voxels": voxels, "ignored": voxels - int(counts.sum()),
+            "slices": np.flatnonzero(counts.any((1, 2))).tolist(),
             **scores(counts, classes, organelles),
             "dice_of_slices": {name: [_plain(value) for value in dice[:, k]]
                                for k, name in enumerate(classes) if k > 0}}
@@ -2682,10 +2675,10 @@ def overlay(image, masks=(), colors=(), alpha=0.45):
     return rgb
 
 
-def class_overlay(image, label, classes, colors=CLASS_COLORS, alpha=0.45):
+def class_overlay(image, label, classes, alpha=0.45):
     """The image with every foreground class of `label` in its fixed colour."""
     masks = [label == k for k in range(1, len(classes))]
-    return overlay(image, masks, itertools.cycle(colors), alpha)
+    return overlay(image, masks, itertools.cycle(CLASS_COLORS), alpha)
 
 
 def error_overlay(image, label, pred, alpha=0.45):
@@ -2699,13 +2692,13 @@ def error_overlay(image, label, pred, alpha=0.45):
     return overlay(image, masks, ERROR_COLORS.values(), alpha)
 
 
-def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768):
+def save_slices(path, items, classes, rows=4, max_side=768):
     """figure.png: slices as image | truth | prediction | errors, without truth image | prediction.
 
     items: list of (name, image or None, label or None, {stage: prediction}, Dice (Z, K) or None),
     lazy volumes, Dice see dice_of_slices. The rows are shared among them: the annotated slices with
     the lowest mean Dice, worst first; without Dice, slices at even distances. Without an image,
-    paper is white. colors: of the foreground classes.
+    paper is white.
     """
     panels = []
     for name, image, label, predictions, dice in items:
@@ -2714,7 +2707,7 @@ def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768)
         for z, score in _slices_to_show(like, label, dice, max(1, rows // len(items))):
             title = f"{name}  {like.slice_name(z)}"
             title += "" if np.isnan(score) else f"  Dice {score:.3f}"
-            shown = _panels(z, image, label, predictions, classes, colors, step)
+            shown = _panels(z, image, label, predictions, classes, step)
             panels.append((title, like, step, shown))
     titles = max((list(shown) for *_, shown in panels), key=len)
     heights = [3.1 * np.clip(like.shape[1] / like.shape[2], 0.2, 1.6) + 0.25
@@ -2736,7 +2729,7 @@ def save_slices(path, items, classes, colors=CLASS_COLORS, rows=4, max_side=768)
         row[0].text(0.02, 0.97, plain(name), transform=row[0].transAxes, fontsize=7, va="top",
                     color="white", bbox={"color": "black", "alpha": 0.6, "pad": 1.5})
         _scale_bar(row[0], like.voxel_size, step)
-    legend(figure, classes, "truth" in titles, colors)
+    legend(figure, classes, "truth" in titles)
     save_figure(figure, path)
 
 
@@ -2750,7 +2743,7 @@ def _slices_to_show(image, label, dice, count):
     return [(z, mean[z]) for z in zs[mean[zs].argsort(kind="stable")][:count]]      # NaN last
 
 
-def _panels(z, image, label, predictions, classes, colors, step):
+def _panels(z, image, label, predictions, classes, step):
     """{title: RGB} of slice z, every step-th pixel; see save_slices."""
     preds = {name: prediction[z][::step, ::step] for name, prediction in predictions.items()}
     shown, alpha = {}, 0.45
@@ -2761,10 +2754,10 @@ def _panels(z, image, label, predictions, classes, colors, step):
         shown["image"] = overlay(grey)
     if label is not None:
         truth = label[z][::step, ::step]
-        shown["truth"] = class_overlay(grey, truth, classes, colors, alpha)
+        shown["truth"] = class_overlay(grey, truth, classes, alpha)
     for name, pred in preds.items():
         if label is None or len(preds) == 1:
-            shown[name] = class_overlay(grey, pred, classes, colors, alpha)
+            shown[name] = class_overlay(grey, pred, classes, alpha)
         if label is not None:
             title = "errors" if len(preds) == 1 else f"{name}: errors"
             shown[title] = error_overlay(grey, truth, pred, alpha)
@@ -2802,11 +2795,11 @@ def _scale_bar(axis, voxel_size, step):
               path_effects=[withStroke(linewidth=2, foreground="black")])
 
 
-def legend(figure, classes, errors, colors):
+def legend(figure, classes, errors):
     """Class colours and, where truth is known, error colours below the panels."""
     from matplotlib.patches import Patch
     handles = [Patch(facecolor=color, label=plain(name), edgecolor="0.6")
-               for name, color in zip(classes[1:], itertools.cycle(colors))]
+               for name, color in zip(classes[1:], itertools.cycle(CLASS_COLORS))]
     if errors:
         handles += [Patch(color=color, label=name) for name, color in ERROR_COLORS.items()]
     columns = math.ceil(len(handles) / math.ceil(len(handles) / 6))     # rows of equal length
@@ -2814,8 +2807,8 @@ def legend(figure, classes, errors, colors):
                   frameon=False)
 
 
-def save_surfaces(path, rows, classes, colors=CLASS_COLORS, max_side=200):
-    """surfaces.png: structures in 3D as shaded reliefs from three sides, all and each by itself.
+def save_surfaces(path, rows, classes, max_side=200):
+    """A picture of structures in 3D as shaded reliefs from three sides, all and each by itself.
 
     rows: {title: lazy class ids (Z, Y, X)} of one volume, such as its truth and its prediction,
     which are shown side by side, as cubes, max_side along the longest side of the volume.
@@ -2830,8 +2823,8 @@ def save_surfaces(path, rows, classes, colors=CLASS_COLORS, max_side=200):
     axes = figure.subplots(len(names), len(columns), squeeze=False)
     for (title, side, depth), column in zip(columns, axes.T):
         for axis, name, chosen in zip(column, names, shown):
-            axis.imshow(_relief(depth[chosen], [colors[k % len(colors)] for k in chosen]),
-                        interpolation="bilinear")
+            colors = [CLASS_COLORS[k % len(CLASS_COLORS)] for k in chosen]
+            axis.imshow(_relief(depth[chosen], colors), interpolation="bilinear")
             axis.set_axis_off()
             axis.set_title(plain(f"{title}: {name}"), fontsize=8)
         _scale_bar(column[0], side and (side,) * 3, 1)
@@ -2880,7 +2873,7 @@ def _relief(depth, colors):
     return np.where(hit[..., None], rgb * (0.3 + 0.7 * light[..., None]), 1)
 
 
-def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
+def save_slice_dice(path, items, classes):
     """slice_dice.png: the 2D Dice of every foreground class against z, a row for each volume, with
     the slices marked that were trained or validated on (Pagano 2023, figure 5).
 
@@ -2888,7 +2881,7 @@ def save_slice_dice(path, items, classes, colors=CLASS_COLORS):
     """
     figure = new_figure(figsize=(9, 2.9 * len(items)))
     for axis, (name, dice, marked) in zip(figure.subplots(len(items), squeeze=False)[:, 0], items):
-        for k, (class_name, color) in enumerate(zip(classes[1:], itertools.cycle(colors)), 1):
+        for k, (class_name, color) in enumerate(zip(classes[1:], itertools.cycle(CLASS_COLORS)), 1):
             if np.isfinite(dice[:, k]).any():
                 axis.plot(dice[:, k], ".-", color=color, linewidth=1, label=plain(
                     textwrap.fill(class_name, 32)))
@@ -2969,7 +2962,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """The script's docstring as it stands, and the defaults that there are: no (default: None)."""
 
     def _get_help_string(self, action):
-        nothing = action.default is None or action.default in ([], False)
+        nothing = any(action.default is each for each in (None, False)) or action.default == []
         return action.help if nothing else super()._get_help_string(action)
 
 
@@ -3235,8 +3228,8 @@ def validation_slices(text, label, annotated):
                   parse_slices(text, len(label)))
     except InputError as error:
         raise InputError(f"--val-slices, of {len(rest)} annotated slices: {error}")
-    if not np.isin(chosen, annotated).all():
-        raise InputError(f"--val-slices {text}: {label.path} is not annotated in all of these")
+    for z in np.setdiff1d(chosen, annotated):
+        raise InputError(f"--val-slices {text}: nothing is annotated in {label.path} at z = {z}")
     return chosen
 
 
@@ -3276,14 +3269,17 @@ def check_annotation(train, args):
     would stop a network from seeing it anywhere. Print a note where most slices show nothing."""
     counts = [_count_values(item.target[z])[: len(args.classes)]
               for item in train for z in item.slices]
+    at = f" at --downsample {args.downsample}; try a smaller one" if args.downsample > 1 else ""
     if not counts:
-        raise InputError("no slice is left to train on; check --label-slices and --val-slices")
-    for name, voxels in zip(args.classes[1:], sum(counts)[1:]):
-        if not voxels:
-            at = f" at --downsample {args.downsample} (a smaller one may)"
-            at = at if args.downsample > 1 else ""
+        raise InputError(f"no slice is left to train on{at}; check --label-slices and --val-slices")
+    seen, drawn = sum(counts), sum(item.label.counts.sum(0) for item in train)
+    for name, new, old in zip(args.classes[1:], seen[1:] / seen.sum(), drawn[1:] / drawn.sum()):
+        if not new:
             raise InputError(f"no slice to train on shows the class {name}{at}; annotate "
                              f"some, choose other slices, or leave it out with --label-map")
+        if new < old / 2:
+            print0(f"note: {name} shrinks from {100 * old:.2g} to {100 * new:.2g} % of all voxels"
+                   f"{at}")
     empty = sum(not each[1:].any() for each in counts)
     if not args.label_slices and 2 * empty > len(counts):
         print0(f"note: {empty} of {len(counts)} annotated slices show background only; if nobody "
@@ -3307,6 +3303,8 @@ def describe_data(args, **groups):
                 share = 100 * label.counts.sum(0) / label.counts.sum()
                 parts += [f"{_listed(label.values[label.ids == k], 4)} = {name}, {share[k]:.3g} %"
                           for k, name in enumerate(args.classes)]
+            elif item.slices is not None:
+                parts.append(f"slices {_listed(item.slices)}")
             print0("; ".join(parts))
             if volume.note:
                 print0(f"note: {volume.path}: {volume.note}")
@@ -3532,7 +3530,9 @@ class Run:
             torch.backends.cudnn.benchmark = True
         elif self.device.type == "cpu":
             keep_freed_memory()
-        self.config, self.normalization, self.used = None, None, []
+        self.config, self.normalization = None, None
+        earlier = args.init or getattr(args, "coarse", None)
+        self.used = load_checkpoint(earlier)["used"] if earlier else []
         self.step, self.seconds, self.sums = 0, 0.0, {}     # of the losses of an epoch
         self.rows, self.best = [], None         # of log.csv; the highest metric of end_epoch
         self.interrupted = False
@@ -3593,11 +3593,11 @@ class Run:
     def args_of(self, name, **changes):
         """The arguments of a run in the subfolder `name`, which is resumed if it has begun."""
         folder = self.path(f"{name}/")
-        resume = self.args.resume and (folder / "config.json").exists()
-        if self.args.init and Path(self.args.init, name).is_dir():
-            changes["init"] = str(Path(self.args.init, name))
+        init = Path((self.args.init or "").removesuffix("best.pt"), name)
+        if self.args.init and init.is_dir():
+            changes["init"] = str(init)
         return argparse.Namespace(**{**vars(self.args), "demo": False, "out_dir": str(folder),
-                                     "overwrite": False, "resume": resume, **changes})
+                                     "overwrite": False, "resume": True, **changes})
 
     # -- networks
 
@@ -3638,7 +3638,11 @@ class Run:
         resumed = self.args.resume and last.exists()
         if self.args.init and not resumed:
             earlier = load_checkpoint(self.args.init)
-            for key in earlier["modules"].keys() & modules.keys():
+            known = earlier["modules"].keys() & modules.keys()
+            if not known:
+                raise InputError(f"--init {self.args.init}: holds none of these networks; name the "
+                                 f"run of one of them, in its subfolder")
+            for key in known:
                 load_weights(modules[key], earlier, key, self.args.init)
         self.create()
         if resumed:
@@ -3756,9 +3760,11 @@ class Run:
 
     def _stop_if_interrupted(self):
         """Where any process was interrupted: save and leave, see command."""
-        flag = torch.tensor(float(self.interrupted), device=self.device)
-        average([flag])
-        if flag if self.world > 1 else self.interrupted:
+        if self.world > 1:
+            flag = torch.tensor(float(self.interrupted), device=self.device)
+            average([flag])
+            self.interrupted = bool(flag)
+        if self.interrupted:
             self.save("last.pt")
             print0(f"\nsaved {self.folder / 'last.pt'} at step {self.step}")
             raise KeyboardInterrupt
@@ -4031,7 +4037,7 @@ def predict_and_score(run, network, items):
     report(run, items, paths, count_parameters(network))
 
 
-def report(run, items, stages, parameters, colors=CLASS_COLORS, organelles=None, **more):
+def report(run, items, stages, parameters, organelles=None, **more):
     """Score predictions; write metrics.json, figure.png, slice_dice.png and curves.png; print the
     scores and what was written. Returns the content of metrics.json, in the first process.
 
@@ -4046,7 +4052,8 @@ def report(run, items, stages, parameters, colors=CLASS_COLORS, organelles=None,
     for number, item in enumerate(items):
         opened = {name: open_volume(paths[number]) for name, paths in stages.items()}
         entry = {"volume": item.volume.path, "label": item.label and item.label.path,
-                 "prediction": str(list(stages.values())[-1][number])}
+                 "prediction": str(list(stages.values())[-1][number]),
+                 "used": used_in(item.volume, run.used)}
         for prediction in opened.values():
             if not any(page.any() for page in prediction):
                 print0(f"note: {prediction.path} is background only; a longer training, or more "
@@ -4060,7 +4067,7 @@ def report(run, items, stages, parameters, colors=CLASS_COLORS, organelles=None,
         if item.label is not None:
             entry |= result
             dice = dice_of_slices(counts)
-            curves.append((item.name, dice, used_in(item.volume, run.used)))
+            curves.append((item.name, dice, entry["used"]))
             if len(stages) > 1:
                 entry["stages"] = {name: each[-1] for name, each in results.items()}
         volumes.append(entry)
@@ -4076,9 +4083,9 @@ def report(run, items, stages, parameters, colors=CLASS_COLORS, organelles=None,
         "predict_voxels_per_second": round(run.predicted_voxels / seconds) if seconds else None,
         "peak_memory_gib": peak_memory_gib(run.device), "parameters": parameters, **more}
     if shown:
-        save_slices(run.path("figure.png"), shown, run.args.classes, colors)
+        save_slices(run.path("figure.png"), shown, run.args.classes)
     if curves:
-        save_slice_dice(run.path("slice_dice.png"), curves, run.args.classes, colors)
+        save_slice_dice(run.path("slice_dice.png"), curves, run.args.classes)
     if (run.folder / "log.csv").exists():
         save_curves(run.path("curves.png"), run.folder / "log.csv")
     write_json(run.path("metrics.json"), content)

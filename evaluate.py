@@ -294,15 +294,8 @@ def run_of(predictions):
 def without_used_slices(label, prediction, metrics):
     """The label without the slices that the run of the prediction trained or validated on, unless
     these are all of them."""
-    folder, name, used = Path(prediction.file).parent, Path(prediction.file).name, []
-    for entry in metrics.get("volumes", []):
-        if Path(entry["prediction"]).name == name:
-            try:
-                checkpoint = metrics["training"]["args"].get("checkpoint") or folder
-                slices = emseg.load_checkpoint(checkpoint)["used"]
-                used += emseg.used_in(emseg.open_volume(entry["volume"]), slices)
-            except emseg.InputError as error:       # checkpoint or volume are no longer there
-                print(f"warning: slices that were trained on may be among those scored: {error}")
+    used = [z for entry in metrics.get("volumes", []) for z in entry.get("used", [])
+            if Path(entry["prediction"]).name == Path(prediction.file).name]
     left = np.setdiff1d(label.slices, np.array(used, int) - prediction.crop[0].start)
     n = len(label.slices) - len(left)
     if n and not len(left):
@@ -313,10 +306,9 @@ def without_used_slices(label, prediction, metrics):
     return label.only(left) if n and len(left) else label
 
 
-def open_pairs(args):
+def open_pairs(args, metrics):
     """Open and count all pairs of the command line: (class names, list of Pair). The classes are
-    those that are named, else those of the labels. Raises InputError."""
-    metrics = run_of(args.prediction)
+    those that are named, else those of the run or the labels. metrics: see run_of."""
     names = args.classes or (None if args.prediction_map else metrics.get("classes"))
     maps = [text and emseg.parse_label_map(text) for text in (args.label_map, args.prediction_map)]
     volumes = [emseg.open_volume(path) for path in args.prediction]
@@ -425,8 +417,8 @@ DEFAULT_SCORES = ("dice", "iou", "miou", "miou_org", "val_miou", "val_miou_org",
 @dataclass
 class Result:
     """A finished run, or one of its stages, and its row in tables. title, settings: {name: text};
-    scored_on: ((volume, scored voxels), …); slices: {(number of the volume, class): [Dice, …]}.
-    """
+    scored_on: ((volume, scored voxels, slices), …); slices: {(number of the volume, class): [Dice,
+    …]}."""
     folder: str
     title: dict
     settings: dict
@@ -455,8 +447,8 @@ def read_run(folder):
     settings |= {"scored by": content["script"],
                  "part": folder.name.rstrip("0123456789") if is_part else "whole"}
     volumes = [entry for entry in content["volumes"] if entry["label"]]
-    scored_on = tuple((entry["volume"] or entry["label"], entry["voxels"] - entry["ignored"])
-                      for entry in volumes)
+    scored_on = tuple((entry["volume"] or entry["label"], entry["voxels"] - entry["ignored"],
+                       tuple(entry.get("slices", ()))) for entry in volumes)
     slices = {(number, name): dice for number, entry in enumerate(volumes)
               for name, dice in entry.get("dice_of_slices", {}).items()}
     log = folder / "log.csv"
@@ -488,7 +480,8 @@ def flat_scores(mean, content, validation):
             whole = "mean" if (key, classes[1]) in scores else ""
             scores[key, classes[1] if len(classes) == 2 else whole] = value
     return scores | {(key, ""): content[key] for key in (
-        "parameters", "train_seconds", "predict_voxels_per_second", "peak_memory_gib")}
+        "parameters", "train_seconds", "predict_seconds", "predict_voxels_per_second",
+        "peak_memory_gib")}
 
 
 def name_rows(results):
@@ -524,7 +517,8 @@ def table_of(rows, keys):
 
 def show_table(scored_on, rows, keys):
     """A table as Markdown, and the lines of table.csv."""
-    volumes = ", ".join(f"{volume} ({voxels:,} voxels)" for volume, voxels in scored_on)
+    volumes = ", ".join(f"{volume} ({voxels:,} voxels of {len(slices)} slices)"
+                        for volume, voxels, slices in scored_on)
     shown, lines = [], []
     for row, cells in table_of(rows, keys).items():
         folders = [r.folder for r in rows[row]]
@@ -583,7 +577,7 @@ def draw_runs(folder, tables):
     names = [*dict.fromkeys(row for rows in tables.values() for row in rows)]
     panels, curves = {}, []
     for scored_on, rows in tables.items():
-        volumes = [volume for volume, _ in scored_on]
+        volumes = [volume for volume, *_ in scored_on]
         peaks = {row: [value for r in members for (key, _), value in r.scores.items()
                        if key == "val_miou"] for row, members in rows.items()}
         if any(peaks.values()):
@@ -603,10 +597,12 @@ def tabulate(args):
     """evaluate.py --runs: tables of finished runs, printed and as files. Only what was scored on
     the same voxels is in one table."""
     folder, results, tables = Path(args.out_dir), [], {}
-    emseg.check_folder(folder, True, Path(__file__).name)           # a table is soon made again
-    for run in args.runs:
+    emseg.check_folder(folder, args.overwrite, Path(__file__).name)
+    inputs = set()
+    for run in args.runs:               # its own folder may be among runs/*: no run, no input
         try:
             results += read_run(run)
+            inputs.add(os.path.realpath(run))
         except emseg.InputError as error:
             print(f"skipped {run}: {error}")
     there = {key for r in results for key, _ in r.scores}
@@ -621,7 +617,7 @@ def tabulate(args):
     text = "\n".join([f"All rows: {shared}\n", *(table for table, _ in shown),
                       rank_rows(tables, args.scores[0])])
     print(text)
-    write_config(args, ["table.md", "table.csv", "histogram.png", "slice_dice.png"])
+    write_config(args, ["table.md", "table.csv", "histogram.png", "slice_dice.png"], inputs)
     emseg.write_text(folder / "table.md", text)
     emseg.write_csv(folder / "table.csv", [line for _, lines in shown for line in lines])
     draw_runs(folder, tables)
@@ -629,12 +625,11 @@ def tabulate(args):
 
 # -- the command -----------------------------------------------------------------------------------
 
-def write_config(args, files, **more):
+def write_config(args, files, inputs, **more):
     """Empty the folder of an earlier evaluation and begin with config.json. files: the names of
-    all that may be written."""
+    all that will be written; inputs: see emseg.empty_folder."""
     folder = Path(args.out_dir)
-    # a table of runs/* may have its own folder among these
-    emseg.empty_folder(folder, set() if args.runs else emseg.inputs_of(args))
+    emseg.empty_folder(folder, inputs)
     emseg.write_json(folder / "config.json", {
         "script": Path(__file__).name, "args": vars(args), "files": files,
         **emseg.provenance(__file__), **more})
@@ -700,15 +695,16 @@ def main(args):
     emseg.check_folder(folder, args.overwrite, Path(__file__).name)
 
     # data
-    classes, pairs = open_pairs(args)
+    metrics = run_of(args.prediction)
+    classes, pairs = open_pairs(args, metrics)
     args.organelles = [class_of(text, classes) for text in args.organelles]
     if args.segments is not None:
         args.segments = class_of(args.segments, classes)
-    metrics = run_of(args.prediction)
-    write_config(args, ["metrics.json", "objects.csv", "figure.png", "slice_dice.png",
-                        *(f"{kind}_{pair.name}.png" for pair in pairs
-                          for kind in ("segments", "render"))],
-                 classes=classes, training=metrics.get("training"))
+    files = ["metrics.json", "figure.png", "slice_dice.png"] + ["objects.csv"] * args.objects
+    for kind, wanted in ("segments", args.segments is not None), ("render", args.render):
+        files += [f"{kind}_{pair.name}.png" for pair in pairs if wanted]
+    write_config(args, files, emseg.inputs_of(args), classes=classes,
+                 training=metrics.get("training"))
 
     # scores
     entries = []
@@ -747,7 +743,7 @@ def main(args):
                   f"--voxel-size Z Y X")
         emseg.save_surfaces(folder / f"render_{pair.name}.png", {
             "truth": pair.whole, "prediction": pair.prediction}, classes)
-    print(f"wrote {folder}/: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    print(f"wrote {folder}/: {', '.join(sorted(files))}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ import argparse
 import json
 import math
 import sys
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -330,20 +330,6 @@ def error_weights(train, args, device):
     return weights
 
 
-def save_weights(path, item, weight, classes):
-    """weights.png: image, label and W of a volume's middle annotated slice."""
-    z = int(item.slices[len(item.slices) // 2])
-    figure = emseg.new_figure(figsize=(9, 3.4))
-    axes = figure.subplots(1, 3)
-    axes[0].imshow(item.image[z], cmap="gray", vmin=0, vmax=255)
-    axes[1].imshow(emseg.class_overlay(item.image[z], item.target[z], classes))
-    shown = axes[2].imshow(weight[z], cmap="magma", norm="asinh")
-    figure.colorbar(shown, ax=axes[2], shrink=0.8)
-    for axis, title in zip(axes, (f"image  z = {z}", "label", "W")):
-        axis.set(title=title, xticks=[], yticks=[])
-    emseg.save_figure(figure, path)
-
-
 # -- windows ---------------------------------------------------------------------------------------
 
 
@@ -377,7 +363,7 @@ class Windows(torch.utils.data.Dataset):
                 raise emseg.InputError(
                     f"{image.path}: windows that predict {emseg.format_shape(self.size)} voxels do "
                     f"not fit into {emseg.format_shape(image.shape)}, as the network sees them; "
-                    f"give a smaller --patch-size, or a --model for single slices, such as unet")
+                    f"give a smaller --patch-size or --downsample")
             if not len(zs):
                 continue
             highest = np.array(image.shape) - self.size
@@ -494,22 +480,32 @@ def slices_at_once(*members):
                          for member in members)}
 
 
-def load_member(run, path, name):
-    """A finished run (a folder): its name, args, network, predict (see), best validation MIoU,
-    used slices and mean test scores. Raises InputError where it sees other grey levels, or has
-    other classes, than `run`."""
-    checkpoint = emseg.load_checkpoint(path)
-    args, report = argparse.Namespace(**checkpoint["args"]), Path(path) / "metrics.json"
-    for key in ("classes", "normalize", "downsample"):
-        if getattr(args, key) != getattr(run.args, key):
-            raise emseg.InputError(f"{path}: its {emseg.flag_name(key)} is {getattr(args, key)}, "
-                                   f"that of the other instances {getattr(run.args, key)}")
-    network = run.prepare(make_network(args))
-    emseg.load_weights(network, checkpoint, "network", path)
-    return SimpleNamespace(
-        name=name, args=args, network=network, best=checkpoint["best"], used=checkpoint["used"],
-        predict=partial(see, run, args, network, checkpoint["normalization"]),
-        mean=json.loads(report.read_text())["mean"] if report.exists() else None)
+class Member:
+    """A finished run (a folder): name, args, best validation MIoU, used slices and mean test
+    scores; its network is loaded when it predicts. Raises InputError where it sees other grey
+    levels, or has other classes, than `run`."""
+
+    def __init__(self, run, path, name):
+        self.run, self.path, self.name = run, path, name
+        checkpoint, report = emseg.load_checkpoint(path), Path(path) / "metrics.json"
+        self.args = argparse.Namespace(**checkpoint["args"])
+        for key in ("classes", "normalize", "downsample"):
+            own, others = getattr(self.args, key), getattr(run.args, key)
+            if own != others:
+                raise emseg.InputError(f"{path}: its {emseg.flag_name(key)} is {own}, that of the "
+                                       f"other instances {others}")
+        self.best, self.used = checkpoint["best"], checkpoint["used"]
+        self.normalization = checkpoint["normalization"]
+        self.mean = json.loads(report.read_text())["mean"] if report.exists() else None
+
+    @cached_property
+    def network(self):
+        network = self.run.prepare(make_network(self.args))
+        emseg.load_weights(network, emseg.load_checkpoint(self.path), "network", self.path)
+        return network
+
+    def predict(self, image):
+        return see(self.run, self.args, self.network, self.normalization, image)
 
 
 @torch.inference_mode()
@@ -521,24 +517,25 @@ def mean_prediction(members, image):
 def ensemble(run, folders, test, val):
     """Predict with the best instances together (their mean), score and print table 1.
 
-    folders: of finished runs; val: Items on which the top 1, 2, … of them are scored.
+    folders: of finished runs; val: Items on which the top 1, 2, … of these are scored.
     """
     args = run.args
-    members = [load_member(run, *each) for each in zip(folders, emseg.unique_names(folders))]
+    members = [Member(run, *each) for each in zip(folders, emseg.unique_names(folders))]
     if args.top_k and None in [member.best for member in members]:
         raise emseg.InputError("--top-k: the instances were not validated, so none is known to be "
                                "better; give --val-volume or --val-slices when they are trained")
     members.sort(key=lambda member: -(member.best or 0))
-    top = {k: emseg.validate(run, partial(mean_prediction, members[:k]), val,
-                             organelles=args.organelles, **slices_at_once(*members[:k]))
-           for k in range(1, len(members) + 1) if val}
     chosen = members[: args.top_k]
+    top = {k: emseg.validate(run, partial(mean_prediction, chosen[:k]), val,
+                             organelles=args.organelles, **slices_at_once(*chosen[:k]))
+           for k in range(1, len(chosen) + 1) if val}
     run.used, run.best = [place for member in chosen for place in member.used], chosen[0].best
     test = [emseg.drop_used_slices(item, run.used) for item in test]
     paths = emseg.predict_all(run, partial(mean_prediction, chosen), test,
                               **slices_at_once(*chosen))
     instances = {member.name: {"model": member.args.model, "seed": member.args.seed,
                                "val_miou": member.best, "mean": member.mean} for member in members}
+    table = run.path("table.md")
     content = emseg.report(
         run, test, paths, sum(emseg.count_parameters(member.network) for member in chosen),
         organelles=args.organelles, instances=instances,
@@ -548,7 +545,7 @@ def ensemble(run, folders, test, val):
         rows[f"top {len(chosen)}"] = top.get(len(chosen)), content["mean"]
         rows |= {f"{each['model']} {name}": (each, each["mean"])
                  for name, each in instances.items()}
-        emseg.write_text(run.path("table.md"), table_1(rows) + "\n")
+        emseg.write_text(table, table_1(rows) + "\n")
         emseg.print0(table_1(rows))
 
 
@@ -631,7 +628,8 @@ def parse_args(argv=None):
         argv = [*(sys.argv[1:] if argv is None else argv), "--checkpoint", runs[0]]
     args = emseg.parse(
         parser, argv, demo, quick, lambda args: settings_of(args.model), of_prediction=(
-            "ensemble", "top_k", "organelles", "test_ignore_label", "val_volume", "val_label"))
+            "organelles", "test_ignore_label",
+            *(("ensemble", "top_k", "val_volume", "val_label") if runs else ())))
     count = len(args.ensemble) or args.instances
     if args.top_k and args.top_k > count:
         parser.error(f"--top-k {args.top_k}: there are {count} instances")
@@ -642,7 +640,7 @@ def open_data(run):
     """(train, val, test): Items of the command line, noted in the run."""
     args = run.args
     train, val = emseg.open_training(args)
-    run.used = emseg.used_slices(train + val)
+    run.used += emseg.used_slices(train + val)
     test = emseg.open_test(args, run.used, train)
     emseg.check_annotation(train, args)
     if args.organelles and max(args.organelles) >= len(args.classes):
@@ -684,8 +682,6 @@ def train(args):
     run.begin(args.steps_per_epoch or math.ceil(len(windows) / args.batch_size), network=network,
               optimizer=optimizer)
     windows.weights = error_weights(training, args, run.device)
-    if run.rank == 0:
-        save_weights(run.path("weights.png"), training[0], windows.weights[0], args.classes)
     batches = run.batches(windows, args.batch_size)
     for epoch in run.epochs():
         if epoch >= STOP_EPOCH and run.best is not None and run.best < args.stop_miou:
@@ -731,6 +727,8 @@ def main(args):
     if args.instances == 1 and not args.ensemble:
         return train(args)
     run = emseg.Run(args, __file__)
+    if run.finished:
+        return
     if args.ensemble:
         val = emseg.open_items(args.val_volume, args.val_label, args, require_foreground=False)
         return ensemble(run, args.ensemble, emseg.open_test(args, []), val)

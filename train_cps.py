@@ -313,7 +313,8 @@ def parse_args(argv=None):
            "means (section 2.3.2)")
     method("--schedule", choices=("linear", "plateau", "constant"),
            help="learning rate: linear warm-up and decay; a tenth, twice at most, after 16 epochs "
-           "that brought no better validation Dice (supervised loss without validation); constant")
+           "that brought no better validation Dice (supervised loss without validation); constant; "
+           "default, also of the next two: see RECIPES in the script")
     method("--weight-decay", type=emseg.nonnegative, metavar="W", help="of AdamW; 0: Adam")
     method("--clip", type=emseg.nonnegative, metavar="C",
            help="largest norm of a network's gradient; 0: any")
@@ -364,7 +365,7 @@ def main(args):
     # data
     train, val = emseg.open_training(args)
     unlabelled = emseg.open_unlabelled(args, train, val)
-    run.used = emseg.used_slices(train + val)
+    run.used += emseg.used_slices(train + val)
     test = emseg.open_test(args, run.used, train)
     emseg.describe_data(args, train=train, validate=val, unlabelled=unlabelled, test=test)
     emseg.check_annotation(train, args)

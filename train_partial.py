@@ -172,7 +172,7 @@ def main(args):
         emseg.print0(f"{label}: " + ", ".join(
             f"{args.classes[k]} drawn as {args.classes[target]}"
             for k, target in enumerate(merges[-1]) if k != target))
-    run.used = emseg.used_slices(train + val)
+    run.used += emseg.used_slices(train + val)
     test = emseg.open_test(args, run.used, train)
     emseg.describe_data(args, train=train, validate=val, test=test)
     emseg.check_annotation(train, args)

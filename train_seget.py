@@ -248,10 +248,11 @@ def structures_of(args):
     labels = {kind: [split_name(text) for text in getattr(args, kind)] for kind in LABELS}
     given = {name for pairs in labels.values() for name, _ in pairs}
     background, *names = args.classes or [
-        "background", *dict.fromkeys(name or "foreground" for name, _ in labels["label"])]
-    if given != {None} and not given <= {*names}:
+        "background", *dict.fromkeys(name for name, _ in labels["label"])]
+    if None in names or given != {None} and not given <= {*names}:
         raise emseg.InputError(f"labels of which structure? Give all as NAME=PATH, where NAME is "
-                               f"{' or '.join(names)}, or all without a name")
+                               f"{' or '.join(filter(None, names)) or 'that of the structure'}, or "
+                               f"all without a name, and --classes")
     structures = {}
     for k, name in enumerate(names, 1):
         own = {kind: [path for other, path in pairs if other in (None, name)]
@@ -277,7 +278,8 @@ def one_class(label_map, k, n_classes):
 
 
 def open_structure(args, used):
-    """(train, val, test, patches) of a structure; of a checkpoint, with `used` slices, test alone.
+    """(train, val, test, patches) of a structure; of a checkpoint, test alone. used: slices that do
+    not score, those that an earlier run has trained on.
     Validation without the structure is refused: background alone would choose the epoch.
     """
     if args.checkpoint:
@@ -290,7 +292,8 @@ def open_structure(args, used):
     images, targets, slices = zip(*[(item.image, item.target, item.slices) for item in train])
     patches = SlidingWindows(images, targets, args.patch_size, args.stride, slices, args.copies,
                              args.seed)
-    return train, val, emseg.open_test(args, emseg.used_slices(train + val), train, val), patches
+    used = used + emseg.used_slices(train + val)
+    return train, val, emseg.open_test(args, used, train, val), patches
 
 
 def merge_scores(prob, threshold=0.5):
@@ -334,7 +337,7 @@ def parse_args(argv=None):
     method("--weight-cap", type=emseg.nonnegative, metavar="W",
            help="highest weight of a foreground pixel (of the background/foreground ratio of its "
            f"patch); 0: no weights ({preset})")
-    method("--copies", type=int, metavar="N",
+    method("--copies", type=emseg.number(int, 0), metavar="N",
            help=f"how often patches with the structure are repeated ({preset})")
     method("--decay", type=emseg.nonnegative, metavar="D",
            help=f"the rate is divided by 1 + D * step ({preset})")
@@ -403,7 +406,7 @@ def train_structure(run, train, val, test, patches):
         return emseg.predict_and_score(run, network, test)
 
     # data
-    run.used = emseg.used_slices(train + val)
+    run.used += emseg.used_slices(train + val)
     emseg.describe_data(args, train=train, validate=val, test=test)
     run.normalization = emseg.measure_normalization(
         patches.images, [item.slices for item in train], args.normalize)
@@ -416,8 +419,8 @@ def train_structure(run, train, val, test, patches):
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
 
     # train
-    emseg.print0(f"{args.classes[1]}: {len(patches)} patches; " + ", ".join(
-        f"{key.replace('_', ' ')} {getattr(args, key):g}" for key in SETTINGS))
+    emseg.print0(f"{args.classes[1]}: {len(patches)} patches; {args.epochs} epochs at most, ended "
+                 f"after {args.patience} without a better validation")
     run.begin(args.steps_per_epoch or math.ceil(len(patches) / args.batch_size), network=network,
               optimizer=optimizer)
     batches = run.batches(patches, args.batch_size)

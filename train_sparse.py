@@ -46,7 +46,7 @@ Expect:
            (nucleus), seed 0, 280 s of one thread
     EPFL mitochondria, every fifth of 110 slices labelled (tests/replicate.py sparse), a quarter of
     the resolution, width 16, 1600 steps, test IoU of coarse, mpp, scm: 0.827 +- 0.002, 0.844 +-
-    0.003, 0.864 +- 0.013 (3 seeds); coarse from every slice 0.835 +- 0.013; 14 minutes of a thread
+    0.003, 0.864 +- 0.013 (3 seeds); coarse from every slice 0.835 +- 0.013; 21 to 39 minutes of a busy core
 """
 
 import argparse
@@ -316,7 +316,7 @@ def main(args):
     # data
     train, val = emseg.open_training(args)
     unlabelled = emseg.open_items(args.unlabeled_volume, [], args)
-    run.used = emseg.used_slices(train + val)
+    run.used += emseg.used_slices(train + val)
     test = emseg.open_test(args, run.used, train)
     emseg.describe_data(args, train=train, validate=val, unlabelled=unlabelled, test=test)
     emseg.check_annotation(train, args)
@@ -335,7 +335,7 @@ def main(args):
     if args.coarse:
         checkpoint = emseg.load_checkpoint(args.coarse)
         emseg.load_weights(run.modules["network"], checkpoint, "network", args.coarse)
-        run.normalization, run.used = checkpoint["normalization"], run.used + checkpoint["used"]
+        run.normalization = checkpoint["normalization"]
     else:
         train_stage(run.args_of("coarse", mpp=False, scm=False), run, "network", patches,
                     48 * len(patches.slices) // patches.patch_size[0], augment_slices,

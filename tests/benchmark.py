@@ -22,7 +22,7 @@ import train_seget
 from conftest import InMemory
 
 OF_2D3D = ("2d3d", "2d3d-no-3x3x3", "2d3d-no-pyramid", "unet3d-thin", "unet3d-thick")
-NETWORKS = {**train_seget.MODELS, **emseg.NETWORKS_3D,
+NETWORKS = {**train_seget.MODELS, **emseg.NETWORKS, **emseg.NETWORKS_3D,
             **{name: train_2d3d.MODELS[name] for name in OF_2D3D}}
 BATCH_3D = 2, 16, 128, 128              # patches of 3D networks, whatever the command line says
 

@@ -61,6 +61,14 @@ def test_inputs_are_never_deleted(trained, cells, tmp_path, capsys):
     assert "which this run reads" in line and (out / "prediction.tif").read_bytes() == kept
 
 
+def test_a_persons_file_may_lie_in_a_subfolder(cells, tmp_path):
+    args = train_cps.parse_args([*map(str, tiny_cps(cells, tmp_path / "run"))])
+    args = emseg.Run(args, train_cps.__file__).args_of("part")
+    Path(args.out_dir).mkdir()
+    Path(args.out_dir, "mine.txt").touch()
+    emseg.Run(args, train_cps.__file__).create()
+
+
 def test_a_folder_of_other_files_is_refused(cells, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     for flag in ([], ["--overwrite"]):
@@ -166,6 +174,8 @@ def test_a_training_starts_from_the_networks_of_another(trained, cells, tmp_path
                       for each in (trained, tmp_path / "next")]
         for key in [key for key in one if key.endswith(("weight", "bias"))]:
             torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-9)
+        # what the other run was trained on does not score either
+        assert metrics(tmp_path / "next")["volumes"][0]["used"] == [2, 5, 7, 9]
     line = conftest.refused(train_cps, capsys, *tiny_cps(
         cells, tmp_path / "other", "--init", trained, "--width", "5"))
     assert "does not fit this network" in line and not (tmp_path / "other").exists()
@@ -267,6 +277,12 @@ def test_a_class_that_downsampling_removes_is_named(tmp_path, capsys):
                             "--downsample", "4", "--patch-size", "16", "16", "--method",
                             "supervised")
     assert "--downsample 4" in line
+    label[0, :4, :4] = 1                        # the only block that is left
+    np.save(tmp_path / "label.npy", label)
+    args = train_cps.parse_args(["--volume", f"{tmp_path}/image.npy", "--label",
+                                 f"{tmp_path}/label.npy"])
+    emseg.check_annotation(emseg.open_training(args)[0], args)
+    assert "class 1 shrinks from" in capsys.readouterr().out
 
 
 def test_threads_are_told_to_sleep_before_torch_is_loaded():

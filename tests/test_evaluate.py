@@ -322,7 +322,7 @@ def test_which_voxel_size_counts(tmp_path, own, drawn, given, result):
              for name, size in (("pred", own), ("truth", drawn))]
     _, [pair] = evaluate.open_pairs(evaluate.parse_args([
         "--prediction", str(paths[0]), "--label", str(paths[1]), "--volume", str(paths[0]),
-        *(("--voxel-size", *map(str, given)) if given else ())]))
+        *(("--voxel-size", *map(str, given)) if given else ())]), {})
     for volume in (pair.prediction, pair.label, pair.image):
         assert volume.voxel_size == pytest.approx(result, rel=1e-5)
 
@@ -402,6 +402,7 @@ def test_a_run_is_scored_as_in_its_training(trained, cells, tmp_path, capsys, no
     _, count = ndimage.label(emseg.open_volume(cells / "mito.tif")[:], np.ones((3, 3, 3)))
     assert [row["source"] for row in rows_of(tmp_path / "out")].count("truth") == count
     before, after = metrics(trained), metrics(tmp_path / "out")
+    assert before["volumes"][0].pop("used") == [2, 5, 9]
     assert set(after) <= set(before) and after["script"] == "evaluate.py"
     assert after["volumes"] == before["volumes"] and after["mean"] == before["mean"]
     assert after["volumes"][0]["ignored"] == 3 * 112 * 128
@@ -439,9 +440,9 @@ def test_an_evaluation_is_replaced_only_when_told_to(tmp_path, capsys, no_pictur
     assert "--overwrite" in refused(evaluate, capsys, *arguments)
     run(evaluate, *arguments, "--overwrite")
     assert {path.name for path in out.iterdir()} == {"config.json", "metrics.json"}
-    (out / "mine.txt").write_text("keep")
+    (out / "objects.csv").write_text("a person's")
     run(evaluate, *arguments, "--overwrite")
-    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.json", "mine.txt"}
+    assert (out / "objects.csv").read_text() == "a person's"
 
 
 def test_all_pictures_are_there_and_none_is_blank(tmp_path):

@@ -54,9 +54,10 @@ def test_overlays_by_hand():
     errors = emseg.error_overlay(grey, truth, pred)[0]
     np.testing.assert_allclose(errors[1::3], wanted)
     np.testing.assert_allclose(errors[[2, 3, 5, 6, 8]], [green, red, red, blue, blue])
-    colored = emseg.class_overlay(grey, truth, CLASSES, ["#ff0000", "#0000ff"])[0]
-    np.testing.assert_allclose(colored[1], base[0] + [0.45, 0, 0])
-    np.testing.assert_allclose(colored[13::3], [[50 / 255] * 3, base[5] + [0, 0, 0.45]])
+    colored = emseg.class_overlay(grey, truth, CLASSES)[0]
+    one, two = [0.45 * np.array(to_rgb(c)) for c in ("#e69f00", "#cc79a7")]
+    np.testing.assert_allclose(colored[1], base[0] + one)
+    np.testing.assert_allclose(colored[13::3], [[50 / 255] * 3, base[5] + two])
 
 
 @pytest.mark.parametrize("shape", [(5, 40, 40), (1, 1500, 30), (1, 2, 2)])

@@ -20,16 +20,18 @@ def block(classes, value, **more):
 
 
 def made(folder, value=0.5, seed=0, script="train_cps.py", model="unet", volume="image.tif",
-         ignored=0, classes=("background", "mito"), args=None, slices=None, log="", **content):
+         ignored=0, classes=("background", "mito"), args=None, slices=None, log="", scored=3,
+         **content):
     """A run folder with these scores and arguments. value: of all scores, or a mean block."""
     folder.mkdir(parents=True)
     mean = block(classes, value) if isinstance(value, float) else value
     entry = {"volume": volume, "label": "label.tif", "voxels": 1000, "ignored": ignored,
-             "dice_of_slices": slices or {}}
+             "slices": [*range(scored)], "dice_of_slices": slices or {}}
     emseg.write_json(folder / "metrics.json", {
         "schema": 1, "script": script, "classes": list(classes), "volumes": [entry], "mean": mean,
         "model": model, "seed": seed, "parameters": None, "train_seconds": None,
-        "predict_voxels_per_second": None, "peak_memory_gib": None, **content})
+        "predict_seconds": None, "predict_voxels_per_second": None, "peak_memory_gib": None,
+        **content})
     emseg.write_json(folder / "config.json", {
         "args": {"seed": seed, "out_dir": str(folder), "lr": 0.1, **(args or {})}})
     if log:
@@ -104,12 +106,13 @@ def test_trainings_of_other_settings_are_not_averaged(tmp_path, key, one, two):
 
 def test_scores_of_other_voxels_are_never_in_one_table(tmp_path):
     for name, options in (("a", {}), ("b", {"model": "resunet"}), ("c", {"volume": "two.tif"}),
-                          ("d", {"ignored": 100})):
+                          ("d", {"ignored": 100}), ("e", {"scored": 4})):
         made(tmp_path / name, **options)
-    found = tabulate(tmp_path, *[tmp_path / name for name in "abcd"])
+    found = tabulate(tmp_path, *[tmp_path / name for name in "abcde"])
     assert {head: len(rows) for head, rows in found.items() if head.startswith("Scored")} == {
-        "Scored on image.tif (1,000 voxels)": 2, "Scored on two.tif (1,000 voxels)": 1,
-        "Scored on image.tif (900 voxels)": 1}
+        f"Scored on {name} voxels of {n} slices)": rows for name, n, rows in (
+            ("image.tif (1,000", 3, 2), ("two.tif (1,000", 3, 1), ("image.tif (900", 3, 1),
+            ("image.tif (1,000", 4, 1))}
 
 
 def test_structures_of_a_model_are_one_row(tmp_path):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from matplotlib.image import imread
 
 import emseg
 import train_2d3d
@@ -16,7 +15,6 @@ TINY = ["--width", "2", "--patch-size", "3", "28", "28", "--spacing", "2", "16",
 CORNER = "0:64,0:72"                    # of every slice
 
 
-SAVE_FIGURE = emseg.save_figure
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -110,20 +108,18 @@ def test_the_best_of_finished_runs_are_averaged_also_of_other_windows(trained, c
     content = metrics(tmp_path / "out")
     ranked = sorted(runs, key=lambda name: -peak(runs[name]))
     assert content["ensemble"]["members"] == ranked[:2] and set(content["instances"]) == set(runs)
-    assert list(content["ensemble"]["top"]) == ["1", "2", "3"]
+    assert list(content["ensemble"]["top"]) == ["1", "2"]
     free = truth(cells, [5, 6, 7, 10, 11])
     assert content["volumes"][0]["ignored"] == 4 * 64 * 72 + (free == 0).sum()
 
 
-def test_validation_sees_what_a_prediction_sees(cells, tmp_path, monkeypatch):
+def test_validation_sees_what_a_prediction_sees(cells, tmp_path):
     """The mIoU of an epoch is that of the prediction of the validation volume."""
-    monkeypatch.setattr(emseg, "save_figure", SAVE_FIGURE)
     out = train(cells, tmp_path / "run", "--epochs", "1", val="4:12", test=None)
     run(train_2d3d, "--checkpoint", out, *volumes(cells, None, None, "4:12")[:2], "--out-dir",
         tmp_path / "out")
     assert np.nanmean(ious(read(tmp_path / "out"), truth(cells, slice(4, 12)))) == pytest.approx(
         peak(out))
-    assert imread(out / "weights.png")[..., :3].std() > 0.05
 
 
 @pytest.mark.parametrize("model, factors", [

@@ -170,7 +170,8 @@ def test_labels_are_sorted_by_structure_and_volume_and_class_ids_become_masks():
     assert found["a"]["label"] == ["1", "3"] and found["b"]["label"] == ["2", "4"]
     assert found["a"]["test_label"] == [] and found["b"]["test_label"] == ["5"]
     assert found["a"]["classes"] == ["background", "a"]
-    assert list(structures_of("--label", "/k=1/m1.tif", "/k=1/m2.tif")) == ["foreground"]
+    assert list(structures_of("--label", "/k=1/m1.tif", "/k=1/m2.tif", "--classes", "bg",
+                              "mts")) == ["mts"]
     ids = structures_of("--label", "1", "2", "--classes", "bg", "mts", "golgi", "--label-map",
                         "7=2,8:10=1,3=255,*=0")
     assert {name: own["label_map"] for name, own in ids.items()} == {
@@ -182,6 +183,7 @@ def test_labels_are_sorted_by_structure_and_volume_and_class_ids_become_masks():
      "which structure.*NAME=PATH.*a or b"),
     (["--label", "a=1", "a=2", "--test-volume", "t", "--test-label", "b=5"], "NAME is a"),
     (["--label", "a=1", "a=2", "b=3"], "--label has 1 paths for b.* 2 volumes"),
+    (["--label", "1", "2"], "labels of which structure"),
 ])
 def test_labels_of_no_or_the_wrong_structure(arguments, message):
     with pytest.raises(emseg.InputError, match=message):
@@ -242,7 +244,7 @@ def test_a_run_of_several_structures_is_a_checkpoint(trained, cells, masks, tmp_
 
 def test_every_fifth_slice_is_held_out_and_scores(cells, masks, tmp_path):
     """And a single structure needs no subfolder."""
-    run("--volume", cells / "image.tif", "--label", masks / "mito.tif", "--out-dir",
+    run("--volume", cells / "image.tif", "--label", f"mito={masks / 'mito.tif'}", "--out-dir",
         tmp_path / "out", *TINY, "--epochs", "1")
     held, (entry,) = [0, 5, 10], metrics(tmp_path / "out")["volumes"]
     train, val = emseg.load_checkpoint(tmp_path / "out")["used"]
@@ -250,7 +252,7 @@ def test_every_fifth_slice_is_held_out_and_scores(cells, masks, tmp_path):
     pred, mask = [tifffile.imread(path) for path in (tmp_path / "out/prediction.tif",
                                                      masks / "mito.tif")]
     assert entry["ignored"] == 9 * 112 * 128
-    assert entry["per_class"]["foreground"]["tp"] == ((pred == 1) & (mask == 1))[held].sum()
+    assert entry["per_class"]["mito"]["tp"] == ((pred == 1) & (mask == 1))[held].sum()
 
 
 def test_the_rate_is_halved_and_the_training_ended(cells, masks, tmp_path):
