@@ -83,8 +83,8 @@ class InputError(ValueError):
 # ==================================================================================================
 #
 # Four lazy arrays, which read a box of voxels when they are indexed: a Volume is a file, Grey its
-# grey values as uint8, Resampled one of them at another resolution, Labels its class ids. (Inference
-# has a fifth, WithContext, which repeats the first and last slices.)
+# grey values as uint8, Resampled one of them at another resolution, Labels its class ids. (A fifth,
+# WithContext, repeats the first and last slices: see Inference.)
 
 TIFF_EXTENSIONS = (".tif", ".tiff")
 MRC_EXTENSIONS = (".mrc", ".mrcs", ".rec", ".map", ".st", ".ali")

@@ -46,7 +46,7 @@ Expect:
            (nucleus), seed 0, 280 s of one thread
     EPFL mitochondria, every fifth of 110 slices labelled (tests/replicate.py sparse), a quarter of
     the resolution, width 16, 1600 steps, test IoU of coarse, mpp, scm: 0.827 +- 0.002, 0.844 +-
-    0.003, 0.864 +- 0.013 (3 seeds); coarse from every slice 0.835 +- 0.013; 21 to 39 minutes of a busy core
+    0.003, 0.864 +- 0.013 (3 seeds); coarse from every slice 0.835 +- 0.013; 21 to 39 minutes, one core
 """
 
 import argparse

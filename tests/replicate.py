@@ -172,6 +172,12 @@ EXPERIMENTS = {
         CPU_2D3D, GPU_2D3D, "miou_org", (0, 1, 2),
         {"2d3d": "0.417", "2d3d-no-3x3x3": "0.358", "2d3d-no-pyramid": "0.376",
          "2D U-Net, sees the surroundings": "0.334"}),
+    "2d3d-long": Experiment(
+        "Guay 2021, table 1: platelets, test MIoU(org)",
+        "what neighbouring slices bring needs a longer training",
+        VNC_2D3D, {model: f"--model {model} {{window}}" for model in ("2d3d", "2d3d-no-3d")},
+        {**CPU_2D3D, "steps": 375, "minutes": 45}, {**GPU_2D3D, "steps": 750, "minutes": 24},
+        "miou_org", (0,), {}),
     "ensemble": Experiment(
         "Guay 2021, table 1: platelets, test MIoU(org)",
         "a few of the best instances, averaged, beat the best one",
