@@ -2962,7 +2962,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """The script's docstring as it stands, and the defaults that there are: no (default: None)."""
 
     def _get_help_string(self, action):
-        nothing = any(action.default is each for each in (None, False)) or action.default == []
+        nothing = action.default in (None, []) or action.default is False
         return action.help if nothing else super()._get_help_string(action)
 
 
