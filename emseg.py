@@ -2425,7 +2425,7 @@ class WithContext(LazyArray):
 def predict_by_slabs(predict, image, shape, context=1, pixels=2**20, rank=0, world=1):
     """Yield (slab, probabilities (n, C, H, W)) of a network that sees `context` slices at a time.
 
-    predict: uint8 tensor (n + context - 1, H, W) -> the n slices in whose middle it could look.
+    predict: uint8 tensor (n + context - 1, H, W) -> probabilities of the n middle slices.
     shape: of the volume whose slabs are wanted. Where it has another number of slices than the
     image (see resize), the two nearest predictions are interpolated.
     """
@@ -2469,7 +2469,7 @@ def predict_volume(stream, writer, decide, shape, downsample=1, probability=None
     """Write a stream of predictions: memory depends on its slabs, not on the volume.
 
     stream: yields (slab, probabilities (n, C, H, W)), which are enlarged linearly by `downsample`
-    and cut, or else to (Y, X) of `shape` (Z, Y, X), the prediction's. writer: a VolumeWriter;
+    and cut; where that is 1, to (Y, X). shape: of the prediction (Z, Y, X). writer: a VolumeWriter;
     decide: probabilities (1, C, Y, X) -> class ids (1, Y, X); probability: a VolumeWriter of (Z, Y,
     X) or (Z, C, Y, X). progress: called with the slices done and the slices of the volume.
     """
@@ -2504,15 +2504,13 @@ def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=
                  depth=None):
     """Confusion counts (N, K, K) of the N annotated slices of a lazy image and its Labels.
 
-    predict: uint8 tensor (context, H, W) around a slice -> probabilities (n, C, H, W), of which the
-    middle one is the slice's. depth: of the windows of a 3D network, blended as in a prediction,
-    see predict_by_windows.
+    predict: uint8 tensor (context, H, W) around a slice -> its probabilities (1, C, H, W).
+    depth: of the windows of a 3D network, blended as in a prediction, see predict_by_windows.
     """
     def middles():
         padded = WithContext(image, context)
         for z in label.slices[rank::world]:
-            prob = predict(torch.from_numpy(padded[z : z + context]))
-            yield slice(z, z + 1), prob[len(prob) // 2][None]
+            yield slice(z, z + 1), predict(torch.from_numpy(padded[z : z + context]))
 
     counts = np.zeros((len(label.slices), len(classes), len(classes)), dtype=np.int64)
     windows = predict_by_windows(predict, image, depth, rank, world) if depth else middles()
@@ -2945,8 +2943,9 @@ def save_curves(path, log):
 # Runs: command line, data, run folder, checkpoints, progress
 # ==================================================================================================
 
-# What a resumed run takes from its command line, all else from its config.json.
+# What a resumed run may be given anew; all else is from its config.json.
 OF_THIS_CALL = {"out_dir", "overwrite", "resume", "device", "amp", "compile", "workers"}
+# What --checkpoint does not take over from its run, like these.
 INPUTS = {"volume", "label", "label_slices", "unlabeled_volume", "val_volume", "val_label",
           "val_slices", "test_volume", "test_label", "voxel_size", "demo", "checkpoint", "init",
           "quick"}
@@ -3009,7 +3008,7 @@ def add_label_args(data):
 def add_common_args(parser, models, sources):
     """The flags that all scripts share, in the groups data, training and run.
 
-    sources: for each flag with a default of the paper's, where it stands there.
+    sources: {flag: a remark for its help}, such as its section in the paper.
     """
     flag = argparse.BooleanOptionalAction
     data = parser.add_argument_group("data").add_argument
@@ -3071,7 +3070,7 @@ def parse(parser, argv, demo, quick, settings=lambda args: {}, of_prediction=())
     arguments that it was started with. of_prediction: flags of the script that work with
     --checkpoint.
     """
-    untyped = []                # a list, so that flags that can be given twice append to a copy
+    untyped = []                # marks what was not typed; a list: --partial appends to a copy
     names = vars(parser.parse_args([]))
     args = parser.parse_args(argv)
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, untyped))))
@@ -3247,7 +3246,8 @@ def open_unlabelled(args, train, val):
 
 def open_test(args, used, train=(), val=()):
     """Items to predict: --test-volume, scored in slices that were not `used` (see used_slices); or
-    else the volumes of `train` and `val`, of which the slices in `val` score."""
+    else the volumes of `train` and `val`, of which the slices in `val` score. With --checkpoint it
+    also prints what was read."""
     if not args.test_volume:
         truth = {id(item.volume): item.label for item in val}
         items = [dataclasses.replace(item, label=truth.pop(id(item.volume), None))
@@ -3452,10 +3452,10 @@ def rank_and_world():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def print0(text, **options):
+def print0(text):
     """Print a line, once for all processes."""
     if rank_and_world()[0] == 0:
-        print(text, flush=True, **options)
+        print(text, flush=True)
 
 
 def average(tensors):
@@ -3678,10 +3678,6 @@ class Run:
             self.seconds += time.monotonic() - started
             if self.step < (epoch + 1) * self.steps_per_epoch:      # else end_epoch saves
                 self._stop_if_interrupted()
-
-    def remaining(self, step):
-        """The share of the training that is left at a step, from 1 down to almost 0."""
-        return 1 - step / self.total
 
     def update(self, loss, lr, *pairs, clip=0.0):
         """Backward pass and a step of each (network, optimizer) at the rate lr. All processes
@@ -4065,7 +4061,7 @@ def report(run, items, stages, parameters, organelles=None, **more):
             print_scores(Path(prediction.path).relative_to(run.folder), result)
         dice = None
         if item.label is not None:
-            entry |= result
+            entry |= result                             # of the last stage
             dice = dice_of_slices(counts)
             curves.append((item.name, dice, entry["used"]))
             if len(stages) > 1:

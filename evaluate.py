@@ -198,7 +198,8 @@ def find_segments(pair, membrane, in_2d):
     for page in pred:
         if page.any():
             nearest = ndimage.distance_transform_edt(
-                page == 0, (pair.label.voxel_size or (1, 1, 1))[1:], False, True)
+                page == 0, (pair.label.voxel_size or (1, 1, 1))[1:], return_distances=False,
+                return_indices=True)
             page[:] = page[tuple(nearest)]
     return truth, pred
 

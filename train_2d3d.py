@@ -10,7 +10,7 @@ and its own class predictions, and both predictions are trained. Networks of oth
 out better or worse, and make other errors: the best few, averaged, beat the best one.
 
 Equations:
-    eq. 1 (loss)                            train: loss = loss_3d + loss_2d + loss_l2
+    eq. 1 (loss)                            train_instance: loss = loss_3d + loss_2d + loss_l2
     W = w + W_cb + W_ep                     error_weights, edge_weights
     figure 2, top (network)                 Hybrid, 10,267,022 parameters
     Network training (windows)              Windows, 828 in an epoch
@@ -75,9 +75,9 @@ from torch import nn
 VOXELS = 5 * 296 * 296                  # that a window predicts
 LAMBDAS = dict(l2_2d=10**-4.7 / (2 * VOXELS), l2_3d=1e-5 / (2 * VOXELS), l2_p=1e-9 / (2 * VOXELS))
 EPSILON = 1e-7 / VOXELS
-# Windows, spacing, epochs and rate of a model (Network training; authors' code). Not in the paper:
-# spacing and rate of the rivals, but those of unet3d-thin and deeplab-* give the number of training
-# steps that it reports, those of unet are the authors'; batch and spacing of deepvess; "others".
+# Of each model (Network training; authors' code). Not in the paper: spacing and rate of the rivals
+# (unet: the authors'; unet3d-thin, deeplab-*: such that they give its number of steps), batch and
+# spacing of deepvess, "others".
 COMMON = dict(epochs=40, lr=1e-3, batch_size=1, **LAMBDAS)
 SETTINGS = {
     "2d3d": dict(patch_size=[5, 300, 300], spacing=[2, 100, 100]),
@@ -268,8 +268,8 @@ def make_network(args):
 def l2_terms(network, args):
     """The last three terms of eq. 1, the sum of lambda ||theta||^2 over all parameters: a scalar.
 
-    Theta_2D is the encoder-decoder (and all of a rival), Theta_3D the pyramid, the layers that
-    predict have lambda_P.
+    Theta_2D is the encoder-decoder (and all of a rival), Theta_3D the pyramid; layers called
+    predict, head or score have lambda_P.
     """
     total = 0.0
     for name, parameter in network.named_parameters():
@@ -460,7 +460,7 @@ def augment(batch, windows, field, normalization, args):
 # -- instances -------------------------------------------------------------------------------------
 
 
-def see(run, args, network, normalization, image):
+def see_with(run, args, network, normalization, image):
     """uint8 slices, or the window of a 3D network -> probabilities (B, C, H, W) of a network, that
     was trained with these arguments."""
     sides = [side - 2 * network.margin for side in args.patch_size[-2:]]
@@ -505,10 +505,9 @@ class Member:
         return network
 
     def predict(self, image):
-        return see(self.run, self.args, self.network, self.normalization, image)
+        return see_with(self.run, self.args, self.network, self.normalization, image)
 
 
-@torch.inference_mode()
 def mean_prediction(members, image):
     """Mean of the members' probabilities."""
     return sum(member.predict(image) for member in members) / len(members)
@@ -535,7 +534,7 @@ def ensemble(run, folders, test, val):
                               **slices_at_once(*chosen))
     instances = {member.name: {"model": member.args.model, "seed": member.args.seed,
                                "val_miou": member.best, "mean": member.mean} for member in members}
-    table = run.path("table.md")
+    table = run.path("table.md")                # noted first, so that report lists it
     content = emseg.report(
         run, test, paths, sum(emseg.count_parameters(member.network) for member in chosen),
         organelles=args.organelles, instances=instances,
@@ -566,7 +565,7 @@ def table_1(rows):
 
 
 def settings_of(model):
-    """The defaults of a model: its own in SETTINGS, and the COMMON ones."""
+    """COMMON and the SETTINGS of a model; those of "2d3d" also for "2d3d-no-3d"."""
     own = [name for name in SETTINGS if f"{model}-".startswith(f"{name}-")] or ["others"]
     return {**COMMON, **SETTINGS[own[0]]}
 
@@ -624,7 +623,7 @@ def parse_args(argv=None):
                  steps_per_epoch=50, batch_size=16, lr=2e-3, decay_steps=200, downsample=4,
                  elastic=2.0, brightness=0.03, contrast=0.1, weight_terms=[0.5, 0.5, 0.5])
     runs = parser.parse_args(argv).ensemble
-    if runs:                                    # the first run says how all see the volumes
+    if runs:            # as if --checkpoint were given: the first run says how all see the volumes
         argv = [*(sys.argv[1:] if argv is None else argv), "--checkpoint", runs[0]]
     args = emseg.parse(
         parser, argv, demo, quick, lambda args: settings_of(args.model), of_prediction=(
@@ -649,7 +648,7 @@ def open_data(run):
     return train, val, test
 
 
-def train(args):
+def train_instance(args):
     """One network: a complete run, or a prediction with --checkpoint."""
     # run folder, seed, device
     run = emseg.Run(args, __file__)
@@ -662,15 +661,15 @@ def train(args):
         return finish(run, network, emseg.open_test(args, run.used))
 
     # data
-    training, val, test = open_data(run)
-    emseg.describe_data(args, train=training, validate=val, test=test)
+    train, val, test = open_data(run)
+    emseg.describe_data(args, train=train, validate=val, test=test)
     run.normalization = emseg.measure_normalization(
-        [item.image for item in training], [item.slices for item in training], args.normalize)
+        [item.image for item in train], [item.slices for item in train], args.normalize)
 
     # networks
     network = run.prepare(make_network(args))
-    windows = Windows(training, network, args)
-    predict = partial(see, run, args, network, run.normalization)
+    windows = Windows(train, network, args)
+    predict = partial(see_with, run, args, network, run.normalization)
     at_once = slices_at_once(SimpleNamespace(network=network, args=args))
 
     # optimiser
@@ -681,7 +680,7 @@ def train(args):
     # train
     run.begin(args.steps_per_epoch or math.ceil(len(windows) / args.batch_size), network=network,
               optimizer=optimizer)
-    windows.weights = error_weights(training, args, run.device)
+    windows.weights = error_weights(train, args, run.device)
     batches = run.batches(windows, args.batch_size)
     for epoch in run.epochs():
         if epoch >= STOP_EPOCH and run.best is not None and run.best < args.stop_miou:
@@ -717,15 +716,15 @@ def train(args):
 def finish(run, network, test):
     """Predict the test volumes and score the predictions."""
     member = SimpleNamespace(network=network, args=run.args)
-    paths = emseg.predict_all(run, partial(see, run, run.args, network, run.normalization), test,
-                              **slices_at_once(member))
+    predict = partial(see_with, run, run.args, network, run.normalization)
+    paths = emseg.predict_all(run, predict, test, **slices_at_once(member))
     emseg.report(run, test, paths, emseg.count_parameters(network), organelles=run.args.organelles)
 
 
 @emseg.command
 def main(args):
     if args.instances == 1 and not args.ensemble:
-        return train(args)
+        return train_instance(args)
     run = emseg.Run(args, __file__)
     if run.finished:
         return
@@ -738,7 +737,7 @@ def main(args):
     folders = []
     for seed in range(args.seed, args.seed + args.instances):
         child = run.args_of(f"seed{seed}", seed=seed, instances=1, top_k=None)
-        train(child)
+        train_instance(child)
         folders.append(child.out_dir)
     ensemble(run, folders, test, val)
 

@@ -25,7 +25,7 @@ Differences from the paper:
     2. Before the warm-up of lambda starts, the authors weigh CPS with 1e-5; here its passes are
        left out. Epochs are counted in fractions, so that lambda grows with every step.
     3. Crops are drawn again until they hold foreground, as in the authors' code, but 50 times at
-       most, then around a voxel of it. Of several classes one is drawn first, and sought.
+       most, then around a voxel of it. Of several classes one is drawn, and sought.
     4. --downsample averages blocks of pixels; the authors interpolate bilinearly.
     5. Validation, if any, uses whole slices, and its Dice decides on the plateau schedule; the
        authors use random crops and their loss.
@@ -39,9 +39,9 @@ Differences from the paper:
        Canny's filter.
     9. All encoders start from random weights; whether the authors' started from ImageNet's is not
        in the paper. The average of branches, which it reports for UNet++, is --average-branches.
-    10. SenFormer's warm-up is at most 7 % of the steps. What the authors did not train is marked
-       as ours in RECIPES; networks of other papers train as resunet does. "resunet" is the authors'
-       small U-Net; the row "ResUNet" of the paper's tables is another, residual one of 2021.
+    10. The linear warm-up is at most 7 % of the steps, the authors' 1500 of 22,000. What they did
+       not train is marked as ours in RECIPES. "resunet" is the authors' small U-Net; the row
+       "ResUNet" of the paper's tables is another, residual one of 2021.
 
 Run:
     GPU    python train_cps.py --volume stack.tif --label drawn.tif --label-slices n=7
@@ -66,8 +66,9 @@ import torch.nn.functional as F
 MODELS = {**emseg.NETWORKS}
 AUGMENTATION = {"flip": True, "rot90": True}        # section 2.2
 
-# How the authors trained (their code), or, where marked, how we do. plateau: the rate is a tenth,
-# twice at most, after 16 epochs without improvement; linear: a warm-up, then a decay to 0.
+# How the authors trained (their code), or, where marked, how we do. plateau: the rate falls to a
+# tenth, at most twice, after 16 epochs without improvement; linear: a warm-up, then a decay to 0.
+# Rates of plateau: the authors' times batch / 256.
 PLATEAU = dict(schedule="plateau", weight_decay=0.0, clip=0.0, epochs=500)
 LINEAR = dict(schedule="linear", weight_decay=0.0, clip=1.0, epochs=500)
 TRANSFORMER = dict(schedule="linear", lr=6e-5, batch_size=8, epochs=750, weight_decay=0.01,
@@ -189,8 +190,8 @@ def cps_weight(epoch, warmup, weight):
 
 
 def learning_rate(args, step, total, drops):
-    """The rate of a step: linear warm-up over 1500 steps, at most 7 %, then linear decay to 0; or
-    a tenth after each of the drops; or constant (authors' code)."""
+    """The rate of a step: linear warm-up over 1500 steps, at most 7 %, then linear decay to 0; a
+    tenth after each of the drops; or constant (authors' code, but for the 7 %)."""
     if args.schedule == "linear":
         warmup = min(1500, 0.07 * total)
         return args.lr * min((step + 1) / warmup, 1 - step / total)
@@ -215,9 +216,9 @@ def rate_drops(rows, patience=15, most=2):
 def optimizer_of(network, args):
     """Adam; with weight decay AdamW, which leaves biases, norms, tables of positions and queries
     alone (Liu 2021, Bousselham 2022)."""
-    free = [p for name, p in network.named_parameters()
-            if p.dim() < 2 or "relative" in name or "queries" in name]
-    decayed = [p for p in network.parameters() if all(p is not other for other in free)]
+    free, decayed = [], []                  # relative: Swin's tables; queries: SenFormer's
+    for name, p in network.named_parameters():
+        (free if p.dim() < 2 or "relative" in name or "queries" in name else decayed).append(p)
     return torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
                               {"params": free, "weight_decay": 0.0}], lr=args.lr)
 
@@ -231,25 +232,25 @@ def pseudo_label(network, heads):
     return emseg.class_ids(emseg.probabilities(logits.detach()))
 
 
-def cps_loss(heads_of, networks, loss, heads_l, image_l, image_u):
+def cps_loss(heads_of, networks, loss_function, heads_l, image_l, image_u):
     """Cross pseudo supervision (eq. 2): each network learns what the other one predicts.
 
     heads_of: network, image (B, 1, H, W) -> list of logits (B, C, H, W); heads_l: those of both
-    networks for the labelled images image_l; image_u: unlabelled ones. Both teach.
+    networks for the labelled images image_l; image_u: unlabelled ones. Eq. 2 is over both.
     """
     heads_u = [heads_of(network, image_u) for network in networks]
     heads_a, heads_b = [[torch.cat([head_l, head_u]) for head_l, head_u in zip(own_l, own_u)]
                         for own_l, own_u in zip(heads_l, heads_u)]
     pseudo_a, pseudo_b = map(pseudo_label, networks, (heads_a, heads_b))
-    return loss(heads_a, pseudo_b) + loss(heads_b, pseudo_a)
+    return loss_function(heads_a, pseudo_b) + loss_function(heads_b, pseudo_a)
 
 
-def cps_cutmix_loss(heads_of, networks, loss, heads_l, image_l, image_u):
+def cps_cutmix_loss(heads_of, networks, loss_function, heads_l, image_l, image_u):
     """Cross pseudo supervision with CutMix (section 2.4.2): see cps_loss.
 
-    The whole images teach, in one batch and in training mode, and each network learns from mixtures
-    of them what the other one predicts of the whole ones. Labelled crops are mixed with labelled
-    ones, so that half of the batch holds foreground.
+    Pseudo-labels come from the whole images, in one batch and in training mode; each network learns
+    the other's, mixed like the images. Labelled crops are mixed with labelled ones, so that half of
+    the batch holds foreground. heads_l is not used.
     """
     # even labelled, even unlabelled, odd labelled, odd unlabelled: see mix
     image = torch.cat([each[half::2] for half in (0, 1) for each in (image_l, image_u)])
@@ -258,7 +259,8 @@ def cps_cutmix_loss(heads_of, networks, loss, heads_l, image_l, image_u):
                               for network in networks]
     box = cutmix_boxes(len(image) // 2, image.shape[-2:], image.device)
     heads_a, heads_b = [heads_of(network, mix(image, box)) for network in networks]
-    return loss(heads_a, mix(pseudo_b, box)) + loss(heads_b, mix(pseudo_a, box))
+    return (loss_function(heads_a, mix(pseudo_b, box))
+            + loss_function(heads_b, mix(pseudo_a, box)))
 
 
 def mix(batch, box):
@@ -312,7 +314,7 @@ def parse_args(argv=None):
            help="of unet++ and unet++3: a head for every branch; loss and prediction are their "
            "means (section 2.3.2)")
     method("--schedule", choices=("linear", "plateau", "constant"),
-           help="learning rate: linear warm-up and decay; a tenth, twice at most, after 16 epochs "
+           help="learning rate: linear warm-up and decay; a tenth, at most twice, after 16 epochs "
            "that brought no better validation Dice (supervised loss without validation); constant; "
            "default, also of the next two: see RECIPES in the script")
     method("--weight-decay", type=emseg.nonnegative, metavar="W", help="of AdamW; 0: Adam")
@@ -339,8 +341,8 @@ def parse_args(argv=None):
                      f"start earlier, or give --method supervised")
     wanted = 1 if args.method == "supervised" else 4 if args.cutmix else 2
     if args.batch_size % wanted:
-        parser.error(f"--batch-size {args.batch_size}: half of the crops are labelled and CutMix "
-                     f"mixes in pairs; give a multiple of {wanted}")
+        parser.error(f"--batch-size {args.batch_size}: half of the crops are labelled, and CutMix "
+                     f"needs pairs of each; give a multiple of {wanted}")
     return args
 
 
@@ -379,9 +381,9 @@ def main(args):
                                "--unlabeled-volume, or --method supervised")
 
     # networks
-    networks = [run.prepare(make_network(args)) for _ in ("ab" if cps else "a")]
+    networks = [run.prepare(make_network(args)) for _ in range(2 if cps else 1)]
     emseg.check_patch_size(networks[0], args.patch_size, args.model)
-    predict = functools.partial(emseg.see, run, networks[0])    # slices -> probabilities
+    predict = functools.partial(emseg.see, run, networks[0])    # slices -> its probabilities
 
     def heads_of(network, image):
         """All logits that a network is trained by, a list of (B, C, H, W)."""

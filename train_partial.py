@@ -60,15 +60,14 @@ AUGMENTATION = {"rotation": 180.0, "scale": 0.2}        # section 3
 def parse_merge(text, n_classes):
     """'3=1,4=1' -> [0, 1, 2, 1, 1]: T_P, the class as which each of n classes was drawn.
 
-    Raises InputError, also where a class that takes in others is merged away itself: a file would
-    not tell whether its labels are merged already.
+    Raises InputError, also for a chain such as 4=3,3=1 (4=1,3=1 is meant).
     """
     merge = list(range(n_classes))
     for pair in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*=\s*(\d+)\s*", pair)
         if not match or max(map(int, match.groups())) >= n_classes:
-            raise emseg.InputError(f"--partial: {text} merges no classes 0 to {n_classes - 1}; "
-                                   f"wanted class=class it was drawn as, such as 3=1,4=1")
+            raise emseg.InputError(f"--partial: {text}; wanted class=class it was drawn as, of 0 "
+                                   f"to {n_classes - 1}, such as 3=1,4=1")
         merge[int(match[1])] = int(match[2])
     if any(merge[target] != target for target in merge):
         raise emseg.InputError(f"--partial: {text} merges a class into one that is merged itself; "
@@ -96,7 +95,7 @@ def merged_cross_entropy(logits, label, merge):
 def loss_terms(logits, label, merge, partial):
     """The two sums of eq. 1 over a batch, each divided by the batch's annotated pixels: scalars.
 
-    partial (B,) bool: which crops come from partially labelled volumes; for all else see
+    partial (B,) bool: which crops come from partially labelled volumes; the other arguments: see
     merged_cross_entropy.
     """
     per_crop = merged_cross_entropy(logits, label, merge).sum(dim=(1, 2))
@@ -164,7 +163,7 @@ def main(args):
 
     # data: fully labelled volumes, then partially labelled ones
     train, val = emseg.open_training(args)
-    full, merges = len(train), [list(range(len(args.classes)))] * len(train)
+    n_full, merges = len(train), [list(range(len(args.classes)))] * len(train)
     maps = args.partial_map or [args.label_map] * len(args.partial)
     for (volume, label, text), label_map in zip(args.partial, maps):
         merges.append(parse_merge(text, len(args.classes)))
@@ -197,12 +196,12 @@ def main(args):
     for epoch in run.epochs():
         network.train()
         for step in run.steps(epoch):
-            lr = args.lr * run.remaining(step)
-            image, label, volume = next(batches)
+            lr = args.lr * (1 - step / run.total)
+            image, label, source = next(batches)
             image, label = emseg.augment(image, label, run.normalization, **AUGMENTATION)
             with run.autocast():
                 logits = network(image)
-            loss_full, loss_partial = loss_terms(logits, label, merges[volume], volume >= full)
+            loss_full, loss_partial = loss_terms(logits, label, merges[source], source >= n_full)
             loss = loss_full + loss_partial                                             # eq. 1
             run.update(loss, lr, (network, optimizer))
             run.log(lr=lr, loss=loss, loss_full=loss_full, loss_partial=loss_partial)

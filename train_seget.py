@@ -75,7 +75,7 @@ from torch import nn
 # Section 3.2. decay: the rate is divided by 1 + decay * step; patience: epochs without a better
 # validation mIoU before the training ends, reduce_patience: before the rate is halved; weight_cap:
 # highest weight of a foreground pixel, 0 for no weights; copies: of patches with the structure.
-SETTINGS = ("lr", "decay", "epochs", "patience", "reduce_patience", "weight_cap", "copies")
+PRESET_KEYS = ("lr", "decay", "epochs", "patience", "reduce_patience", "weight_cap", "copies")
 PRESETS = {
     "synapse":          (1e-4, 1e-6, 38, 8, 3, 0, 0),
     "mts":              (1e-3, 1e-5, 300, 8, 3, 2000, 0),
@@ -188,9 +188,9 @@ def squared_norm(network):
 class SlidingWindows(emseg.Patches):
     """All patches of a sliding window, in random order, again and again (section 3.1).
 
-    stride (Y, X); for all else see emseg.Patches. The last window of a row or column ends at the
-    border. Patches that hold the structure occur 1 + copies times (section 3.2). Each run of len()
-    items shows every patch once.
+    stride (Y, X); slices: z of each volume; for all else see emseg.Patches. The last window of a
+    row or column ends at the border. Patches that hold the structure occur 1 + copies times
+    (section 3.2). Each run of len() items shows every patch once.
     """
 
     def __init__(self, images, labels, patch_size, stride, slices, copies=0, seed=0):
@@ -262,7 +262,7 @@ def structures_of(args):
             if count != wanted and (count or kind != "test_label"):
                 raise emseg.InputError(f"{emseg.flag_name(kind)} has {count} paths for {name}; "
                                        f"give one for each of {wanted} volumes")
-        preset = zip(SETTINGS, PRESETS.get(name.lower(), PRESETS["other structures"]))
+        preset = zip(PRESET_KEYS, PRESETS.get(name.lower(), PRESETS["other structures"]))
         own |= {key: value for key, value in preset if getattr(args, key) is None}
         if None in given and len(names) > 1:
             own["label_map"] = one_class(args.label_map, k, len(args.classes))
@@ -292,15 +292,15 @@ def open_structure(args, used):
     images, targets, slices = zip(*[(item.image, item.target, item.slices) for item in train])
     patches = SlidingWindows(images, targets, args.patch_size, args.stride, slices, args.copies,
                              args.seed)
-    used = used + emseg.used_slices(train + val)
+    used = used + emseg.used_slices(train + val)            # its Run does not exist yet
     return train, val, emseg.open_test(args, used, train, val), patches
 
 
-def merge_scores(prob, threshold=0.5):
+def merge_scores(prob):
     """Integrate the score maps (n, K, H, W) of all structures (section 3.2): class ids (n, H, W)
-    int64. The highest score counts; where none is above the threshold is background."""
+    int64. The highest score counts; where none is above 0.5 is background."""
     score, k = prob.max(dim=1)
-    return torch.where(score > threshold, k + 1, 0)
+    return torch.where(score > 0.5, k + 1, 0)
 
 
 class MergedLabels(emseg.LazyArray):
@@ -485,8 +485,9 @@ def merge_runs(run, runs, tests):
     run.best = float(np.mean([report["best"] for report in reports.values()]))
     emseg.report(run, test, predictions, sum(map(emseg.count_parameters, networks.values())),
                  structures=means, average={"miou": average})
-    for name, value in {**miou, "average": average}.items() if miou else ():
-        emseg.print0(f"mIoU, {name}: {value:.4f}")
+    if miou:
+        for name, value in {**miou, "average": average}.items():
+            emseg.print0(f"mIoU, {name}: {value:.4f}")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ Expect:
     CPU    test Dice of coarse, mpp, scm 0.86, 0.88, 0.87 (mitochondria) and 0.94, 0.94, 0.94
            (nucleus), seed 0, 280 s of one thread
     EPFL mitochondria, every fifth of 110 slices labelled (tests/replicate.py sparse), a quarter of
-    the resolution, width 16, 1600 steps, test IoU of coarse, mpp, scm: 0.827 +- 0.002, 0.844 +-
-    0.003, 0.864 +- 0.013 (3 seeds); coarse from every slice 0.835 +- 0.013; 21 to 39 minutes, one core
+    the resolution, width 16, 1000 + 600 steps, test IoU of coarse, mpp, scm: 0.827 +- 0.002, 0.844
+    +- 0.003, 0.864 +- 0.013 (3 seeds); coarse from every slice 0.835 +- 0.013; half an hour
 """
 
 import argparse
@@ -61,7 +61,7 @@ from scipy import ndimage
 
 MODELS = {**emseg.NETWORKS, **emseg.NETWORKS_3D}
 FAULTS = (1, 2)                     # of so many slices are mended by eqs. 2 and 3
-HALO = 2 * sum(FAULTS)              # slices that a slice's result depends on, on either side
+HALO = 2 * sum(FAULTS)              # slices to either side that count: for eq. 2, then for eq. 3
 
 
 # -- stage 1: augmentation -------------------------------------------------------------------------
@@ -119,9 +119,9 @@ def propagate(label, k, zs, erosions):
     """What labelled slices say about their neighbourhood (eq. 1): masks (n, Y, X) bool of class k
     in the slices zs, a range.
 
-    label: lazy annotation with its `slices`. A labelled slice reaches up to the next ones, eroded
-    `erosions` times for every slice of distance. A pixel survives m erosions by the 3 x 3 cross
-    where its city-block distance to the background is more than m.
+    label: lazy annotation with its `slices`. A labelled slice reaches up to the next labelled ones,
+    eroded `erosions` times for every slice of distance. A pixel survives m erosions by the 3 x 3
+    cross where its city-block distance to the background is more than m.
     """
     reached = np.zeros((len(zs), *label.shape[1:]), dtype=bool)
     edges = [-1, *label.slices, len(label)]
@@ -255,7 +255,7 @@ def make_networks(args):
     return networks
 
 
-def predict_slices(run, image):
+def predict_coarse(run, image):
     """uint8 slices (B, H, W), or a window of unet3d -> probabilities (B, C, H, W) of stage 1."""
     return emseg.see(run, run.modules["network"], image)
 
@@ -276,7 +276,7 @@ def write_coarse(run, item):
     """Stage 1 of an Item into a file unless it is there: lazy class ids (Z, Y, X)."""
     name = stage_file(run.args, item, "coarse")
     if not run.path(name).exists():
-        emseg.write_prediction(run, functools.partial(predict_slices, run), item, name,
+        emseg.write_prediction(run, functools.partial(predict_coarse, run), item, name,
                                depth=run.args.depth)
     return emseg.open_volume(run.path(name))
 
@@ -338,15 +338,15 @@ def main(args):
         run.normalization = checkpoint["normalization"]
     else:
         train_stage(run.args_of("coarse", mpp=False, scm=False), run, "network", patches,
-                    48 * len(patches.slices) // patches.patch_size[0], augment_slices,
-                    predict_slices, val, depth=args.depth)
+                    48 * len(patches.slices) // (args.depth or 1), augment_slices, predict_coarse,
+                    val, depth=args.depth)
 
     # stages 2 and 3
     if args.scm:
         stack = with_masks(run, train + unlabelled)
+        masks = [emseg.WithContext(item.image, args.context) for item in stack]
         soft = [emseg.shrink(write_refined(run, item, item.label), args) for item in stack]
-        masks, soft = [[emseg.WithContext(ids, args.context) for ids in each]
-                       for each in ([item.image for item in stack], soft)]
+        soft = [emseg.WithContext(ids, args.context) for ids in soft]
         patches = emseg.Patches(masks, soft, [args.context, *args.patch_size[-2:]],
                                 foreground=args.foreground, seed=(args.seed, 1))
         train_stage(run.args_of("scm", epochs=args.scm_epochs, init=None), run, "scm", patches,
@@ -387,7 +387,7 @@ def train_stage(args, parent, key, patches, crops, augment, predict, val, **opti
 
     # evaluate
     run.use_best(network=network)
-    emseg.report(run, [], [], emseg.count_parameters(network))
+    emseg.report(run, [], [], emseg.count_parameters(network))      # the parent predicts
     parent.best, parent.seconds = run.best, parent.seconds + run.seconds
 
 
@@ -395,7 +395,7 @@ def finish(run, test, train=()):
     """Predict the test volumes and score all stages. train: Items whose labels stage 2 uses."""
     args, labels = run.args, {item.volume.path: item.label for item in train}
     if not args.mpp:
-        stages = emseg.predict_all(run, functools.partial(predict_slices, run), test,
+        stages = emseg.predict_all(run, functools.partial(predict_coarse, run), test,
                                    depth=args.depth)
     else:
         stages = {"coarse": [write_coarse(run, item).path for item in test], "mpp": [

@@ -146,7 +146,7 @@ def test_settings_are_those_of_section_3_2_unless_a_flag_overrides_them():
               "centriole": (2e-3, 1e-6, 300, 10, 3, 2000, 4),
               "granules": (2e-3, 1e-5, 60, 5, 2, 0, 0), "golgi": (2e-3, 1e-5, 124, 5, 2, 1000, 2)}
     args = train_seget.parse_args(["--volume", "a", "--label", *[f"{n}=b" for n in wanted]])
-    assert {name: tuple(own[key] for key in train_seget.SETTINGS)
+    assert {name: tuple(own[key] for key in train_seget.PRESET_KEYS)
             for name, own in train_seget.structures_of(args).items()} == wanted
     assert (args.batch_size, args.patch_size, args.stride) == (12, [512, 512], [256, 256])
     assert (args.model, args.val_slices, args.augment) == ("seget", "every=5", False)
