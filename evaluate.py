@@ -629,9 +629,8 @@ def tabulate(args):
 def write_config(args, files, inputs, **more):
     """Empty the folder of an earlier evaluation and begin with config.json. files: the names of
     all that will be written; inputs: see emseg.empty_folder."""
-    folder = Path(args.out_dir)
-    emseg.empty_folder(folder, inputs)
-    emseg.write_json(folder / "config.json", {
+    emseg.empty_folder(Path(args.out_dir), inputs)
+    emseg.write_json(Path(args.out_dir, "config.json"), {
         "script": Path(__file__).name, "args": vars(args), "files": files,
         **emseg.provenance(__file__), **more})
 
