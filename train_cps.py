@@ -232,11 +232,11 @@ def pseudo_label(network, heads):
     return emseg.class_ids(emseg.probabilities(logits.detach()))
 
 
-def cps_loss(heads_of, networks, loss_function, heads_l, image_l, image_u):
+def cps_loss(heads_of, networks, loss_function, heads_l, image_u):
     """Cross pseudo supervision (eq. 2): each network learns what the other one predicts.
 
     heads_of: network, image (B, 1, H, W) -> list of logits (B, C, H, W); heads_l: those of both
-    networks for the labelled images image_l; image_u: unlabelled ones. Eq. 2 is over both.
+    networks for the labelled images; image_u (B, 1, H, W): unlabelled ones. Eq. 2 is over both.
     """
     heads_u = [heads_of(network, image_u) for network in networks]
     heads_a, heads_b = [[torch.cat([head_l, head_u]) for head_l, head_u in zip(own_l, own_u)]
@@ -245,12 +245,12 @@ def cps_loss(heads_of, networks, loss_function, heads_l, image_l, image_u):
     return loss_function(heads_a, pseudo_b) + loss_function(heads_b, pseudo_a)
 
 
-def cps_cutmix_loss(heads_of, networks, loss_function, heads_l, image_l, image_u):
+def cps_cutmix_loss(heads_of, networks, loss_function, image_l, image_u):
     """Cross pseudo supervision with CutMix (section 2.4.2): see cps_loss.
 
     Pseudo-labels come from the whole images, in one batch and in training mode; each network learns
     the other's, mixed like the images. Labelled crops are mixed with labelled ones, so that half of
-    the batch holds foreground. heads_l is not used.
+    the batch holds foreground.
     """
     # even labelled, even unlabelled, odd labelled, odd unlabelled: see mix
     image = torch.cat([each[half::2] for half in (0, 1) for each in (image_l, image_u)])
@@ -419,8 +419,11 @@ def main(args):
                 image_u, loss_cps = next(batches_u), torch.zeros_like(loss_sup)
                 if weight:
                     image_u, _ = emseg.augment(image_u, None, run.normalization, **AUGMENTATION)
-                    loss_cps = (cps_cutmix_loss if args.cutmix else cps_loss)(
-                        heads_of, networks, loss_function, heads_l, image_l, image_u)
+                    if args.cutmix:
+                        loss_cps = cps_cutmix_loss(heads_of, networks, loss_function, image_l,
+                                                   image_u)
+                    else:
+                        loss_cps = cps_loss(heads_of, networks, loss_function, heads_l, image_u)
                 loss = loss_sup + weight * loss_cps                                     # eq. 3
                 terms = {"loss_sup": loss_sup, "loss_cps": loss_cps,
                          "cps_weight": torch.full_like(loss_sup, weight)}

@@ -67,6 +67,7 @@ def test_a_persons_file_may_lie_in_a_subfolder(cells, tmp_path):
     Path(args.out_dir).mkdir()
     Path(args.out_dir, "mine.txt").touch()
     emseg.Run(args, train_cps.__file__).create()
+    assert sorted(os.listdir(args.out_dir)) == ["config.json", "mine.txt"]
 
 
 def test_a_folder_of_other_files_is_refused(cells, tmp_path, capsys):
@@ -174,8 +175,7 @@ def test_a_training_starts_from_the_networks_of_another(trained, cells, tmp_path
                       for each in (trained, tmp_path / "next")]
         for key in [key for key in one if key.endswith(("weight", "bias"))]:
             torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-9)
-        # what the other run was trained on does not score either
-        assert metrics(tmp_path / "next")["volumes"][0]["used"] == [2, 5, 7, 9]
+        assert metrics(tmp_path / "next")["volumes"][0]["used"] == [2, 5, 7, 9]     # of both runs
     line = conftest.refused(train_cps, capsys, *tiny_cps(
         cells, tmp_path / "other", "--init", trained, "--width", "5"))
     assert "does not fit this network" in line and not (tmp_path / "other").exists()

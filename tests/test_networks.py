@@ -133,7 +133,7 @@ STEPS = {           # what a training step makes of logits, label, crops, all in
     "learners": lambda x, y, crop: train_cps.ensemble_loss([x, x], y),
     "cutmix": lambda x, y, crop: train_cps.cps_cutmix_loss(
         lambda network, image: [network(image)], [lambda i: i.expand(-1, 3, -1, -1)] * 2,
-        train_cps.dice_loss, None, x[:, :1], x[:, :1]),
+        train_cps.dice_loss, x[:, :1], x[:, :1]),
     "augment": lambda x, y, crop: emseg.augment(
         crop, crop, STANDARD, flip=True, rot90=True, rotation=20.0, scale=0.1, shear=5.0,
         displacement=emseg.elastic_displacement(2, (64, 64), crop.device))[0],

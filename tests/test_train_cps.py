@@ -103,7 +103,7 @@ def check(asked, seen):
 def test_each_network_learns_from_the_other(batch):
     networks, image_l, image_u, loss, asked = batch
     heads_l = [heads_of(network, image_l) for network in networks]
-    train_cps.cps_loss(heads_of, networks, loss, heads_l, None, image_u).backward()
+    train_cps.cps_loss(heads_of, networks, loss, heads_l, image_u).backward()
     seen = torch.cat([image_l, image_u])
     check(asked, (seen, seen))
     assert all(network.sign.grad is not None for network in networks)
@@ -113,7 +113,7 @@ def test_under_cutmix_whole_images_teach_in_one_training_batch(batch, monkeypatc
     networks, image_l, image_u, loss, asked = batch
     box = torch.rand(4, 8, 8) > 0.5
     monkeypatch.setattr(train_cps, "cutmix_boxes", lambda *args: box)
-    train_cps.cps_cutmix_loss(heads_of, networks, loss, None, image_l, image_u).backward()
+    train_cps.cps_cutmix_loss(heads_of, networks, loss, image_l, image_u).backward()
     first, second = [torch.cat([each[half::2] for each in (image_l, image_u)]) for half in (0, 1)]
     mixed = torch.where(box[:, None], second, first)
     check(asked, (mixed, mixed))                        # the sign of a mixture is the mixed sign
