@@ -181,8 +181,10 @@ EXPERIMENTS = {
     "ensemble": Experiment(
         "Guay 2021, table 1: platelets, test MIoU(org)",
         "a few of the best instances, averaged, beat the best one",
-        VNC_2D3D + "{alone} --instances 4",
-        {"four instances": ""},
+        "train_2d3d.py ",
+        {"four instances": VNC_2D3D.partition(" ")[2] + "{alone} --instances 4",
+         **{f"four instances, top {k}": f"--ensemble {{instances}} --top-k {k} {VNC_TEST}"
+            for k in (2, 3)}},
         dict(classes=VNC_CLASSES + "--organelles 3 4", steps=250,
              flags=VNC_SMALL + "--weight-terms 0.3 1 1", minutes=24,
              alone="--model unet5 --patch-size 96 96 --batch-size 2"),
@@ -204,17 +206,20 @@ class Job(namedtuple("Job", "name variant seed budget device folder")):
         text = f"{experiment.command} {experiment.variants[self.variant]}"
         names = {"data": os.environ.get("EMSEG_DATA"), **getattr(experiment, self.budget),
                  "random": random.Random(self.seed).randrange(110)}
-        if self.first():
+        if "{doubtful}" in text:
             names["doubtful"] = doubtful_slice(self.first().out_dir())
-        text = text.format(**names)
-        return [*text.split(), "--seed", str(self.seed), "--device", self.device,
+        if "{instances}" in text:
+            names["instances"] = " ".join(map(str, sorted(self.first().out_dir().glob("seed*"))))
+        else:
+            text += " --seed " + str(self.seed)
+        return [*text.format(**names).split(), "--device", self.device,
                 "--out-dir", str(self.out_dir())]
 
     def first(self):
         """The job whose networks this one needs, if any: the first variant."""
-        variants = EXPERIMENTS[self.name].variants
-        return self._replace(variant=next(iter(variants))) if (
-            "{doubtful}" in variants[self.variant]) else None
+        first, *_ = variants = EXPERIMENTS[self.name].variants
+        needs = re.search("{doubtful}|{instances}", variants[self.variant])
+        return self._replace(variant=first) if needs else None
 
     def is_done(self):
         wanted = self.name, self.variant, str(self.seed), self.budget, self.device == "cuda"
@@ -268,7 +273,7 @@ def rows_of(job):
         precision=config["precision"], torch=config["versions"]["torch"],
         commit=(config["git"] or "")[:9])
     stages = metrics.get("stages", {})
-    if "ensemble" in metrics:
+    if "ensemble" in metrics and not job.first():
         best = max(metrics["instances"].values(), key=lambda each: each["val_miou"])
         stages = {"single best": best["mean"], "ensemble": metrics["mean"]}
     elif len(stages) < 2:

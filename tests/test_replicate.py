@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import emseg
 import pytest
 import replicate
 
@@ -16,8 +17,11 @@ ROOT = Path(replicate.__file__).resolve().parent.parent
 @pytest.mark.parametrize("name", replicate.EXPERIMENTS)
 def test_every_command_parses(name, budget, tmp_path, monkeypatch):
     monkeypatch.setattr(replicate, "doubtful_slice", lambda folder: 7)
+    monkeypatch.setattr(emseg, "load_checkpoint", lambda path: {"args": {"seed": 3}})
     for variant in replicate.EXPERIMENTS[name].variants:
         job = replicate.Job(name, variant, 3, budget, "cpu", tmp_path)
+        for seed in "345":                                      # of instances
+            (job.out_dir() / f"seed{seed}").mkdir(parents=True)
         script, *flags = job.command()
         args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
         assert args.seed == 3 and args.test_volume + args.val_volume + args.volume
