@@ -105,14 +105,10 @@ def dice_loss(heads, label):
     return sum(emseg.soft_dice_loss(logits, label, squared=True) for logits in heads) / len(heads)
 
 
-def ce_loss(heads, label):
-    """Cross entropy, the mean over the branches or learners of a network."""
-    return sum(emseg.cross_entropy(logits, label) for logits in heads) / len(heads)
-
-
 def ensemble_loss(heads, label):
     """Cross entropy of the mean prediction plus the mean one of all learners (Bousselham 2022)."""
-    return emseg.cross_entropy(emseg.mean_logits(heads), label) + ce_loss(heads, label)
+    learners = [emseg.cross_entropy(logits, label) for logits in heads]
+    return emseg.cross_entropy(emseg.mean_logits(heads), label) + sum(learners) / len(heads)
 
 
 def tanimoto_loss(heads, label, depth=0):
@@ -334,11 +330,9 @@ def parse_args(argv=None):
         parser.error(f"--average-branches: {args.model} has no branches; unet++ and unet++3 "
                      f"have")
     start, end = args.cps_warmup
-    if start >= end:
-        parser.error(f"--cps-warmup {start:g} {end:g}: START must be below END")
-    if args.method == "cps" and start >= args.epochs:
-        parser.error(f"--cps-warmup starts at epoch {start:g}, but there are {args.epochs} epochs; "
-                     f"start earlier, or give --method supervised")
+    if args.method == "cps" and start >= min(end, args.epochs):
+        parser.error(f"--cps-warmup {start:g} {end:g}: START must be below END and below the "
+                     f"{args.epochs} epochs; or give --method supervised")
     wanted = 1 if args.method == "supervised" else 4 if args.cutmix else 2
     if args.batch_size % wanted:
         parser.error(f"--batch-size {args.batch_size}: half of the crops are labelled, and CutMix "
@@ -414,16 +408,13 @@ def main(args):
             loss_sup = sum(loss_function(heads, label_l) for heads in heads_l)
             loss, terms = loss_sup, {}
             if cps:
+                image_u, _ = emseg.augment(next(batches_u), None, run.normalization, **AUGMENTATION)
                 weight = cps_weight(step / run.steps_per_epoch, args.cps_warmup, args.cps_weight)
-                # drawn from the first step on, so that a step's crops depend on its number alone
-                image_u, loss_cps = next(batches_u), torch.zeros_like(loss_sup)
-                if weight:
-                    image_u, _ = emseg.augment(image_u, None, run.normalization, **AUGMENTATION)
-                    if args.cutmix:
-                        loss_cps = cps_cutmix_loss(heads_of, networks, loss_function, image_l,
-                                                   image_u)
-                    else:
-                        loss_cps = cps_loss(heads_of, networks, loss_function, heads_l, image_u)
+                loss_cps = torch.zeros_like(loss_sup)
+                if weight and args.cutmix:
+                    loss_cps = cps_cutmix_loss(heads_of, networks, loss_function, image_l, image_u)
+                elif weight:
+                    loss_cps = cps_loss(heads_of, networks, loss_function, heads_l, image_u)
                 loss = loss_sup + weight * loss_cps                                     # eq. 3
                 terms = {"loss_sup": loss_sup, "loss_cps": loss_cps,
                          "cps_weight": torch.full_like(loss_sup, weight)}

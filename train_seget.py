@@ -483,11 +483,13 @@ def merge_runs(run, runs, tests):
     average = float(np.mean([*miou.values()])) if miou else None
     run.seconds = sum(report["train_seconds"] for report in reports.values())
     run.best = float(np.mean([report["best"] for report in reports.values()]))
+    if miou and not run.rank:
+        table = "\n".join(["| structure | mIoU |", "| --- | --- |", *(
+            f"| {name} | {value:.4f} |" for name, value in {**miou, "average": average}.items())])
+        emseg.write_text(run.path("table.md"), table + "\n")
+        emseg.print0(table)
     emseg.report(run, test, predictions, sum(map(emseg.count_parameters, networks.values())),
                  structures=means, average={"miou": average})
-    if miou:
-        for name, value in {**miou, "average": average}.items():
-            emseg.print0(f"mIoU, {name}: {value:.4f}")
 
 
 if __name__ == "__main__":
