@@ -3501,6 +3501,11 @@ def command(main):
 
 # -- run -------------------------------------------------------------------------------------------
 
+# The files by which a run is known and resumed: --overwrite removes these, and replaces others.
+RUN_FILES = ("log.csv", "last.pt", "best.pt", "metrics.json", "stages/*.tif", "config.json")
+PROGRESS = ("step", "seconds", "best", "rows", "sums")          # of a Run, in its checkpoints
+
+
 class Run:
     """One run: its folder, device, seeds, log and checkpoints. The training loop is the script's:
 
@@ -3513,7 +3518,8 @@ class Run:
                 run.log(lr=lr, loss=loss)
             run.end_epoch(validate(run, predict, val))
 
-    normalization and used (see used_slices) go into its checkpoints.
+    normalization and used (see used_slices) go into its checkpoints. checkpoint: what it starts
+    from, --checkpoint or --init.
     """
 
     def __init__(self, args, script):
@@ -3528,27 +3534,27 @@ class Run:
         if cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
-        elif self.device.type == "cpu":
+        else:
             keep_freed_memory()
         self.config, self.normalization = None, None
-        earlier = args.init or getattr(args, "coarse", None)
-        self.used = load_checkpoint(earlier)["used"] if earlier else []
         self.step, self.seconds, self.sums = 0, 0.0, {}     # of the losses of an epoch
         self.rows, self.best = [], None         # of log.csv; the highest metric of end_epoch
         self.interrupted = False
         self.predicted_voxels, self.predict_seconds = 0, 0.0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        if args.resume and (self.folder / "config.json").exists():
-            self.config = json.loads((self.folder / "config.json").read_text())
-        elif not args.resume:
-            check_folder(self.folder, args.overwrite, self.script.name)
+        if not args.resume:
+            check_folder(args, self.script.name)
+        elif (self.folder / "config.json").exists():
+            self.config = read_config(self.folder, self.script.name)
         self.barrier()
-        self.checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
-        if self.checkpoint:
+        source = args.checkpoint or args.init or getattr(args, "coarse", None)
+        self.checkpoint = load_checkpoint(source) if source else None
+        self.used = self.checkpoint["used"] if source else []
+        if args.checkpoint:
             if self.checkpoint["script"] != self.script.name:
                 raise InputError(f"{args.checkpoint}: a checkpoint of {self.checkpoint['script']}, "
                                  f"not of {self.script.name}")
-            for key in ("normalization", "used", "best", "seconds"):
+            for key in ("normalization", "best", "seconds"):
                 setattr(self, key, self.checkpoint[key])
         torch.manual_seed(args.seed)
         print0(f"{self.folder}: " + ("is finished" if self.finished else
@@ -3562,37 +3568,31 @@ class Run:
         """Whether a resumed run has nothing left to do."""
         return self.args.resume and (self.folder / "metrics.json").exists()
 
-    def create(self):
-        """Make the run folder, without the files of an earlier run, and write config.json."""
-        if self.config is not None:
-            return
-        self.config = {"script": self.script.name, "args": vars(self.args), "files": []}
+    def write_config(self):
+        """Write config.json with the arguments as they are now; the first time make the folder."""
+        if self.config is None:
+            cuda = self.device.type == "cuda"
+            self.config = {"script": self.script.name, "runs": [], **provenance(self.script),
+                           "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+                           "precision": str(self.dtype)[6:]}
+            if self.rank == 0:
+                start_folder(self.folder)
         if self.rank == 0:
-            empty_folder(self.folder, inputs_of(self.args))
-            self.config |= provenance(self.script)
-            self.config["device"] = (torch.cuda.get_device_name(self.device)
-                                     if self.device.type == "cuda" else platform.machine())
-            self.config["precision"] = str(self.dtype)[6:]
-            self._write_config()
+            write_json(self.folder / "config.json", {**self.config, "args": vars(self.args)})
         self.barrier()
 
-    def _write_config(self):
-        write_json(self.folder / "config.json", {**self.config, "args": vars(self.args)})
-
     def path(self, name):
-        """The path of a file of this run. It is noted in config.json: --overwrite deletes what is
-        noted there and nothing else. A name that ends in / is a run in a subfolder."""
-        self.create()
-        if self.rank == 0:
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if name not in self.config["files"]:
-                self.config["files"].append(name)
-                self._write_config()
+        """The path of a file of this run, in a folder that exists."""
+        if self.config is None:
+            self.write_config()
+        (self.folder / name).parent.mkdir(exist_ok=True)
         return self.folder / name
 
     def args_of(self, name, **changes):
         """The arguments of a run in the subfolder `name`, which is resumed if it has begun."""
-        folder = self.path(f"{name}/")
+        folder = self.path(name)
+        self.config["runs"] = sorted({name, *self.config["runs"]})      # start_folder reads it
+        self.write_config()
         init = Path((self.args.init or "").removesuffix("best.pt"), name)
         if self.args.init and init.is_dir():
             changes["init"] = str(init)
@@ -3635,26 +3635,26 @@ class Run:
         self.modules, self.steps_per_epoch = {**modules, "scaler": self.scaler}, steps_per_epoch
         self.total = self.args.epochs * steps_per_epoch
         last = self.folder / "last.pt"
-        resumed = self.args.resume and last.exists()
-        if self.args.init and not resumed:
-            earlier = load_checkpoint(self.args.init)
-            known = earlier["modules"].keys() & modules.keys()
+        if self.args.resume and last.exists():
+            checkpoint = load_checkpoint(last)
+            for key, module in self.modules.items():
+                load_weights(module, checkpoint, key, last)
+            for key in PROGRESS:
+                setattr(self, key, checkpoint[key])
+            print0(f"resuming {self.folder} at step {self.step} of {self.total}")
+        elif self.args.init:
+            known = self.checkpoint["modules"].keys() & modules.keys()
             if not known:
                 raise InputError(f"--init {self.args.init}: holds none of these networks; name the "
                                  f"run of one of them, in its subfolder")
             for key in known:
-                load_weights(modules[key], earlier, key, self.args.init)
-        self.create()
-        if resumed:
-            self._restore(load_checkpoint(last))
+                load_weights(modules[key], self.checkpoint, key, self.args.init)
+        self.write_config()
         self.printed, self.session, self.warned = 0.0, (time.monotonic(), self.step), False
 
     def epochs(self):
-        """The epochs that are left. Ctrl-C and SIGTERM meanwhile save and leave after a step; a
-        second one at once."""
+        """The epochs that are left. Ctrl-C and SIGTERM meanwhile save and leave after a step."""
         def interrupt(number, frame):
-            if self.interrupted and self.world == 1:    # torchrun passes the same one on
-                raise KeyboardInterrupt
             self.interrupted = True
 
         handlers = {number: signal.signal(number, interrupt)
@@ -3780,17 +3780,8 @@ class Run:
         content = {"script": self.script.name, "args": vars(self.args), "modules": keep,
                    "classes": self.args.classes, "normalization": self.normalization,
                    "used": self.used}
-        progress = ("step", "seconds", "best", "rows", "sums")
         with replacing(self.path(name)) as temporary:
-            torch.save({**content, **{key: getattr(self, key) for key in progress}}, temporary)
-
-    def _restore(self, checkpoint):
-        """Take over the state of an interrupted run."""
-        for key, module in self.modules.items():
-            load_weights(module, checkpoint, key, self.folder / "last.pt")
-        for key in ("step", "seconds", "best", "rows", "sums"):
-            setattr(self, key, checkpoint[key])
-        print0(f"resuming {self.folder} at step {self.step} of {self.total}")
+            torch.save({**content, **{key: getattr(self, key) for key in PROGRESS}}, temporary)
 
     def use_best(self, **networks):
         """Load the weights to predict with."""
@@ -3805,60 +3796,48 @@ class Run:
             torch.distributed.barrier()
 
 
-def check_folder(folder, overwrite, script):
-    """Raise InputError where a folder holds anything but a run of this script to overwrite."""
-    if folder.is_file():
-        raise InputError(f"--out-dir {folder} is a file")
+def read_config(folder, script):
+    """config.json of the run of a script in a folder (a Path). Raises InputError."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        config = {}
+    if config.get("script") != script:
+        raise InputError(f"--out-dir {folder} holds no run of {script}; choose another folder")
+    return config
+
+
+def check_folder(args, script):
+    """Raise InputError where args.out_dir holds anything but a run of this script to overwrite, or
+    a file or folder that args name."""
+    folder = Path(args.out_dir)
     if not folder.is_dir() or all(file.name.startswith(".") for file in folder.iterdir()):
         return
-    try:
-        is_run = json.loads((folder / "config.json").read_text())["script"] == script
-    except (OSError, ValueError, KeyError, TypeError):
-        is_run = False
-    if not is_run:
-        raise InputError(f"--out-dir {folder} holds files, but no run of {script}; choose another "
-                         f"folder")
-    if not overwrite:
+    read_config(folder, script)
+    if not args.overwrite:
         raise InputError(f"--out-dir {folder} holds a run; give --overwrite or another folder, or "
                          f"--resume")
 
-
-def inputs_of(args):
-    """The real paths of all files and folders that a command line names."""
     def texts(value):
         return [value] if isinstance(value, str) else [
             text for each in value for text in texts(each)] if isinstance(value, list) else []
 
-    named = [text for name, value in vars(args).items() if name != "out_dir"
-             for text in texts(value)]
-    paths = [_split_crop(path)[0] for text in named for path in (text, text.partition("=")[2])]
-    return {os.path.realpath(path) for path in paths if path and os.path.exists(path)}
+    for text in texts([value for name, value in vars(args).items() if name != "out_dir"]):
+        for path in map(_split_crop, (text, text.partition("=")[2])):
+            if os.path.exists(path[0]) and Path(path[0]).resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"--overwrite {folder}: this run reads {path[0]}, which lies in "
+                                 f"it; choose another --out-dir")
 
 
-def files_of(folder):
-    """The files that the run in a folder has written, those of its runs in subfolders, too."""
-    path = Path(folder, "config.json")
-    if not path.exists():
-        return []
-    names = json.loads(path.read_text())["files"]
-    return [path, *(file for name in names for file in (
-        files_of(Path(folder, name)) if name.endswith("/") else [Path(folder, name)]))]
-
-
-def empty_folder(folder, inputs):
-    """Make a folder (a Path), without what an earlier run has written into it. Raises InputError
-    where that is one of the `inputs`, or lies in one that is a folder."""
-    files = files_of(folder)
-    for file in files:
-        real = Path(os.path.realpath(file))
-        if any(str(path) in inputs for path in (real, *real.parents[:-1])):
-            raise InputError(f"--overwrite would delete {file}, which this run reads; choose "
-                             f"another --out-dir")
-    for file in files:
-        file.unlink(missing_ok=True)
-    for below in sorted({file.parent for file in files}, reverse=True):
-        with contextlib.suppress(OSError):              # a person's files are in it
-            below.rmdir()
+def start_folder(folder):
+    """Make a run folder (a Path), without the RUN_FILES of an earlier run and of its runs in
+    subfolders. All else stays until it is replaced."""
+    config = folder / "config.json"
+    names = json.loads(config.read_text()).get("runs", []) if config.exists() else []
+    for run in (*names, "."):
+        for pattern in RUN_FILES:
+            for file in (folder / run).glob(pattern):
+                file.unlink()
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -4085,7 +4064,7 @@ def report(run, items, stages, parameters, organelles=None, **more):
     if (run.folder / "log.csv").exists():
         save_curves(run.path("curves.png"), run.folder / "log.csv")
     write_json(run.path("metrics.json"), content)
-    print0(f"wrote {run.folder}/: {', '.join(sorted(run.config['files']))}")
+    print0(f"wrote {run.folder}/: {', '.join(sorted(os.listdir(run.folder)))}")
     run.barrier()
     return content
 

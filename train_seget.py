@@ -460,7 +460,8 @@ def merge_runs(run, runs, tests):
     args, networks, test = run.args, {}, []
     args.classes = [next(iter(runs.values())).args.classes[0], *runs]
     for name, each in runs.items():
-        each.checkpoint = each.checkpoint or emseg.load_checkpoint(each.folder)
+        if not args.checkpoint:
+            each.checkpoint = emseg.load_checkpoint(each.folder)
         each.normalization = each.checkpoint["normalization"]
         networks[name] = each.load(make_network(args))
     if not args.checkpoint:                 # for --checkpoint, which finds the networks beside it

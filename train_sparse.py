@@ -287,7 +287,7 @@ def write_refined(run, item, label, name=None):
     label: see postprocess; name: of the file, where stage 2 is the last.
     """
     coarse, path = write_coarse(run, item), run.path(name or stage_file(run.args, item, "mpp"))
-    if not path.exists():
+    if name or not path.exists():
         with emseg.writers_of(run, item, [(path, coarse.shape, np.uint8)]) as (writer,):
             pixels = max(2**24, 2 * HALO * math.prod(coarse.shape[1:]))
             for slab in emseg.slabs(coarse.shape, pixels)[run.rank :: run.world]:
