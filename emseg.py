@@ -2946,9 +2946,8 @@ def save_curves(path, log):
 # What a resumed run may be given anew; all else is from its config.json.
 OF_THIS_CALL = {"out_dir", "overwrite", "resume", "device", "amp", "compile", "workers"}
 # What --checkpoint does not take over from its run, like these.
-INPUTS = {"volume", "label", "label_slices", "unlabeled_volume", "val_volume", "val_label",
-          "val_slices", "test_volume", "test_label", "voxel_size", "demo", "checkpoint", "init",
-          "quick"}
+INPUTS = {"volume", "label", "unlabeled_volume", "val_volume", "val_label", "test_volume",
+          "test_label", "voxel_size", "demo", "checkpoint", "init"}
 # What may be said with --checkpoint; all else has no effect there.
 OF_PREDICTION = OF_THIS_CALL | {"checkpoint", "test_volume", "test_label", "label_map", "tta",
                                 "ignore_label", "voxel_size", "save_probability"}
@@ -3040,10 +3039,11 @@ def add_common_args(parser, models, sources):
     training("--lr", type=positive(float), metavar="R", help="highest learning rate")
     training("--workers", type=number(int, 0), metavar="N", help="processes that read crops",
              default=4 if torch.cuda.is_available() else 0)
-    run = parser.add_argument_group("run").add_argument
+    group = parser.add_argument_group("run")
+    run, again = group.add_argument, group.add_mutually_exclusive_group().add_argument
     run("--out-dir", metavar="D", help="run folder; default runs/SCRIPT-MODEL-seedSEED")
-    run("--overwrite", action="store_true", help="replace the files of an earlier run")
-    run("--resume", action="store_true", help="continue an interrupted run in its folder")
+    again("--overwrite", action="store_true", help="replace the files of an earlier run")
+    again("--resume", action="store_true", help="continue an interrupted run in its folder")
     run("--checkpoint", metavar="F", help="a run, or its best.pt: predict --test-volume, no "
         "training")
     run("--init", metavar="F", help="a run, or its best.pt: start the training from its networks, "
@@ -3063,42 +3063,43 @@ def add_common_args(parser, models, sources):
 
 
 def parse(parser, argv, demo, quick, settings=lambda args: {}, of_prediction=()):
-    """Parse the command line. --demo, --quick, --resume and --checkpoint bring their own defaults.
+    """Parse the command line: typed arguments win over those of the run that is resumed, predicts
+    or is trained on, these over --demo and --quick, and these over the defaults.
 
     demo, quick: flags that these stand for; settings: args -> defaults that depend on other flags,
-    such as those of a model. What is typed always wins, except that a resumed run must have the
-    arguments that it was started with. of_prediction: flags of the script that work with
-    --checkpoint.
+    such as those of a model; of_prediction: flags of the script that work with --checkpoint. What
+    is typed with --resume must be what the run was started with.
     """
-    untyped = []                # marks what was not typed; a list: --partial appends to a copy
-    names = vars(parser.parse_args([]))
-    args = parser.parse_args(argv)
-    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, untyped))))
+    untyped = []                            # stands for a default; a list: --partial adds to a copy
+    defaults = vars(parser.parse_args([]))
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, untyped))))
     typed = {name: value for name, value in typed.items() if value is not untyped}
-    for one, other in (("resume", "overwrite"), ("resume", "checkpoint"), ("demo", "checkpoint"),
-                       ("demo", "quick"), ("init", "checkpoint")):
-        if getattr(args, one) and getattr(args, other):
-            parser.error(f"--{one} and --{other} contradict each other")
+    args = argparse.Namespace(**{**defaults, **typed})
+    without_effect = sorted(typed.keys() - OF_PREDICTION - {*of_prediction})
+    if args.checkpoint and without_effect:
+        parser.error(f"{flag_name(without_effect[0])} has no effect with --checkpoint, which only "
+                     f"predicts --test-volume; --init trains on from a checkpoint")
     try:
-        training = sorted(set(typed) - OF_PREDICTION - set(of_prediction))
-        if args.checkpoint and training:
-            parser.error(f"{flag_name(training[0])} has no effect with --checkpoint, which only "
-                         f"predicts --test-volume; --init trains on from a checkpoint")
         source = args.checkpoint or args.init or getattr(args, "coarse", None)
         saved = load_checkpoint(source)["args"] if source else {}
-        kept = names.keys() - OF_THIS_CALL - INPUTS if args.checkpoint else OF_NETWORK
         given = {**(demo if args.demo else quick if args.quick else {}),
-                 **{name: saved[name] for name in saved.keys() & names.keys() & kept}, **typed}
+                 **{name: value for name, value in saved.items() if (
+                     name not in OF_THIS_CALL | INPUTS if args.checkpoint else
+                     name in OF_NETWORK & defaults.keys())}, **typed}
+        vars(args).update(given)
         if not args.checkpoint:
-            given = {**settings(argparse.Namespace(**{**vars(args), **given})), **given}
-        args = argparse.Namespace(**{**vars(args), **given})
+            vars(args).update({**settings(args), **given})
         kind = "-prediction" if args.checkpoint else "-demo" if args.demo else ""
         args.out_dir = args.out_dir or (
             f"runs/{Path(parser.prog).stem}-{args.model}-seed{args.seed}{kind}")
-        if args.resume:
-            args = resume_args(parser, args, typed)
+        saved = read_config(Path(args.out_dir), parser.prog)["args"] if args.resume else {}
     except InputError as error:
         parser.error(str(error))
+    for name in saved.keys() - {"out_dir", "overwrite", "resume"} - (OF_THIS_CALL & typed.keys()):
+        if typed.get(name, saved[name]) != saved[name]:
+            parser.error(f"--resume: {flag_name(name)} was {saved[name]} and is now {typed[name]}; "
+                         f"leave it out, or start a new run in another --out-dir")
+        setattr(args, name, saved[name])
     check_args(parser, args, typed)
     return args
 
@@ -3113,27 +3114,9 @@ def format_shape(shape):
     return " x ".join(str(side) for side in shape)
 
 
-def resume_args(parser, args, typed):
-    """The arguments of the run in args.out_dir; an error where the command line differs."""
-    path = Path(args.out_dir) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        saved, script = config["args"], config["script"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"--resume: {path} is no config of an earlier run; check --out-dir")
-    if script != parser.prog:
-        raise InputError(f"--resume: {args.out_dir} holds a run of {script}, not of {parser.prog}")
-    for name, value in typed.items():
-        if name not in OF_THIS_CALL and saved.get(name) != value:
-            raise InputError(f"--resume: {flag_name(name)} was {saved.get(name)} and is now "
-                             f"{value}; leave it out, or start a new run in another --out-dir")
-    own = {"out_dir", "overwrite", "resume", *OF_THIS_CALL.intersection(typed)}
-    return argparse.Namespace(**{**vars(args), **saved, **{n: vars(args)[n] for n in own}})
-
-
 def check_args(parser, args, typed):
     """Errors that need no file: what must be given together."""
-    if args.demo and {"volume", "label", "test_volume", "test_label"} & set(typed):
+    if args.demo and {"volume", "label", "test_volume", "test_label"} & typed.keys():
         parser.error("--demo makes its own data; leave --volume and --label out")
     if not (args.volume or args.demo or args.checkpoint or getattr(args, "partial", None)):
         parser.error("--volume and --label name the training data; or try --demo")
@@ -3153,14 +3136,13 @@ def check_args(parser, args, typed):
 # -- data ------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Item:
     """A volume of a run: its file, what the network sees of it (lazy uint8), its Labels or None.
 
-    name: for the files of its results. target: the labels at the resolution that the network sees;
-    slices: those of them in which anything is annotated.
+    target: the labels at the resolution that the network sees; slices: those of them in which
+    anything is annotated.
     """
-    name: str
     volume: Volume
     image: LazyArray
     label: Labels = None
@@ -3177,16 +3159,15 @@ def open_items(volumes, labels, args, slices=None, **rules):
     opened = [open_volume(path) for path in volumes]
     for volume in opened if args.voxel_size else []:
         volume.voxel_size = tuple(args.voxel_size)
-    items = [Item(name, volume, network_input(volume, args))
-             for name, volume in zip(unique_names(volumes), opened)]
-    if labels:
-        rules = {"label_map": args.label_map, "ignore_label": args.ignore_label, **rules}
-        rules["label_map"] = parse_label_map(rules["label_map"]) if rules["label_map"] else None
-        truths, n_classes = open_labels(labels, opened, len(args.classes or []) or None,
-                                        label_slices=slices, **rules)
-        args.classes = class_names(args.classes, n_classes)
-        items = [labelled(item, label, args) for item, label in zip(items, truths)]
-    return items
+    items = [Item(volume, network_input(volume, args)) for volume in opened]
+    if not labels:
+        return items
+    rules = {"label_map": args.label_map, "ignore_label": args.ignore_label, **rules}
+    rules["label_map"] = rules["label_map"] and parse_label_map(rules["label_map"])
+    truths, n_classes = open_labels(labels, opened, len(args.classes or []) or None,
+                                    label_slices=slices, **rules)
+    args.classes = class_names(args.classes, n_classes)
+    return [labelled(item, label, args) for item, label in zip(items, truths)]
 
 
 def labelled(item, label, args):
@@ -3203,13 +3184,12 @@ def open_training(args, **rules):
     --val-volume, and --val-slices of --volume. rules: of open_labels."""
     train = open_items(args.volume, args.label, args, args.label_slices, **rules)
     val = open_items(args.val_volume, args.val_label, args, require_foreground=False)
-    if not args.val_slices:
-        return train, val
-    every = open_items(args.volume, args.label, args, **rules) if args.label_slices else train
-    for i, (item, all_of_it) in enumerate(zip(train, every)):
-        kept = validation_slices(args.val_slices, item.label, all_of_it.label.slices)
-        val.append(labelled(item, all_of_it.label.only(kept), args))
-        train[i] = labelled(item, item.label.only(np.setdiff1d(item.label.slices, kept)), args)
+    if args.val_slices:
+        every = open_items(args.volume, args.label, args, **rules) if args.label_slices else train
+        for i, (item, whole) in enumerate(zip(train, every)):
+            kept = validation_slices(args.val_slices, item.label, whole.label.slices)
+            val.append(labelled(item, whole.label.only(kept), args))
+            train[i] = labelled(item, item.label.only(np.setdiff1d(item.label.slices, kept)), args)
     return train, val
 
 
@@ -3222,11 +3202,7 @@ def validation_slices(text, label, annotated):
     """
     rest = np.setdiff1d(annotated, label.slices)
     rest = rest if len(rest) else annotated
-    try:
-        chosen = (rest[parse_slices(text, len(rest))] if "=" in text else
-                  parse_slices(text, len(label)))
-    except InputError as error:
-        raise InputError(f"--val-slices, of {len(rest)} annotated slices: {error}")
+    chosen = rest[parse_slices(text, len(rest))] if "=" in text else parse_slices(text, len(label))
     for z in np.setdiff1d(chosen, annotated):
         raise InputError(f"--val-slices {text}: nothing is annotated in {label.path} at z = {z}")
     return chosen
@@ -3235,26 +3211,20 @@ def validation_slices(text, label, annotated):
 def open_unlabelled(args, train, val):
     """Items of what has no label, their `slices`: the other slices of the training volumes, and
     --unlabeled-volume."""
-    items = open_items(args.unlabeled_volume, [], args)
-    items = [dataclasses.replace(item, slices=np.arange(len(item.image))) for item in items]
-    for item in train:
-        taken = [item.slices, *(each.label.slices for each in val if each.volume is item.volume)]
-        rest = np.setdiff1d(np.arange(len(item.image)), np.concatenate(taken))
-        items.append(dataclasses.replace(item, label=None, target=None, slices=rest))
-    return [item for item in items if len(item.slices)]
+    used, items = used_slices(train + val), []
+    for item in open_items(args.unlabeled_volume, [], args) + train:
+        slices = np.setdiff1d(np.arange(len(item.volume)), used_in(item.volume, used))
+        if len(slices):
+            items.append(Item(item.volume, item.image, slices=slices))
+    return items
 
 
 def open_test(args, used, train=(), val=()):
     """Items to predict: --test-volume, scored in slices that were not `used` (see used_slices); or
-    else the volumes of `train` and `val`, of which the slices in `val` score. With --checkpoint it
-    also prints what was read."""
+    else `val`, which scores, or else the volumes of `train`. With --checkpoint it also prints what
+    was read."""
     if not args.test_volume:
-        truth = {id(item.volume): item.label for item in val}
-        items = [dataclasses.replace(item, label=truth.pop(id(item.volume), None))
-                 for item in train]
-        items += [item for item in val if id(item.volume) in truth]
-        names = unique_names([item.volume.path for item in items])
-        return [dataclasses.replace(item, name=name) for item, name in zip(items, names)]
+        return list(val) or [Item(item.volume, item.image) for item in train]
     ignored = args.ignore_label, getattr(args, "test_ignore_label", None)
     items = open_items(args.test_volume, args.test_label, args, require_foreground=False,
                        ignore_label=ignored)
@@ -3372,8 +3342,6 @@ def drop_used_slices(item, used):
 
 def class_names(names, n_classes):
     """Names for all classes: those given, else background, class 1, class 2, …"""
-    if len(set(names or [])) < len(names or []):
-        raise InputError("--classes names a class twice")
     if names and len(names) != n_classes:
         raise InputError(f"--classes has {len(names)} names, the labels have {n_classes} classes")
     return list(names or ["background", *(f"class {k}" for k in range(1, n_classes))])
@@ -3394,10 +3362,9 @@ def write_demo(run, shape, voxel_size=(20.0, 8.0, 8.0)):
     with labels of PHANTOM_CLASSES.
     """
     for number, (kind, ending) in enumerate((("", "tif"), ("test_", "mrc"))):
-        names = [f"demo/{kind or 'train_'}{part}.{ending}" for part in ("volume", "label")]
-        paths = [str(run.path(name)) for name in names]
-        setattr(run.args, f"{kind}volume", paths[:1])
-        setattr(run.args, f"{kind}label", paths[1:])
+        paths = [str(run.path(f"demo/{kind or 'train_'}{part}.{ending}"))
+                 for part in ("volume", "label")]
+        vars(run.args).update({f"{kind}volume": paths[:1], f"{kind}label": paths[1:]})
         if run.rank == 0 and not run.args.resume:
             image, label = phantom(shape, voxel_size, seed=1000 * run.args.seed + number)
             if ending == "mrc":
@@ -3439,12 +3406,10 @@ def choose_precision(device, amp):
 
 def keep_freed_memory():
     """Make glibc keep freed memory: new pages for every tensor cost a fifth of a CPU step."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):          # another library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(-3, 1 << 30)                    # M_MMAP_THRESHOLD
-    mallopt(-1, (1 << 31) - 1)              # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 30)                # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)          # M_TRIM_THRESHOLD
 
 
 def rank_and_world():
@@ -3476,7 +3441,7 @@ def command(main):
     @functools.wraps(main)
     def wrapper(args):
         prog = Path(sys.argv[0]).name
-        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return main(args)
         except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
@@ -3493,7 +3458,6 @@ def command(main):
             print(f"{prog}: interrupted; {line}", file=sys.stderr)
             raise SystemExit(130)
         finally:
-            signal.signal(signal.SIGTERM, handler)
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
     return wrapper
@@ -3847,11 +3811,8 @@ def load_checkpoint(path):
     path = Path(path) / "best.pt" if os.path.isdir(path) else Path(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint")
     except Exception as error:     # torch.load raises what it likes on damaged or malicious files
-        raise InputError(f"{path}: damaged, or not a checkpoint that is safe to load "
-                         f"({type(error).__name__})")
+        raise InputError(f"{path}: no checkpoint that is safe to load ({type(error).__name__})")
     if not isinstance(content, dict) or not {"script", "args", "modules", "rows"} <= set(content):
         raise InputError(f"{path}: not a checkpoint of this version of emseg")
     return content
@@ -3964,7 +3925,8 @@ def writers_of(run, item, outputs):
 def result_name(kind, item, items):
     """prediction.tif, or prediction_NAME.tif where there are several items; MRC for MRC."""
     ending = "mrc" if item.volume.format == "mrc" and kind == "prediction" else "tif"
-    return f"{kind}_{item.name}.{ending}" if len(items) > 1 else f"{kind}.{ending}"
+    name = unique_names([each.volume.path for each in items])[items.index(item)]
+    return f"{kind}_{name}.{ending}" if len(items) > 1 else f"{kind}.{ending}"
 
 
 def write_prediction(run, predict, item, name, context=1, depth=None, channels=None, decide=None,
@@ -4020,62 +3982,49 @@ def report(run, items, stages, parameters, organelles=None, **more):
     last of which counts. parameters: of the networks. more: for metrics.json, too.
     """
     if run.rank:
-        run.barrier()
-        return None
+        return run.barrier()
     stages = stages if isinstance(stages, dict) else {"prediction": stages}
-    results, volumes, shown, curves = {name: [] for name in stages}, [], [], []
+    classes, results = run.args.classes, {stage: [] for stage in stages}
+    volumes, shown, curves = [], [], []
     for number, item in enumerate(items):
-        opened = {name: open_volume(paths[number]) for name, paths in stages.items()}
+        opened = {stage: open_volume(paths[number]) for stage, paths in stages.items()}
+        name, dice = Path(item.volume.path).name, None
         entry = {"volume": item.volume.path, "label": item.label and item.label.path,
-                 "prediction": str(list(stages.values())[-1][number]),
-                 "used": used_in(item.volume, run.used)}
-        for prediction in opened.values():
-            if not any(page.any() for page in prediction):
-                print0(f"note: {prediction.path} is background only; a longer training, or more "
-                       f"labelled slices, may help")
-        for name, prediction in opened.items() if item.label is not None else ():
-            counts = confusion_volume(prediction, item.label, run.args.classes)
-            result = volume_scores(counts, item.label, run.args.classes, organelles)
-            results[name].append(result)
-            print_scores(Path(prediction.path).relative_to(run.folder), result)
-        dice = None
-        if item.label is not None:
-            entry |= result                             # of the last stage
-            dice = dice_of_slices(counts)
-            curves.append((item.name, dice, entry["used"]))
-            if len(stages) > 1:
-                entry["stages"] = {name: each[-1] for name, each in results.items()}
+                 "prediction": [*opened.values()][-1].path, "used": used_in(item.volume, run.used)}
+        for stage, prediction in opened.items() if item.label else ():
+            counts = confusion_volume(prediction, item.label, classes)
+            dice, result = dice_of_slices(counts), volume_scores(counts, item.label, classes,
+                                                                 organelles)
+            results[stage].append(result)
+            entry |= result
+            for class_name, score in result["per_class"].items():
+                print0(f"{Path(prediction.path).relative_to(run.folder)}  {class_name}: "
+                       + "  ".join(f"{key} {math.nan if score[key] is None else score[key]:.4f}"
+                                   for key in ("dice", "iou", "precision", "recall")))
+        if item.label:
+            curves.append((name, dice, entry["used"]))
         volumes.append(entry)
-        shown.append((Path(item.volume.path).name, as_uint8(item.volume), item.label, opened, dice))
-    mean = {name: mean_scores(each) if each else None for name, each in results.items()}
+        shown.append((name, as_uint8(item.volume), item.label, opened, dice))
+    mean = {stage: mean_scores(each) if each else None for stage, each in results.items()}
     seconds = run.predict_seconds
     content = {
         "schema": 1, "script": run.script.name, "model": run.args.model, "seed": run.args.seed,
         "selected_on": "last epoch" if run.best is None else "validation", "best": run.best,
-        "classes": run.args.classes, "volumes": volumes, "mean": list(mean.values())[-1],
+        "classes": classes, "volumes": volumes, "mean": list(mean.values())[-1],
         **({"stages": mean} if len(stages) > 1 else {}), "train_seconds": round(run.seconds, 1),
         "predict_seconds": round(seconds, 1),
         "predict_voxels_per_second": round(run.predicted_voxels / seconds) if seconds else None,
         "peak_memory_gib": peak_memory_gib(run.device), "parameters": parameters, **more}
     if shown:
-        save_slices(run.path("figure.png"), shown, run.args.classes)
+        save_slices(run.path("figure.png"), shown, classes)
     if curves:
-        save_slice_dice(run.path("slice_dice.png"), curves, run.args.classes)
-    if (run.folder / "log.csv").exists():
-        save_curves(run.path("curves.png"), run.folder / "log.csv")
+        save_slice_dice(run.path("slice_dice.png"), curves, classes)
+    if run.rows:
+        save_curves(run.path("curves.png"), run.path("log.csv"))
     write_json(run.path("metrics.json"), content)
     print0(f"wrote {run.folder}/: {', '.join(sorted(os.listdir(run.folder)))}")
     run.barrier()
     return content
-
-
-def print_scores(name, result):
-    """One line for each class of a prediction."""
-    for class_name, score in result["per_class"].items():
-        values = [(key, score[key]) for key in ("dice", "iou", "precision", "recall")]
-        print0(f"{name}  {class_name}: " + "  ".join(
-            f"{key} {'undefined' if value is None else format(value, '.4f')}"
-            for key, value in values))
 
 
 def show_progress(what, done, total):
