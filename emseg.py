@@ -3122,13 +3122,6 @@ def check_args(parser, args, typed):
         parser.error("--volume and --label name the training data; or try --demo")
     if args.checkpoint and not args.test_volume:
         parser.error("--checkpoint needs --test-volume: the volumes to predict")
-    for kind in ("", "val_", "test_"):
-        volumes, labels = getattr(args, f"{kind}volume"), getattr(args, f"{kind}label")
-        named = any("=" in label for label in labels)           # train_seget.py counts these
-        if not named and len(volumes) != len(labels) and (labels or kind != "test_"):
-            parser.error(f"{flag_name(kind + 'volume')} has {len(volumes)} and "
-                         f"{flag_name(kind + 'label')} {len(labels)} paths; give one label for "
-                         f"each volume")
     if len(args.classes or "ab") < 2:
         parser.error("--classes needs two names at least, the background's first")
 
@@ -3151,16 +3144,19 @@ class Item:
 
 
 def open_items(volumes, labels, args, slices=None, **rules):
-    """Items of volumes and of their labels; none have labels where that list is empty.
+    """Items of volumes and of their labels; none have labels where these are None.
 
     The first labels that are opened decide on args.classes, where no names were given. slices: text
     for parse_slices, the annotated slices to use; rules: of open_labels.
     """
+    if labels is not None and len(labels) != len(volumes):
+        raise InputError(f"{len(volumes)} volumes ({', '.join(volumes)}) and {len(labels)} labels; "
+                         f"give one label for each volume")
     opened = [open_volume(path) for path in volumes]
     for volume in opened if args.voxel_size else []:
         volume.voxel_size = tuple(args.voxel_size)
     items = [Item(volume, network_input(volume, args)) for volume in opened]
-    if not labels:
+    if not volumes or labels is None:
         return items
     rules = {"label_map": args.label_map, "ignore_label": args.ignore_label, **rules}
     rules["label_map"] = rules["label_map"] and parse_label_map(rules["label_map"])
@@ -3181,38 +3177,35 @@ def labelled(item, label, args):
 
 def open_training(args, **rules):
     """(train, val): Items of --volume with the labels to train on, and Items that choose the epoch:
-    --val-volume, and --val-slices of --volume. rules: of open_labels."""
+    --val-volume, and --val-slices of --volume. rules: of open_labels.
+
+    Numbers in --val-slices name annotated slices; n=2 or every=5 draw from those that are not
+    trained on, or, where all are, from these.
+    """
+    text = args.val_slices
     train = open_items(args.volume, args.label, args, args.label_slices, **rules)
     val = open_items(args.val_volume, args.val_label, args, require_foreground=False)
-    if args.val_slices:
-        every = open_items(args.volume, args.label, args, **rules) if args.label_slices else train
-        for i, (item, whole) in enumerate(zip(train, every)):
-            kept = validation_slices(args.val_slices, item.label, whole.label.slices)
-            val.append(labelled(item, whole.label.only(kept), args))
-            train[i] = labelled(item, item.label.only(np.setdiff1d(item.label.slices, kept)), args)
+    if not text:
+        return train, val
+    every = open_items(args.volume, args.label, args, **rules) if args.label_slices else train
+    for i, (item, whole) in enumerate(zip(train, every)):
+        trained, annotated = item.label.slices, whole.label.slices
+        rest = np.setdiff1d(annotated, trained)
+        rest = rest if len(rest) else annotated
+        kept = rest[parse_slices(text, len(rest))] if "=" in text else parse_slices(
+            text, len(item.label))
+        for z in np.setdiff1d(kept, annotated):
+            raise InputError(f"--val-slices: nothing is annotated in {item.label.path} at z = {z}")
+        val.append(labelled(item, whole.label.only(kept), args))
+        train[i] = labelled(item, item.label.only(np.setdiff1d(trained, kept)), args)
     return train, val
-
-
-def validation_slices(text, label, annotated):
-    """The slices that --val-slices keeps for validation (sorted int array).
-
-    label: the Labels to train on; annotated: every annotated slice of their file. Numbers name
-    annotated slices. n=2 or every=5 draw from those that are not trained on, or, where all are,
-    from these.
-    """
-    rest = np.setdiff1d(annotated, label.slices)
-    rest = rest if len(rest) else annotated
-    chosen = rest[parse_slices(text, len(rest))] if "=" in text else parse_slices(text, len(label))
-    for z in np.setdiff1d(chosen, annotated):
-        raise InputError(f"--val-slices {text}: nothing is annotated in {label.path} at z = {z}")
-    return chosen
 
 
 def open_unlabelled(args, train, val):
     """Items of what has no label, their `slices`: the other slices of the training volumes, and
     --unlabeled-volume."""
     used, items = used_slices(train + val), []
-    for item in open_items(args.unlabeled_volume, [], args) + train:
+    for item in open_items(args.unlabeled_volume, None, args) + train:
         slices = np.setdiff1d(np.arange(len(item.volume)), used_in(item.volume, used))
         if len(slices):
             items.append(Item(item.volume, item.image, slices=slices))
@@ -3226,7 +3219,7 @@ def open_test(args, used, train=(), val=()):
     if not args.test_volume:
         return list(val) or [Item(item.volume, item.image) for item in train]
     ignored = args.ignore_label, getattr(args, "test_ignore_label", None)
-    items = open_items(args.test_volume, args.test_label, args, require_foreground=False,
+    items = open_items(args.test_volume, args.test_label or None, args, require_foreground=False,
                        ignore_label=ignored)
     items = [drop_used_slices(item, used) for item in items]
     if args.checkpoint:
@@ -3266,10 +3259,7 @@ def describe_data(args, **groups):
             if volume.voxel_size:
                 parts.append(f"{format_shape(f'{side:g}' for side in volume.voxel_size)} nm")
             if label is not None and len(label.slices):
-                numbers = (volume.numbers or ())[volume.crop[0]]
-                parts.append(f"labelled slices {_listed(label.slices)}")
-                if numbers and numbers != (*range(len(volume)),):
-                    parts.append(f"in files {_listed([numbers[z] for z in label.slices])}")
+                parts.append(f"labelled {_listed([volume.slice_name(z) for z in label.slices])}")
                 share = 100 * label.counts.sum(0) / label.counts.sum()
                 parts += [f"{_listed(label.values[label.ids == k], 4)} = {name}, {share[k]:.3g} %"
                           for k, name in enumerate(args.classes)]
@@ -3286,17 +3276,14 @@ def network_input(volume, args):
     for z in range(len(volume) if volume.dtype.kind == "f" else 0):
         if not np.isfinite(volume[z]).all():
             raise InputError(f"{volume.path}: {volume.slice_name(z)} holds NaN or infinite values")
-    image = as_uint8(volume, args.normalize)
-    if getattr(args, "resize", None):
-        image = resize(image, args.resize, linear=True)
-    return downsample(image, args.downsample, "mean")
+    return shrink(as_uint8(volume, args.normalize), args, image=True)
 
 
-def shrink(label, args):
-    """Labels, or class ids, at the resolution that the network sees."""
+def shrink(array, args, image=False):
+    """An image, Labels or class ids at the resolution that the network sees."""
     if getattr(args, "resize", None):
-        label = resize(label, args.resize, linear=False)
-    return downsample(label, args.downsample, "majority")
+        array = resize(array, args.resize, linear=image)
+    return downsample(array, args.downsample, "mean" if image else "majority")
 
 
 def out_channels(classes):
@@ -3328,16 +3315,15 @@ def drop_used_slices(item, used):
     So a whole stack with dense labels can be the test volume of a run that used a few of its slices
     (as in train_cps.py's paper).
     """
-    if item.label is None:
+    slices = item.label.slices if item.label else []
+    left = np.setdiff1d(slices, used_in(item.volume, used))
+    if len(left) == len(slices):
         return item
-    slices = np.setdiff1d(item.label.slices, used_in(item.volume, used))
-    if not len(slices):
-        raise InputError(f"{item.volume.path}: every labelled slice was trained or validated on; "
-                         f"test on others")
-    if len(slices) < len(item.label.slices):
-        print0(f"{item.volume.path}: {len(item.label.slices) - len(slices)} slices that were "
-               f"trained or validated on do not score")
-    return dataclasses.replace(item, label=item.label.only(slices))
+    print0(f"{item.volume.path}: {len(slices) - len(left)} slices that were trained or validated "
+           f"on do not score")
+    if not len(left):
+        raise InputError(f"{item.volume.path}: no other slice is labelled; test on others")
+    return dataclasses.replace(item, label=item.label.only(left))
 
 
 def class_names(names, n_classes):
@@ -3381,8 +3367,8 @@ def write_demo(run, shape, voxel_size=(20.0, 8.0, 8.0)):
 def choose_device(name):
     """The device of that name, or the best there is. Raises InputError where it does not exist."""
     if name is None:
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        there = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if there else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -3483,7 +3469,7 @@ class Run:
             run.end_epoch(validate(run, predict, val))
 
     normalization and used (see used_slices) go into its checkpoints. checkpoint: what it starts
-    from, --checkpoint or --init.
+    from, --checkpoint or --init. finished: a resumed run has nothing left to do.
     """
 
     def __init__(self, args, script):
@@ -3504,6 +3490,7 @@ class Run:
         self.step, self.seconds, self.sums = 0, 0.0, {}     # of the losses of an epoch
         self.rows, self.best = [], None         # of log.csv; the highest metric of end_epoch
         self.interrupted = False
+        self.finished = args.resume and (self.folder / "metrics.json").exists()
         self.predicted_voxels, self.predict_seconds = 0, 0.0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if not args.resume:
@@ -3526,11 +3513,6 @@ class Run:
                + (f", {self.world} processes" if self.world > 1 else ""))
 
     # -- folder
-
-    @property
-    def finished(self):
-        """Whether a resumed run has nothing left to do."""
-        return self.args.resume and (self.folder / "metrics.json").exists()
 
     def write_config(self):
         """Write config.json with the arguments as they are now; the first time make the folder."""
@@ -3734,16 +3716,15 @@ class Run:
         a weight is not finite: such a network must not replace a good one."""
         if self.rank:
             return
-        keep = {key: module.state_dict() for key, module in self.modules.items()
-                if name == "last.pt" or isinstance(module, nn.Module)}
-        for module in self.modules.values():
-            if isinstance(module, nn.Module) and not all(
-                    value.isfinite().all() for value in module.state_dict().values()):
-                raise InputError(f"the weights are not finite after step {self.step}; try a lower "
-                                 f"--lr or --no-amp; the last good checkpoint is kept")
-        content = {"script": self.script.name, "args": vars(self.args), "modules": keep,
-                   "classes": self.args.classes, "normalization": self.normalization,
-                   "used": self.used}
+        networks = {key: module.state_dict() for key, module in self.modules.items()
+                    if isinstance(module, nn.Module)}
+        if not all(value.isfinite().all() for each in networks.values() for value in each.values()):
+            raise InputError(f"the weights are not finite after step {self.step}; try a lower --lr "
+                             f"or --no-amp; the last good checkpoint is kept")
+        others = {key: module.state_dict() for key, module in self.modules.items()
+                  if name == "last.pt"}
+        content = {"script": self.script.name, "args": vars(self.args), "used": self.used,
+                   "normalization": self.normalization, "modules": {**others, **networks}}
         with replacing(self.path(name)) as temporary:
             torch.save({**content, **{key: getattr(self, key) for key in PROGRESS}}, temporary)
 
@@ -3782,15 +3763,12 @@ def check_folder(args, script):
         raise InputError(f"--out-dir {folder} holds a run; give --overwrite or another folder, or "
                          f"--resume")
 
-    def texts(value):
-        return [value] if isinstance(value, str) else [
-            text for each in value for text in texts(each)] if isinstance(value, list) else []
-
-    for text in texts([value for name, value in vars(args).items() if name != "out_dir"]):
-        for path in map(_split_crop, (text, text.partition("=")[2])):
-            if os.path.exists(path[0]) and Path(path[0]).resolve().is_relative_to(folder.resolve()):
-                raise InputError(f"--overwrite {folder}: this run reads {path[0]}, which lies in "
-                                 f"it; choose another --out-dir")
+    values = np.hstack([np.ravel(value) for value in {**vars(args), "out_dir": ""}.values()])
+    for text in map(str, values):
+        for path, _ in map(_split_crop, (text, text.partition("=")[2])):
+            if os.path.exists(path) and Path(path).resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"--overwrite {folder}: this run reads {path}, which lies in it; "
+                                 f"choose another --out-dir")
 
 
 def start_folder(folder):
@@ -3811,10 +3789,9 @@ def load_checkpoint(path):
     path = Path(path) / "best.pt" if os.path.isdir(path) else Path(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        assert {"script", "args", "modules", "used"} <= content.keys()
     except Exception as error:     # torch.load raises what it likes on damaged or malicious files
-        raise InputError(f"{path}: no checkpoint that is safe to load ({type(error).__name__})")
-    if not isinstance(content, dict) or not {"script", "args", "modules", "rows"} <= set(content):
-        raise InputError(f"{path}: not a checkpoint of this version of emseg")
+        raise InputError(f"{path}: no checkpoint of emseg ({type(error).__name__})")
     return content
 
 
@@ -3981,6 +3958,7 @@ def report(run, items, stages, parameters, organelles=None, **more):
     stages: paths of the predictions of the Items, or {name: paths} of the stages of a method, the
     last of which counts. parameters: of the networks. more: for metrics.json, too.
     """
+    run.write_config()                  # with the arguments as they are in the end
     if run.rank:
         return run.barrier()
     stages = stages if isinstance(stages, dict) else {"prediction": stages}

@@ -315,7 +315,7 @@ def main(args):
 
     # data
     train, val = emseg.open_training(args)
-    unlabelled = emseg.open_items(args.unlabeled_volume, [], args)
+    unlabelled = emseg.open_items(args.unlabeled_volume, None, args)
     run.used += emseg.used_slices(train + val)
     test = emseg.open_test(args, run.used, train)
     emseg.describe_data(args, train=train, validate=val, unlabelled=unlabelled, test=test)
