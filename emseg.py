@@ -3010,31 +3010,31 @@ def add_common_args(parser, models, sources):
     sources: {flag: a remark for its help}, such as its section in the paper.
     """
     flag = argparse.BooleanOptionalAction
+    paths = {"nargs": "+", "metavar": "P", "default": []}
+    count = {"type": positive(int), "metavar": "N"}
     data = parser.add_argument_group("data").add_argument
-    data("--volume", nargs="+", metavar="P", default=[], help="training volumes: TIFF, MRC, NPY or "
-         "a folder of slices; P@z0:z1,y0:y1,x0:x1 crops")
-    data("--label", nargs="+", metavar="P", default=[], help="their labels, in the same order")
+    data("--volume", **paths, help="training volumes: TIFF, MRC, NPY or a folder of slices; "
+         "P@z0:z1,y0:y1,x0:x1 crops")
+    data("--label", **paths, help="their labels, in the same order")
     add_label_args(data)
-    data("--val-volume", nargs="+", metavar="P", default=[], help="volumes that choose best.pt")
-    data("--val-label", nargs="+", metavar="P", default=[], help="their labels")
+    data("--val-volume", **paths, help="volumes that choose best.pt")
+    data("--val-label", **paths, help="their labels")
     data("--val-slices", metavar="S", help="annotated slices of --volume kept for validation; n=2 "
          "or every=5: of those that are not among --label-slices, if there are such")
-    data("--test-volume", nargs="+", metavar="P", default=[], help="volumes to predict; without "
-         "them --volume is predicted")
-    data("--test-label", nargs="+", metavar="P", default=[], help="their labels, for the scores")
-    data("--downsample", type=positive(int), default=1, metavar="N",
-         help="show the network slices N times smaller in y and x")
+    data("--test-volume", **paths, help="volumes to predict; default: those that validate, or else "
+         "--volume")
+    data("--test-label", **paths, help="their labels, for the scores")
+    data("--downsample", **count, default=1, help="show the network slices N times smaller in y, x")
     data("--normalize", choices=("zscore", "volume", "equalize"), default="zscore",
          help="grey levels: zero mean and unit variance, of all training slices together or of "
          "each volume by itself; histogram equalisation per slice")
     training = parser.add_argument_group("training").add_argument
     training("--model", choices=sorted(models), help="the network")
-    training("--width", type=positive(int), metavar="N", help="filters of the first level; "
-             "default: the paper's")
-    training("--epochs", type=positive(int), metavar="N", help="rounds of --steps-per-epoch")
-    training("--steps-per-epoch", type=positive(int), metavar="N", help="optimiser steps per epoch")
-    training("--batch-size", type=positive(int), metavar="N", help="crops in a step of one process")
-    training("--patch-size", type=positive(int), nargs="+", metavar="N",
+    training("--width", **count, help="filters of the first level; default: the paper's")
+    training("--epochs", **count, help="rounds of --steps-per-epoch")
+    training("--steps-per-epoch", **count, help="optimiser steps per epoch")
+    training("--batch-size", **count, help="crops in a step of one process")
+    training("--patch-size", **count, nargs="+",
              help="sides Y X of the crops in pixels, after --downsample; Z Y X for a 3D network")
     training("--lr", type=positive(float), metavar="R", help="highest learning rate")
     training("--workers", type=number(int, 0), metavar="N", help="processes that read crops",
@@ -3042,11 +3042,10 @@ def add_common_args(parser, models, sources):
     group = parser.add_argument_group("run")
     run, again = group.add_argument, group.add_mutually_exclusive_group().add_argument
     run("--out-dir", metavar="D", help="run folder; default runs/SCRIPT-MODEL-seedSEED")
-    again("--overwrite", action="store_true", help="replace the files of an earlier run")
+    again("--overwrite", action="store_true", help="replace an earlier run in its folder")
     again("--resume", action="store_true", help="continue an interrupted run in its folder")
-    run("--checkpoint", metavar="F", help="a run, or its best.pt: predict --test-volume, no "
-        "training")
-    run("--init", metavar="F", help="a run, or its best.pt: start the training from its networks, "
+    run("--checkpoint", metavar="F", help="a run or its best.pt: only predict --test-volume")
+    run("--init", metavar="F", help="a run or its best.pt: start the training from its networks, "
         "with its --model, --width, --downsample, …, after a few slices were corrected, say")
     run("--seed", type=number(int, 0), default=0, metavar="N", help="seed of everything random")
     run("--device", metavar="D", help="cpu, cuda, cuda:1, mps; default: the best there is")
@@ -3153,9 +3152,13 @@ def open_items(volumes, labels, args, slices=None, **rules):
         raise InputError(f"{len(volumes)} volumes ({', '.join(volumes)}) and {len(labels)} labels; "
                          f"give one label for each volume")
     opened = [open_volume(path) for path in volumes]
-    for volume in opened if args.voxel_size else []:
-        volume.voxel_size = tuple(args.voxel_size)
-    items = [Item(volume, network_input(volume, args)) for volume in opened]
+    for volume in opened:
+        volume.voxel_size = tuple(args.voxel_size or ()) or volume.voxel_size
+        for z in range(len(volume) if volume.dtype.kind == "f" else 0):     # before hours of work
+            if not np.isfinite(volume[z]).all():
+                raise InputError(f"{volume.path}: {volume.slice_name(z)} holds NaN or infinity")
+    items = [Item(volume, shrink(as_uint8(volume, args.normalize), args, image=True))
+             for volume in opened]
     if not volumes or labels is None:
         return items
     rules = {"label_map": args.label_map, "ignore_label": args.ignore_label, **rules}
@@ -3216,11 +3219,11 @@ def open_test(args, used, train=(), val=()):
     """Items to predict: --test-volume, scored in slices that were not `used` (see used_slices); or
     else `val`, which scores, or else the volumes of `train`. With --checkpoint it also prints what
     was read."""
-    if not args.test_volume:
-        return list(val) or [Item(item.volume, item.image) for item in train]
     ignored = args.ignore_label, getattr(args, "test_ignore_label", None)
     items = open_items(args.test_volume, args.test_label or None, args, require_foreground=False,
                        ignore_label=ignored)
+    if not items:
+        return list(val) or [Item(item.volume, item.image) for item in train]
     items = [drop_used_slices(item, used) for item in items]
     if args.checkpoint:
         describe_data(args, test=items)
@@ -3268,15 +3271,6 @@ def describe_data(args, **groups):
             print0("; ".join(parts))
             if volume.note:
                 print0(f"note: {volume.path}: {volume.note}")
-
-
-def network_input(volume, args):
-    """What a network sees of a volume: uint8, normalised, resized and downsampled as asked. Raises
-    InputError where any voxel is NaN: better now than after hours of training."""
-    for z in range(len(volume) if volume.dtype.kind == "f" else 0):
-        if not np.isfinite(volume[z]).all():
-            raise InputError(f"{volume.path}: {volume.slice_name(z)} holds NaN or infinite values")
-    return shrink(as_uint8(volume, args.normalize), args, image=True)
 
 
 def shrink(array, args, image=False):
@@ -3437,11 +3431,10 @@ def command(main):
             print(f"{prog}: error: {line.removeprefix('emseg.InputError: ')}", file=sys.stderr)
             raise SystemExit(2)
         except KeyboardInterrupt:
-            line = "start again"
+            line = f"{prog}: interrupted"
             if hasattr(args, "resume") and Path(args.out_dir, "config.json").exists():
-                flags = "--resume", "--out-dir", str(args.out_dir)
-                line = f"continue with: python {shlex.join([sys.argv[0], *flags])}"
-            print(f"{prog}: interrupted; {line}", file=sys.stderr)
+                line += f"; continue with --resume --out-dir {shlex.quote(str(args.out_dir))}"
+            print(line, file=sys.stderr)
             raise SystemExit(130)
         finally:
             if torch.distributed.is_initialized():
@@ -3539,9 +3532,6 @@ class Run:
         folder = self.path(name)
         self.config["runs"] = sorted({name, *self.config["runs"]})      # start_folder reads it
         self.write_config()
-        init = Path((self.args.init or "").removesuffix("best.pt"), name)
-        if self.args.init and init.is_dir():
-            changes["init"] = str(init)
         return argparse.Namespace(**{**vars(self.args), "demo": False, "out_dir": str(folder),
                                      "overwrite": False, "resume": True, **changes})
 
@@ -3589,11 +3579,7 @@ class Run:
                 setattr(self, key, checkpoint[key])
             print0(f"resuming {self.folder} at step {self.step} of {self.total}")
         elif self.args.init:
-            known = self.checkpoint["modules"].keys() & modules.keys()
-            if not known:
-                raise InputError(f"--init {self.args.init}: holds none of these networks; name the "
-                                 f"run of one of them, in its subfolder")
-            for key in known:
+            for key in {"network", *self.checkpoint["modules"].keys() & modules.keys()}:
                 load_weights(modules[key], self.checkpoint, key, self.args.init)
         self.write_config()
         self.printed, self.session, self.warned = 0.0, (time.monotonic(), self.step), False
@@ -3899,39 +3885,45 @@ def writers_of(run, item, outputs):
     run.barrier()
 
 
-def result_name(kind, item, items):
+def result_name(item, items):
     """prediction.tif, or prediction_NAME.tif where there are several items; MRC for MRC."""
-    ending = "mrc" if item.volume.format == "mrc" and kind == "prediction" else "tif"
     name = unique_names([each.volume.path for each in items])[items.index(item)]
-    return f"{kind}_{name}.{ending}" if len(items) > 1 else f"{kind}.{ending}"
+    ending = "mrc" if item.volume.format == "mrc" else "tif"
+    return f"prediction_{name}.{ending}" if len(items) > 1 else f"prediction.{ending}"
 
 
-def write_prediction(run, predict, item, name, context=1, depth=None, channels=None, decide=None,
-                     probability=None):
-    """Write the prediction of an Item into the run's file `name`; returns its path.
+def write_prediction(run, predict, item, name, context=1, depth=None, channels=None, decide=None):
+    """Write the prediction of an Item into the run's file `name`; returns its path. With
+    --save-probability, "probability…" is written beside "prediction…".
 
     predict: uint8 slices (B, H, W) -> probabilities (B, C, H, W). All processes share the work.
     context: see predict_by_slabs; depth: of the windows of a 3D network. channels: of the
     probabilities, where they are not one for each class. decide: probabilities (n, C, ...) -> class
-    ids (n, ...), in place of class_ids. probability: name of their file, if they are wanted.
+    ids (n, ...), in place of class_ids.
     """
     started, shape = time.monotonic(), item.volume.shape
     channels = channels or out_channels(run.args.classes)
-    threshold = getattr(run.args, "threshold", 0.5)
+    decide = decide or functools.partial(class_ids, threshold=getattr(run.args, "threshold", 0.5))
     outputs = [(run.path(name), shape, np.uint8)]
-    if probability:
+    if run.args.save_probability and name.startswith("prediction"):
+        path = run.path(name.replace("prediction", "probability", 1)).with_suffix(".tif")
         stacked = shape if channels == 1 else (shape[0], channels, *shape[1:])
-        outputs.append((run.path(probability), stacked, np.float32))
+        outputs.append((path, stacked, np.float32))
     share = {"rank": run.rank, "world": run.world}
     if depth:
         stream = predict_by_windows(predict, item.image, depth, **share)
     else:
         stream = predict_by_slabs(predict, item.image, shape, context, **share,
                                   pixels=2**22 if run.device.type == "cuda" else 2**20)
+
+    def progress(done, total):
+        if sys.stdout.isatty() and not run.rank:        # a line that goes when all is done
+            print(f"\r{f'predicting  slice {done}/{total}' if done < total else ''}\x1b[K", end="",
+                  flush=True)
+
     with writers_of(run, item, outputs) as writers:
-        decide = decide or functools.partial(class_ids, threshold=threshold)
         predict_volume(stream, writers[0], decide, shape, run.args.downsample, *writers[1:],
-                       progress=lambda done, total: show_progress("predicting  slice", done, total))
+                       progress=progress)
     run.predicted_voxels += math.prod(shape)
     run.predict_seconds += time.monotonic() - started
     return run.folder / name
@@ -3939,10 +3931,8 @@ def write_prediction(run, predict, item, name, context=1, depth=None, channels=N
 
 def predict_all(run, predict, items, **options):
     """Write the predictions of all Items, see write_prediction; their paths."""
-    save = run.args.save_probability
-    return [write_prediction(run, predict, item, result_name("prediction", item, items),
-                             probability=result_name("probability", item, items) if save else None,
-                             **options) for item in items]
+    return [write_prediction(run, predict, item, result_name(item, items), **options)
+            for item in items]
 
 
 def predict_and_score(run, network, items):
@@ -4003,12 +3993,6 @@ def report(run, items, stages, parameters, organelles=None, **more):
     print0(f"wrote {run.folder}/: {', '.join(sorted(os.listdir(run.folder)))}")
     run.barrier()
     return content
-
-
-def show_progress(what, done, total):
-    """A line that renews itself, and goes when all is done; on a terminal only."""
-    if sys.stdout.isatty() and rank_and_world()[0] == 0:
-        print(f"\r{f'{what} {done}/{total}' if done < total else ''}\x1b[K", end="", flush=True)
 
 
 def peak_memory_gib(device):

@@ -400,7 +400,7 @@ def finish(run, test, train=()):
     else:
         stages = {"coarse": [write_coarse(run, item).path for item in test], "mpp": [
             write_refined(run, item, labels.get(item.volume.path), None if args.scm else
-                          emseg.result_name("prediction", item, test)).path for item in test]}
+                          emseg.result_name(item, test)).path for item in test]}
     if args.scm:
         stages["scm"] = emseg.predict_all(run, functools.partial(predict_masks, run),
                                           with_masks(run, test), context=args.context)
