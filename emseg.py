@@ -3021,8 +3021,7 @@ def add_common_args(parser, models, sources):
     data("--val-label", **paths, help="their labels")
     data("--val-slices", metavar="S", help="annotated slices of --volume kept for validation; n=2 "
          "or every=5: of those that are not among --label-slices, if there are such")
-    data("--test-volume", **paths, help="volumes to predict; default: those that validate, or else "
-         "--volume")
+    data("--test-volume", **paths, help="volumes to predict; default: --volume")
     data("--test-label", **paths, help="their labels, for the scores")
     data("--downsample", **count, default=1, help="show the network slices N times smaller in y, x")
     data("--normalize", choices=("zscore", "volume", "equalize"), default="zscore",
@@ -3445,7 +3444,8 @@ def command(main):
 # -- run -------------------------------------------------------------------------------------------
 
 # The files by which a run is known and resumed: --overwrite removes these, and replaces others.
-RUN_FILES = ("log.csv", "last.pt", "best.pt", "metrics.json", "stages/*.tif", "config.json")
+RUN_FILES = ("log.csv", "last.pt", "best.pt", "metrics.json", "stages/*_coarse.tif",
+             "stages/*_mpp.tif", "config.json")
 PROGRESS = ("step", "seconds", "best", "rows", "sums")          # of a Run, in its checkpoints
 
 

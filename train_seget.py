@@ -327,6 +327,7 @@ def parse_args(argv=None):
         "label": "NAME=PATH for each structure and volume; NAME alone chooses settings: synapse, "
         "mts, centriole, granules, golgi or any other",
         "val_label": "NAME=PATH", "test_label": "NAME=PATH",
+        "test_volume": "or --val-volume where there is one",
         "val_slices": "default: every=5, section 3.1", "model": "seget is the paper's",
         "epochs": preset, "lr": preset, "batch_size": "section 3.2",
         "patch_size": "section 3.1; up to 128, the outer weights of SegET's widest dilation are "
