@@ -3080,13 +3080,11 @@ def parse(parser, argv, demo, quick, settings=lambda args: {}, of_prediction=())
     try:
         source = args.checkpoint or args.init or getattr(args, "coarse", None)
         saved = load_checkpoint(source)["args"] if source else {}
+        kept = defaults.keys() - OF_THIS_CALL - INPUTS if args.checkpoint else OF_NETWORK
         given = {**(demo if args.demo else quick if args.quick else {}),
-                 **{name: value for name, value in saved.items() if (
-                     name not in OF_THIS_CALL | INPUTS if args.checkpoint else
-                     name in OF_NETWORK & defaults.keys())}, **typed}
+                 **{name: saved[name] for name in kept & saved.keys()}, **typed}
         vars(args).update(given)
-        if not args.checkpoint:
-            vars(args).update({**settings(args), **given})
+        vars(args).update({**settings(args), **given})
         kind = "-prediction" if args.checkpoint else "-demo" if args.demo else ""
         args.out_dir = args.out_dir or (
             f"runs/{Path(parser.prog).stem}-{args.model}-seed{args.seed}{kind}")
@@ -3098,7 +3096,14 @@ def parse(parser, argv, demo, quick, settings=lambda args: {}, of_prediction=())
             parser.error(f"--resume: {flag_name(name)} was {saved[name]} and is now {typed[name]}; "
                          f"leave it out, or start a new run in another --out-dir")
         setattr(args, name, saved[name])
-    check_args(parser, args, typed)
+    if args.demo and {"volume", "label", "test_volume", "test_label"} & typed.keys():
+        parser.error("--demo makes its own data; leave --volume and --label out")
+    if not (args.volume or args.demo or args.checkpoint or getattr(args, "partial", None)):
+        parser.error("--volume and --label name the training data; or try --demo")
+    if args.checkpoint and not args.test_volume:
+        parser.error("--checkpoint needs --test-volume: the volumes to predict")
+    if len(args.classes or "ab") < 2:
+        parser.error("--classes needs two names at least, the background's first")
     return args
 
 
@@ -3110,18 +3115,6 @@ def flag_name(name):
 def format_shape(shape):
     """(110, 768, 1024) -> 110 x 768 x 1024."""
     return " x ".join(str(side) for side in shape)
-
-
-def check_args(parser, args, typed):
-    """Errors that need no file: what must be given together."""
-    if args.demo and {"volume", "label", "test_volume", "test_label"} & typed.keys():
-        parser.error("--demo makes its own data; leave --volume and --label out")
-    if not (args.volume or args.demo or args.checkpoint or getattr(args, "partial", None)):
-        parser.error("--volume and --label name the training data; or try --demo")
-    if args.checkpoint and not args.test_volume:
-        parser.error("--checkpoint needs --test-volume: the volumes to predict")
-    if len(args.classes or "ab") < 2:
-        parser.error("--classes needs two names at least, the background's first")
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -3391,14 +3384,9 @@ def keep_freed_memory():
         mallopt(-1, (1 << 31) - 1)          # M_TRIM_THRESHOLD
 
 
-def rank_and_world():
-    """This process's number and how many there are, as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def print0(text):
     """Print a line, once for all processes."""
-    if rank_and_world()[0] == 0:
+    if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
 
@@ -3469,7 +3457,8 @@ class Run:
         self.args, self.script, self.folder = args, Path(script), Path(args.out_dir)
         self.device = choose_device(args.device)
         self.dtype = choose_precision(self.device, args.amp)
-        self.rank, self.world = rank_and_world()
+        self.rank = int(os.environ.get("RANK", 0))                          # as torchrun says
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         cuda = self.device.type == "cuda"
         if self.world > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
