@@ -3254,7 +3254,8 @@ def describe_data(args, **groups):
             if volume.voxel_size:
                 parts.append(f"{format_shape(f'{side:g}' for side in volume.voxel_size)} nm")
             if label is not None and len(label.slices):
-                parts.append(f"labelled {_listed([volume.slice_name(z) for z in label.slices])}")
+                shown = [volume.slice_name(z).removeprefix("z = ") for z in label.slices]
+                parts.append(f"labelled slices {_listed(shown)}")
                 share = 100 * label.counts.sum(0) / label.counts.sum()
                 parts += [f"{_listed(label.values[label.ids == k], 4)} = {name}, {share[k]:.3g} %"
                           for k, name in enumerate(args.classes)]
@@ -3988,8 +3989,6 @@ def peak_memory_gib(device):
     """Most memory used so far: of the GPU, else of this process; None where it is not known."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    try:        # Linux; getrusage there includes the process that started this one
-        status = Path("/proc/self/status").read_text()
-        return round(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20, 2)
-    except (OSError, TypeError):
-        return None
+    status = Path("/proc/self/status")      # getrusage includes the process that started this one
+    peak = status.exists() and re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    return round(int(peak[1]) / 2**20, 2) if peak else None
