@@ -3491,9 +3491,8 @@ class Run:
             for key in ("normalization", "best", "seconds"):
                 setattr(self, key, self.checkpoint[key])
         torch.manual_seed(args.seed)
-        print0(f"{self.folder}: " + ("is finished" if self.finished else
-                                     f"{self.device}, {str(self.dtype)[6:]}")
-               + (f", {self.world} processes" if self.world > 1 else ""))
+        state = "is finished" if self.finished else f"{self.device}, {str(self.dtype)[6:]}"
+        print0(f"{self.folder}: {state}" + (f", {self.world} processes" if self.world > 1 else ""))
 
     # -- folder
 
@@ -3522,6 +3521,9 @@ class Run:
         folder = self.path(name)
         self.config["runs"] = sorted({name, *self.config["runs"]})      # start_folder reads it
         self.write_config()
+        init = Path((self.args.init or "").removesuffix("best.pt"), name)
+        if self.args.init and init.is_dir():
+            changes["init"] = str(init)
         return argparse.Namespace(**{**vars(self.args), "demo": False, "out_dir": str(folder),
                                      "overwrite": False, "resume": True, **changes})
 
