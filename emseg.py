@@ -3315,8 +3315,6 @@ def drop_used_slices(item, used):
 
 def class_names(names, n_classes):
     """Names for all classes: those given, else background, class 1, class 2, …"""
-    if names and len(names) != n_classes:
-        raise InputError(f"--classes has {len(names)} names, the labels have {n_classes} classes")
     return list(names or ["background", *(f"class {k}" for k in range(1, n_classes))])
 
 
