@@ -2946,9 +2946,8 @@ def save_curves(path, log):
 # What a resumed run may be given anew; all else is from its config.json.
 OF_THIS_CALL = {"out_dir", "overwrite", "resume", "device", "amp", "compile", "workers"}
 # What --checkpoint does not take over from its run, like these.
-INPUTS = {"volume", "label", "label_slices", "unlabeled_volume", "val_volume", "val_label",
-          "val_slices", "test_volume", "test_label", "voxel_size", "demo", "checkpoint", "init",
-          "quick"}
+INPUTS = {"volume", "label", "unlabeled_volume", "val_volume", "val_label", "test_volume",
+          "test_label", "voxel_size", "demo", "checkpoint", "init"}
 # What may be said with --checkpoint; all else has no effect there.
 OF_PREDICTION = OF_THIS_CALL | {"checkpoint", "test_volume", "test_label", "label_map", "tta",
                                 "ignore_label", "voxel_size", "save_probability"}
@@ -3011,42 +3010,41 @@ def add_common_args(parser, models, sources):
     sources: {flag: a remark for its help}, such as its section in the paper.
     """
     flag = argparse.BooleanOptionalAction
+    paths = {"nargs": "+", "metavar": "P", "default": []}
+    count = {"type": positive(int), "metavar": "N"}
     data = parser.add_argument_group("data").add_argument
-    data("--volume", nargs="+", metavar="P", default=[], help="training volumes: TIFF, MRC, NPY or "
-         "a folder of slices; P@z0:z1,y0:y1,x0:x1 crops")
-    data("--label", nargs="+", metavar="P", default=[], help="their labels, in the same order")
+    data("--volume", **paths, help="training volumes: TIFF, MRC, NPY or a folder of slices; "
+         "P@z0:z1,y0:y1,x0:x1 crops")
+    data("--label", **paths, help="their labels, in the same order")
     add_label_args(data)
-    data("--val-volume", nargs="+", metavar="P", default=[], help="volumes that choose best.pt")
-    data("--val-label", nargs="+", metavar="P", default=[], help="their labels")
+    data("--val-volume", **paths, help="volumes that choose best.pt")
+    data("--val-label", **paths, help="their labels")
     data("--val-slices", metavar="S", help="annotated slices of --volume kept for validation; n=2 "
          "or every=5: of those that are not among --label-slices, if there are such")
-    data("--test-volume", nargs="+", metavar="P", default=[], help="volumes to predict; without "
-         "them --volume is predicted")
-    data("--test-label", nargs="+", metavar="P", default=[], help="their labels, for the scores")
-    data("--downsample", type=positive(int), default=1, metavar="N",
-         help="show the network slices N times smaller in y and x")
+    data("--test-volume", **paths, help="volumes to predict; default: --volume")
+    data("--test-label", **paths, help="their labels, for the scores")
+    data("--downsample", **count, default=1, help="show the network slices N times smaller in y, x")
     data("--normalize", choices=("zscore", "volume", "equalize"), default="zscore",
          help="grey levels: zero mean and unit variance, of all training slices together or of "
          "each volume by itself; histogram equalisation per slice")
     training = parser.add_argument_group("training").add_argument
     training("--model", choices=sorted(models), help="the network")
-    training("--width", type=positive(int), metavar="N", help="filters of the first level; "
-             "default: the paper's")
-    training("--epochs", type=positive(int), metavar="N", help="rounds of --steps-per-epoch")
-    training("--steps-per-epoch", type=positive(int), metavar="N", help="optimiser steps per epoch")
-    training("--batch-size", type=positive(int), metavar="N", help="crops in a step of one process")
-    training("--patch-size", type=positive(int), nargs="+", metavar="N",
+    training("--width", **count, help="filters of the first level; default: the paper's")
+    training("--epochs", **count, help="rounds of --steps-per-epoch")
+    training("--steps-per-epoch", **count, help="optimiser steps per epoch")
+    training("--batch-size", **count, help="crops in a step of one process")
+    training("--patch-size", **count, nargs="+",
              help="sides Y X of the crops in pixels, after --downsample; Z Y X for a 3D network")
     training("--lr", type=positive(float), metavar="R", help="highest learning rate")
     training("--workers", type=number(int, 0), metavar="N", help="processes that read crops",
              default=4 if torch.cuda.is_available() else 0)
-    run = parser.add_argument_group("run").add_argument
+    group = parser.add_argument_group("run")
+    run, again = group.add_argument, group.add_mutually_exclusive_group().add_argument
     run("--out-dir", metavar="D", help="run folder; default runs/SCRIPT-MODEL-seedSEED")
-    run("--overwrite", action="store_true", help="replace the files of an earlier run")
-    run("--resume", action="store_true", help="continue an interrupted run in its folder")
-    run("--checkpoint", metavar="F", help="a run, or its best.pt: predict --test-volume, no "
-        "training")
-    run("--init", metavar="F", help="a run, or its best.pt: start the training from its networks, "
+    again("--overwrite", action="store_true", help="replace an earlier run in its folder")
+    again("--resume", action="store_true", help="continue an interrupted run in its folder")
+    run("--checkpoint", metavar="F", help="a run or its best.pt: only predict --test-volume")
+    run("--init", metavar="F", help="a run or its best.pt: start the training from its networks, "
         "with its --model, --width, --downsample, …, after a few slices were corrected, say")
     run("--seed", type=number(int, 0), default=0, metavar="N", help="seed of everything random")
     run("--device", metavar="D", help="cpu, cuda, cuda:1, mps; default: the best there is")
@@ -3063,43 +3061,49 @@ def add_common_args(parser, models, sources):
 
 
 def parse(parser, argv, demo, quick, settings=lambda args: {}, of_prediction=()):
-    """Parse the command line. --demo, --quick, --resume and --checkpoint bring their own defaults.
+    """Parse the command line: typed arguments win over those of the run that is resumed, predicts
+    or is trained on, these over --demo and --quick, and these over the defaults.
 
     demo, quick: flags that these stand for; settings: args -> defaults that depend on other flags,
-    such as those of a model. What is typed always wins, except that a resumed run must have the
-    arguments that it was started with. of_prediction: flags of the script that work with
-    --checkpoint.
+    such as those of a model; of_prediction: flags of the script that work with --checkpoint. What
+    is typed with --resume must be what the run was started with.
     """
-    untyped = []                # marks what was not typed; a list: --partial appends to a copy
-    names = vars(parser.parse_args([]))
-    args = parser.parse_args(argv)
-    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, untyped))))
+    untyped = []                            # stands for a default; a list: --partial adds to a copy
+    defaults = vars(parser.parse_args([]))
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, untyped))))
     typed = {name: value for name, value in typed.items() if value is not untyped}
-    for one, other in (("resume", "overwrite"), ("resume", "checkpoint"), ("demo", "checkpoint"),
-                       ("demo", "quick"), ("init", "checkpoint")):
-        if getattr(args, one) and getattr(args, other):
-            parser.error(f"--{one} and --{other} contradict each other")
+    args = argparse.Namespace(**{**defaults, **typed})
+    without_effect = sorted(typed.keys() - OF_PREDICTION - {*of_prediction})
+    if args.checkpoint and without_effect:
+        parser.error(f"{flag_name(without_effect[0])} has no effect with --checkpoint, which only "
+                     f"predicts --test-volume; --init trains on from a checkpoint")
     try:
-        training = sorted(set(typed) - OF_PREDICTION - set(of_prediction))
-        if args.checkpoint and training:
-            parser.error(f"{flag_name(training[0])} has no effect with --checkpoint, which only "
-                         f"predicts --test-volume; --init trains on from a checkpoint")
         source = args.checkpoint or args.init or getattr(args, "coarse", None)
         saved = load_checkpoint(source)["args"] if source else {}
-        kept = names.keys() - OF_THIS_CALL - INPUTS if args.checkpoint else OF_NETWORK
+        kept = defaults.keys() - OF_THIS_CALL - INPUTS if args.checkpoint else OF_NETWORK
         given = {**(demo if args.demo else quick if args.quick else {}),
-                 **{name: saved[name] for name in saved.keys() & names.keys() & kept}, **typed}
-        if not args.checkpoint:
-            given = {**settings(argparse.Namespace(**{**vars(args), **given})), **given}
-        args = argparse.Namespace(**{**vars(args), **given})
+                 **{name: saved[name] for name in kept & saved.keys()}, **typed}
+        vars(args).update(given)
+        vars(args).update({**settings(args), **given})
         kind = "-prediction" if args.checkpoint else "-demo" if args.demo else ""
         args.out_dir = args.out_dir or (
             f"runs/{Path(parser.prog).stem}-{args.model}-seed{args.seed}{kind}")
-        if args.resume:
-            args = resume_args(parser, args, typed)
+        saved = read_config(Path(args.out_dir), parser.prog)["args"] if args.resume else {}
     except InputError as error:
         parser.error(str(error))
-    check_args(parser, args, typed)
+    for name in saved.keys() - {"out_dir", "overwrite", "resume"} - (OF_THIS_CALL & typed.keys()):
+        if typed.get(name, saved[name]) != saved[name]:
+            parser.error(f"--resume: {flag_name(name)} was {saved[name]} and is now {typed[name]}; "
+                         f"leave it out, or start a new run in another --out-dir")
+        setattr(args, name, saved[name])
+    if args.demo and {"volume", "label", "test_volume", "test_label"} & typed.keys():
+        parser.error("--demo makes its own data; leave --volume and --label out")
+    if not (args.volume or args.demo or args.checkpoint or getattr(args, "partial", None)):
+        parser.error("--volume and --label name the training data; or try --demo")
+    if args.checkpoint and not args.test_volume:
+        parser.error("--checkpoint needs --test-volume: the volumes to predict")
+    if len(args.classes or "ab") < 2:
+        parser.error("--classes needs two names at least, the background's first")
     return args
 
 
@@ -3113,54 +3117,16 @@ def format_shape(shape):
     return " x ".join(str(side) for side in shape)
 
 
-def resume_args(parser, args, typed):
-    """The arguments of the run in args.out_dir; an error where the command line differs."""
-    path = Path(args.out_dir) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        saved, script = config["args"], config["script"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"--resume: {path} is no config of an earlier run; check --out-dir")
-    if script != parser.prog:
-        raise InputError(f"--resume: {args.out_dir} holds a run of {script}, not of {parser.prog}")
-    for name, value in typed.items():
-        if name not in OF_THIS_CALL and saved.get(name) != value:
-            raise InputError(f"--resume: {flag_name(name)} was {saved.get(name)} and is now "
-                             f"{value}; leave it out, or start a new run in another --out-dir")
-    own = {"out_dir", "overwrite", "resume", *OF_THIS_CALL.intersection(typed)}
-    return argparse.Namespace(**{**vars(args), **saved, **{n: vars(args)[n] for n in own}})
-
-
-def check_args(parser, args, typed):
-    """Errors that need no file: what must be given together."""
-    if args.demo and {"volume", "label", "test_volume", "test_label"} & set(typed):
-        parser.error("--demo makes its own data; leave --volume and --label out")
-    if not (args.volume or args.demo or args.checkpoint or getattr(args, "partial", None)):
-        parser.error("--volume and --label name the training data; or try --demo")
-    if args.checkpoint and not args.test_volume:
-        parser.error("--checkpoint needs --test-volume: the volumes to predict")
-    for kind in ("", "val_", "test_"):
-        volumes, labels = getattr(args, f"{kind}volume"), getattr(args, f"{kind}label")
-        named = any("=" in label for label in labels)           # train_seget.py counts these
-        if not named and len(volumes) != len(labels) and (labels or kind != "test_"):
-            parser.error(f"{flag_name(kind + 'volume')} has {len(volumes)} and "
-                         f"{flag_name(kind + 'label')} {len(labels)} paths; give one label for "
-                         f"each volume")
-    if len(args.classes or "ab") < 2:
-        parser.error("--classes needs two names at least, the background's first")
-
-
 # -- data ------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Item:
     """A volume of a run: its file, what the network sees of it (lazy uint8), its Labels or None.
 
-    name: for the files of its results. target: the labels at the resolution that the network sees;
-    slices: those of them in which anything is annotated.
+    target: the labels at the resolution that the network sees; slices: those of them in which
+    anything is annotated.
     """
-    name: str
     volume: Volume
     image: LazyArray
     label: Labels = None
@@ -3169,24 +3135,30 @@ class Item:
 
 
 def open_items(volumes, labels, args, slices=None, **rules):
-    """Items of volumes and of their labels; none have labels where that list is empty.
+    """Items of volumes and of their labels; none have labels where these are None.
 
     The first labels that are opened decide on args.classes, where no names were given. slices: text
     for parse_slices, the annotated slices to use; rules: of open_labels.
     """
+    if labels is not None and len(labels) != len(volumes):
+        raise InputError(f"{len(volumes)} volumes ({', '.join(volumes)}) and {len(labels)} labels; "
+                         f"give one label for each volume")
     opened = [open_volume(path) for path in volumes]
-    for volume in opened if args.voxel_size else []:
-        volume.voxel_size = tuple(args.voxel_size)
-    items = [Item(name, volume, network_input(volume, args))
-             for name, volume in zip(unique_names(volumes), opened)]
-    if labels:
-        rules = {"label_map": args.label_map, "ignore_label": args.ignore_label, **rules}
-        rules["label_map"] = parse_label_map(rules["label_map"]) if rules["label_map"] else None
-        truths, n_classes = open_labels(labels, opened, len(args.classes or []) or None,
-                                        label_slices=slices, **rules)
-        args.classes = class_names(args.classes, n_classes)
-        items = [labelled(item, label, args) for item, label in zip(items, truths)]
-    return items
+    for volume in opened:
+        volume.voxel_size = tuple(args.voxel_size or ()) or volume.voxel_size
+        for z in range(len(volume) if volume.dtype.kind == "f" else 0):     # before hours of work
+            if not np.isfinite(volume[z]).all():
+                raise InputError(f"{volume.path}: {volume.slice_name(z)} holds NaN or infinity")
+    items = [Item(volume, shrink(as_uint8(volume, args.normalize), args, image=True))
+             for volume in opened]
+    if not volumes or labels is None:
+        return items
+    rules = {"label_map": args.label_map, "ignore_label": args.ignore_label, **rules}
+    rules["label_map"] = rules["label_map"] and parse_label_map(rules["label_map"])
+    truths, n_classes = open_labels(labels, opened, len(args.classes or []) or None,
+                                    label_slices=slices, **rules)
+    args.classes = class_names(args.classes, n_classes)
+    return [labelled(item, label, args) for item, label in zip(items, truths)]
 
 
 def labelled(item, label, args):
@@ -3200,64 +3172,50 @@ def labelled(item, label, args):
 
 def open_training(args, **rules):
     """(train, val): Items of --volume with the labels to train on, and Items that choose the epoch:
-    --val-volume, and --val-slices of --volume. rules: of open_labels."""
+    --val-volume, and --val-slices of --volume. rules: of open_labels.
+
+    Numbers in --val-slices name annotated slices; n=2 or every=5 draw from those that are not
+    trained on, or, where all are, from these.
+    """
+    text = args.val_slices
     train = open_items(args.volume, args.label, args, args.label_slices, **rules)
     val = open_items(args.val_volume, args.val_label, args, require_foreground=False)
-    if not args.val_slices:
+    if not text:
         return train, val
     every = open_items(args.volume, args.label, args, **rules) if args.label_slices else train
-    for i, (item, all_of_it) in enumerate(zip(train, every)):
-        kept = validation_slices(args.val_slices, item.label, all_of_it.label.slices)
-        val.append(labelled(item, all_of_it.label.only(kept), args))
-        train[i] = labelled(item, item.label.only(np.setdiff1d(item.label.slices, kept)), args)
+    for i, (item, whole) in enumerate(zip(train, every)):
+        trained, annotated = item.label.slices, whole.label.slices
+        rest = np.setdiff1d(annotated, trained)
+        rest = rest if len(rest) else annotated
+        kept = rest[parse_slices(text, len(rest))] if "=" in text else parse_slices(
+            text, len(item.label))
+        for z in np.setdiff1d(kept, annotated):
+            raise InputError(f"--val-slices: nothing is annotated in {item.label.path} at z = {z}")
+        val.append(labelled(item, whole.label.only(kept), args))
+        train[i] = labelled(item, item.label.only(np.setdiff1d(trained, kept)), args)
     return train, val
-
-
-def validation_slices(text, label, annotated):
-    """The slices that --val-slices keeps for validation (sorted int array).
-
-    label: the Labels to train on; annotated: every annotated slice of their file. Numbers name
-    annotated slices. n=2 or every=5 draw from those that are not trained on, or, where all are,
-    from these.
-    """
-    rest = np.setdiff1d(annotated, label.slices)
-    rest = rest if len(rest) else annotated
-    try:
-        chosen = (rest[parse_slices(text, len(rest))] if "=" in text else
-                  parse_slices(text, len(label)))
-    except InputError as error:
-        raise InputError(f"--val-slices, of {len(rest)} annotated slices: {error}")
-    for z in np.setdiff1d(chosen, annotated):
-        raise InputError(f"--val-slices {text}: nothing is annotated in {label.path} at z = {z}")
-    return chosen
 
 
 def open_unlabelled(args, train, val):
     """Items of what has no label, their `slices`: the other slices of the training volumes, and
     --unlabeled-volume."""
-    items = open_items(args.unlabeled_volume, [], args)
-    items = [dataclasses.replace(item, slices=np.arange(len(item.image))) for item in items]
-    for item in train:
-        taken = [item.slices, *(each.label.slices for each in val if each.volume is item.volume)]
-        rest = np.setdiff1d(np.arange(len(item.image)), np.concatenate(taken))
-        items.append(dataclasses.replace(item, label=None, target=None, slices=rest))
-    return [item for item in items if len(item.slices)]
+    used, items = used_slices(train + val), []
+    for item in open_items(args.unlabeled_volume, None, args) + train:
+        slices = np.setdiff1d(np.arange(len(item.volume)), used_in(item.volume, used))
+        if len(slices):
+            items.append(Item(item.volume, item.image, slices=slices))
+    return items
 
 
 def open_test(args, used, train=(), val=()):
     """Items to predict: --test-volume, scored in slices that were not `used` (see used_slices); or
-    else the volumes of `train` and `val`, of which the slices in `val` score. With --checkpoint it
-    also prints what was read."""
-    if not args.test_volume:
-        truth = {id(item.volume): item.label for item in val}
-        items = [dataclasses.replace(item, label=truth.pop(id(item.volume), None))
-                 for item in train]
-        items += [item for item in val if id(item.volume) in truth]
-        names = unique_names([item.volume.path for item in items])
-        return [dataclasses.replace(item, name=name) for item, name in zip(items, names)]
+    else `val`, which scores, or else the volumes of `train`. With --checkpoint it also prints what
+    was read."""
     ignored = args.ignore_label, getattr(args, "test_ignore_label", None)
-    items = open_items(args.test_volume, args.test_label, args, require_foreground=False,
+    items = open_items(args.test_volume, args.test_label or None, args, require_foreground=False,
                        ignore_label=ignored)
+    if not items:
+        return list(val) or [Item(item.volume, item.image) for item in train]
     items = [drop_used_slices(item, used) for item in items]
     if args.checkpoint:
         describe_data(args, test=items)
@@ -3296,10 +3254,8 @@ def describe_data(args, **groups):
             if volume.voxel_size:
                 parts.append(f"{format_shape(f'{side:g}' for side in volume.voxel_size)} nm")
             if label is not None and len(label.slices):
-                numbers = (volume.numbers or ())[volume.crop[0]]
-                parts.append(f"labelled slices {_listed(label.slices)}")
-                if numbers and numbers != (*range(len(volume)),):
-                    parts.append(f"in files {_listed([numbers[z] for z in label.slices])}")
+                shown = [volume.slice_name(z).removeprefix("z = ") for z in label.slices]
+                parts.append(f"labelled slices {_listed(shown)}")
                 share = 100 * label.counts.sum(0) / label.counts.sum()
                 parts += [f"{_listed(label.values[label.ids == k], 4)} = {name}, {share[k]:.3g} %"
                           for k, name in enumerate(args.classes)]
@@ -3310,23 +3266,11 @@ def describe_data(args, **groups):
                 print0(f"note: {volume.path}: {volume.note}")
 
 
-def network_input(volume, args):
-    """What a network sees of a volume: uint8, normalised, resized and downsampled as asked. Raises
-    InputError where any voxel is NaN: better now than after hours of training."""
-    for z in range(len(volume) if volume.dtype.kind == "f" else 0):
-        if not np.isfinite(volume[z]).all():
-            raise InputError(f"{volume.path}: {volume.slice_name(z)} holds NaN or infinite values")
-    image = as_uint8(volume, args.normalize)
+def shrink(array, args, image=False):
+    """An image, Labels or class ids at the resolution that the network sees."""
     if getattr(args, "resize", None):
-        image = resize(image, args.resize, linear=True)
-    return downsample(image, args.downsample, "mean")
-
-
-def shrink(label, args):
-    """Labels, or class ids, at the resolution that the network sees."""
-    if getattr(args, "resize", None):
-        label = resize(label, args.resize, linear=False)
-    return downsample(label, args.downsample, "majority")
+        array = resize(array, args.resize, linear=image)
+    return downsample(array, args.downsample, "mean" if image else "majority")
 
 
 def out_channels(classes):
@@ -3358,24 +3302,19 @@ def drop_used_slices(item, used):
     So a whole stack with dense labels can be the test volume of a run that used a few of its slices
     (as in train_cps.py's paper).
     """
-    if item.label is None:
+    slices = item.label.slices if item.label else []
+    left = np.setdiff1d(slices, used_in(item.volume, used))
+    if len(left) == len(slices):
         return item
-    slices = np.setdiff1d(item.label.slices, used_in(item.volume, used))
-    if not len(slices):
-        raise InputError(f"{item.volume.path}: every labelled slice was trained or validated on; "
-                         f"test on others")
-    if len(slices) < len(item.label.slices):
-        print0(f"{item.volume.path}: {len(item.label.slices) - len(slices)} slices that were "
-               f"trained or validated on do not score")
-    return dataclasses.replace(item, label=item.label.only(slices))
+    print0(f"{item.volume.path}: {len(slices) - len(left)} slices that were trained or validated "
+           f"on do not score")
+    if not len(left):
+        raise InputError(f"{item.volume.path}: no other slice is labelled; test on others")
+    return dataclasses.replace(item, label=item.label.only(left))
 
 
 def class_names(names, n_classes):
     """Names for all classes: those given, else background, class 1, class 2, …"""
-    if len(set(names or [])) < len(names or []):
-        raise InputError("--classes names a class twice")
-    if names and len(names) != n_classes:
-        raise InputError(f"--classes has {len(names)} names, the labels have {n_classes} classes")
     return list(names or ["background", *(f"class {k}" for k in range(1, n_classes))])
 
 
@@ -3394,10 +3333,9 @@ def write_demo(run, shape, voxel_size=(20.0, 8.0, 8.0)):
     with labels of PHANTOM_CLASSES.
     """
     for number, (kind, ending) in enumerate((("", "tif"), ("test_", "mrc"))):
-        names = [f"demo/{kind or 'train_'}{part}.{ending}" for part in ("volume", "label")]
-        paths = [str(run.path(name)) for name in names]
-        setattr(run.args, f"{kind}volume", paths[:1])
-        setattr(run.args, f"{kind}label", paths[1:])
+        paths = [str(run.path(f"demo/{kind or 'train_'}{part}.{ending}"))
+                 for part in ("volume", "label")]
+        vars(run.args).update({f"{kind}volume": paths[:1], f"{kind}label": paths[1:]})
         if run.rank == 0 and not run.args.resume:
             image, label = phantom(shape, voxel_size, seed=1000 * run.args.seed + number)
             if ending == "mrc":
@@ -3414,8 +3352,8 @@ def write_demo(run, shape, voxel_size=(20.0, 8.0, 8.0)):
 def choose_device(name):
     """The device of that name, or the best there is. Raises InputError where it does not exist."""
     if name is None:
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        there = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if there else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -3439,22 +3377,15 @@ def choose_precision(device, amp):
 
 def keep_freed_memory():
     """Make glibc keep freed memory: new pages for every tensor cost a fifth of a CPU step."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):          # another library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(-3, 1 << 30)                    # M_MMAP_THRESHOLD
-    mallopt(-1, (1 << 31) - 1)              # M_TRIM_THRESHOLD
-
-
-def rank_and_world():
-    """This process's number and how many there are, as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        mallopt(-3, 1 << 30)                # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)          # M_TRIM_THRESHOLD
 
 
 def print0(text):
     """Print a line, once for all processes."""
-    if rank_and_world()[0] == 0:
+    if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
 
@@ -3476,7 +3407,7 @@ def command(main):
     @functools.wraps(main)
     def wrapper(args):
         prog = Path(sys.argv[0]).name
-        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return main(args)
         except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
@@ -3486,20 +3417,24 @@ def command(main):
             print(f"{prog}: error: {line.removeprefix('emseg.InputError: ')}", file=sys.stderr)
             raise SystemExit(2)
         except KeyboardInterrupt:
-            line = "start again"
+            line = f"{prog}: interrupted"
             if hasattr(args, "resume") and Path(args.out_dir, "config.json").exists():
-                flags = "--resume", "--out-dir", str(args.out_dir)
-                line = f"continue with: python {shlex.join([sys.argv[0], *flags])}"
-            print(f"{prog}: interrupted; {line}", file=sys.stderr)
+                line += f"; continue with --resume --out-dir {shlex.quote(str(args.out_dir))}"
+            print(line, file=sys.stderr)
             raise SystemExit(130)
         finally:
-            signal.signal(signal.SIGTERM, handler)
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
     return wrapper
 
 
 # -- run -------------------------------------------------------------------------------------------
+
+# The files by which a run is known and resumed: --overwrite removes these, and replaces others.
+RUN_FILES = ("log.csv", "last.pt", "best.pt", "metrics.json", "stages/*_coarse.tif",
+             "stages/*_mpp.tif", "config.json")
+PROGRESS = ("step", "seconds", "best", "rows", "sums")          # of a Run, in its checkpoints
+
 
 class Run:
     """One run: its folder, device, seeds, log and checkpoints. The training loop is the script's:
@@ -3513,14 +3448,16 @@ class Run:
                 run.log(lr=lr, loss=loss)
             run.end_epoch(validate(run, predict, val))
 
-    normalization and used (see used_slices) go into its checkpoints.
+    normalization and used (see used_slices) go into its checkpoints. checkpoint: what it starts
+    from, --checkpoint or --init. finished: a resumed run has nothing left to do.
     """
 
     def __init__(self, args, script):
         self.args, self.script, self.folder = args, Path(script), Path(args.out_dir)
         self.device = choose_device(args.device)
         self.dtype = choose_precision(self.device, args.amp)
-        self.rank, self.world = rank_and_world()
+        self.rank = int(os.environ.get("RANK", 0))                          # as torchrun says
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         cuda = self.device.type == "cuda"
         if self.world > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -3528,71 +3465,60 @@ class Run:
         if cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
-        elif self.device.type == "cpu":
+        else:
             keep_freed_memory()
         self.config, self.normalization = None, None
-        earlier = args.init or getattr(args, "coarse", None)
-        self.used = load_checkpoint(earlier)["used"] if earlier else []
         self.step, self.seconds, self.sums = 0, 0.0, {}     # of the losses of an epoch
         self.rows, self.best = [], None         # of log.csv; the highest metric of end_epoch
         self.interrupted = False
+        self.finished = args.resume and (self.folder / "metrics.json").exists()
         self.predicted_voxels, self.predict_seconds = 0, 0.0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        if args.resume and (self.folder / "config.json").exists():
-            self.config = json.loads((self.folder / "config.json").read_text())
-        elif not args.resume:
-            check_folder(self.folder, args.overwrite, self.script.name)
+        if not args.resume:
+            check_folder(args, self.script.name)
+        elif (self.folder / "config.json").exists():
+            self.config = read_config(self.folder, self.script.name)
         self.barrier()
-        self.checkpoint = load_checkpoint(args.checkpoint) if args.checkpoint else None
-        if self.checkpoint:
+        source = args.checkpoint or args.init or getattr(args, "coarse", None)
+        self.checkpoint = load_checkpoint(source) if source else None
+        self.used = self.checkpoint["used"] if source else []
+        if args.checkpoint:
             if self.checkpoint["script"] != self.script.name:
                 raise InputError(f"{args.checkpoint}: a checkpoint of {self.checkpoint['script']}, "
                                  f"not of {self.script.name}")
-            for key in ("normalization", "used", "best", "seconds"):
+            for key in ("normalization", "best", "seconds"):
                 setattr(self, key, self.checkpoint[key])
         torch.manual_seed(args.seed)
-        print0(f"{self.folder}: " + ("is finished" if self.finished else
-                                     f"{self.device}, {str(self.dtype)[6:]}")
-               + (f", {self.world} processes" if self.world > 1 else ""))
+        state = "is finished" if self.finished else f"{self.device}, {str(self.dtype)[6:]}"
+        print0(f"{self.folder}: {state}" + (f", {self.world} processes" if self.world > 1 else ""))
 
     # -- folder
 
-    @property
-    def finished(self):
-        """Whether a resumed run has nothing left to do."""
-        return self.args.resume and (self.folder / "metrics.json").exists()
-
-    def create(self):
-        """Make the run folder, without the files of an earlier run, and write config.json."""
-        if self.config is not None:
-            return
-        self.config = {"script": self.script.name, "args": vars(self.args), "files": []}
+    def write_config(self):
+        """Write config.json with the arguments as they are now; the first time make the folder."""
+        if self.config is None:
+            cuda = self.device.type == "cuda"
+            self.config = {"script": self.script.name, "runs": [], **provenance(self.script),
+                           "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+                           "precision": str(self.dtype)[6:]}
+            if self.rank == 0:
+                start_folder(self.folder)
         if self.rank == 0:
-            empty_folder(self.folder, inputs_of(self.args))
-            self.config |= provenance(self.script)
-            self.config["device"] = (torch.cuda.get_device_name(self.device)
-                                     if self.device.type == "cuda" else platform.machine())
-            self.config["precision"] = str(self.dtype)[6:]
-            self._write_config()
+            write_json(self.folder / "config.json", {**self.config, "args": vars(self.args)})
         self.barrier()
 
-    def _write_config(self):
-        write_json(self.folder / "config.json", {**self.config, "args": vars(self.args)})
-
     def path(self, name):
-        """The path of a file of this run. It is noted in config.json: --overwrite deletes what is
-        noted there and nothing else. A name that ends in / is a run in a subfolder."""
-        self.create()
-        if self.rank == 0:
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if name not in self.config["files"]:
-                self.config["files"].append(name)
-                self._write_config()
+        """The path of a file of this run, in a folder that exists."""
+        if self.config is None:
+            self.write_config()
+        (self.folder / name).parent.mkdir(exist_ok=True)
         return self.folder / name
 
     def args_of(self, name, **changes):
         """The arguments of a run in the subfolder `name`, which is resumed if it has begun."""
-        folder = self.path(f"{name}/")
+        folder = self.path(name)
+        self.config["runs"] = sorted({name, *self.config["runs"]})      # start_folder reads it
+        self.write_config()
         init = Path((self.args.init or "").removesuffix("best.pt"), name)
         if self.args.init and init.is_dir():
             changes["init"] = str(init)
@@ -3635,26 +3561,22 @@ class Run:
         self.modules, self.steps_per_epoch = {**modules, "scaler": self.scaler}, steps_per_epoch
         self.total = self.args.epochs * steps_per_epoch
         last = self.folder / "last.pt"
-        resumed = self.args.resume and last.exists()
-        if self.args.init and not resumed:
-            earlier = load_checkpoint(self.args.init)
-            known = earlier["modules"].keys() & modules.keys()
-            if not known:
-                raise InputError(f"--init {self.args.init}: holds none of these networks; name the "
-                                 f"run of one of them, in its subfolder")
-            for key in known:
-                load_weights(modules[key], earlier, key, self.args.init)
-        self.create()
-        if resumed:
-            self._restore(load_checkpoint(last))
+        if self.args.resume and last.exists():
+            checkpoint = load_checkpoint(last)
+            for key, module in self.modules.items():
+                load_weights(module, checkpoint, key, last)
+            for key in PROGRESS:
+                setattr(self, key, checkpoint[key])
+            print0(f"resuming {self.folder} at step {self.step} of {self.total}")
+        elif self.args.init:
+            for key in {"network", *self.checkpoint["modules"].keys() & modules.keys()}:
+                load_weights(modules[key], self.checkpoint, key, self.args.init)
+        self.write_config()
         self.printed, self.session, self.warned = 0.0, (time.monotonic(), self.step), False
 
     def epochs(self):
-        """The epochs that are left. Ctrl-C and SIGTERM meanwhile save and leave after a step; a
-        second one at once."""
+        """The epochs that are left. Ctrl-C and SIGTERM meanwhile save and leave after a step."""
         def interrupt(number, frame):
-            if self.interrupted and self.world == 1:    # torchrun passes the same one on
-                raise KeyboardInterrupt
             self.interrupted = True
 
         handlers = {number: signal.signal(number, interrupt)
@@ -3770,27 +3692,17 @@ class Run:
         a weight is not finite: such a network must not replace a good one."""
         if self.rank:
             return
-        keep = {key: module.state_dict() for key, module in self.modules.items()
-                if name == "last.pt" or isinstance(module, nn.Module)}
-        for module in self.modules.values():
-            if isinstance(module, nn.Module) and not all(
-                    value.isfinite().all() for value in module.state_dict().values()):
-                raise InputError(f"the weights are not finite after step {self.step}; try a lower "
-                                 f"--lr or --no-amp; the last good checkpoint is kept")
-        content = {"script": self.script.name, "args": vars(self.args), "modules": keep,
-                   "classes": self.args.classes, "normalization": self.normalization,
-                   "used": self.used}
-        progress = ("step", "seconds", "best", "rows", "sums")
+        networks = {key: module.state_dict() for key, module in self.modules.items()
+                    if isinstance(module, nn.Module)}
+        if not all(value.isfinite().all() for each in networks.values() for value in each.values()):
+            raise InputError(f"the weights are not finite after step {self.step}; try a lower --lr "
+                             f"or --no-amp; the last good checkpoint is kept")
+        others = {key: module.state_dict() for key, module in self.modules.items()
+                  if name == "last.pt"}
+        content = {"script": self.script.name, "args": vars(self.args), "used": self.used,
+                   "normalization": self.normalization, "modules": {**others, **networks}}
         with replacing(self.path(name)) as temporary:
-            torch.save({**content, **{key: getattr(self, key) for key in progress}}, temporary)
-
-    def _restore(self, checkpoint):
-        """Take over the state of an interrupted run."""
-        for key, module in self.modules.items():
-            load_weights(module, checkpoint, key, self.folder / "last.pt")
-        for key in ("step", "seconds", "best", "rows", "sums"):
-            setattr(self, key, checkpoint[key])
-        print0(f"resuming {self.folder} at step {self.step} of {self.total}")
+            torch.save({**content, **{key: getattr(self, key) for key in PROGRESS}}, temporary)
 
     def use_best(self, **networks):
         """Load the weights to predict with."""
@@ -3805,60 +3717,45 @@ class Run:
             torch.distributed.barrier()
 
 
-def check_folder(folder, overwrite, script):
-    """Raise InputError where a folder holds anything but a run of this script to overwrite."""
-    if folder.is_file():
-        raise InputError(f"--out-dir {folder} is a file")
+def read_config(folder, script):
+    """config.json of the run of a script in a folder (a Path). Raises InputError."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        config = {}
+    if config.get("script") != script:
+        raise InputError(f"--out-dir {folder} holds no run of {script}; choose another folder")
+    return config
+
+
+def check_folder(args, script):
+    """Raise InputError where args.out_dir holds anything but a run of this script to overwrite, or
+    a file or folder that args name."""
+    folder = Path(args.out_dir)
     if not folder.is_dir() or all(file.name.startswith(".") for file in folder.iterdir()):
         return
-    try:
-        is_run = json.loads((folder / "config.json").read_text())["script"] == script
-    except (OSError, ValueError, KeyError, TypeError):
-        is_run = False
-    if not is_run:
-        raise InputError(f"--out-dir {folder} holds files, but no run of {script}; choose another "
-                         f"folder")
-    if not overwrite:
+    read_config(folder, script)
+    if not args.overwrite:
         raise InputError(f"--out-dir {folder} holds a run; give --overwrite or another folder, or "
                          f"--resume")
 
-
-def inputs_of(args):
-    """The real paths of all files and folders that a command line names."""
-    def texts(value):
-        return [value] if isinstance(value, str) else [
-            text for each in value for text in texts(each)] if isinstance(value, list) else []
-
-    named = [text for name, value in vars(args).items() if name != "out_dir"
-             for text in texts(value)]
-    paths = [_split_crop(path)[0] for text in named for path in (text, text.partition("=")[2])]
-    return {os.path.realpath(path) for path in paths if path and os.path.exists(path)}
+    values = np.hstack([np.ravel(value) for value in {**vars(args), "out_dir": ""}.values()])
+    for text in map(str, values):
+        for path, _ in map(_split_crop, (text, text.partition("=")[2])):
+            if os.path.exists(path) and Path(path).resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"--overwrite {folder}: this run reads {path}, which lies in it; "
+                                 f"choose another --out-dir")
 
 
-def files_of(folder):
-    """The files that the run in a folder has written, those of its runs in subfolders, too."""
-    path = Path(folder, "config.json")
-    if not path.exists():
-        return []
-    names = json.loads(path.read_text())["files"]
-    return [path, *(file for name in names for file in (
-        files_of(Path(folder, name)) if name.endswith("/") else [Path(folder, name)]))]
-
-
-def empty_folder(folder, inputs):
-    """Make a folder (a Path), without what an earlier run has written into it. Raises InputError
-    where that is one of the `inputs`, or lies in one that is a folder."""
-    files = files_of(folder)
-    for file in files:
-        real = Path(os.path.realpath(file))
-        if any(str(path) in inputs for path in (real, *real.parents[:-1])):
-            raise InputError(f"--overwrite would delete {file}, which this run reads; choose "
-                             f"another --out-dir")
-    for file in files:
-        file.unlink(missing_ok=True)
-    for below in sorted({file.parent for file in files}, reverse=True):
-        with contextlib.suppress(OSError):              # a person's files are in it
-            below.rmdir()
+def start_folder(folder):
+    """Make a run folder (a Path), without the RUN_FILES of an earlier run and of its runs in
+    subfolders. All else stays until it is replaced."""
+    config = folder / "config.json"
+    names = json.loads(config.read_text()).get("runs", []) if config.exists() else []
+    for run in (*names, "."):
+        for pattern in RUN_FILES:
+            for file in (folder / run).glob(pattern):
+                file.unlink()
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -3868,13 +3765,9 @@ def load_checkpoint(path):
     path = Path(path) / "best.pt" if os.path.isdir(path) else Path(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint")
+        assert {"script", "args", "modules", "used"} <= content.keys()
     except Exception as error:     # torch.load raises what it likes on damaged or malicious files
-        raise InputError(f"{path}: damaged, or not a checkpoint that is safe to load "
-                         f"({type(error).__name__})")
-    if not isinstance(content, dict) or not {"script", "args", "modules", "rows"} <= set(content):
-        raise InputError(f"{path}: not a checkpoint of this version of emseg")
+        raise InputError(f"{path}: no checkpoint of emseg ({type(error).__name__})")
     return content
 
 
@@ -3982,38 +3875,45 @@ def writers_of(run, item, outputs):
     run.barrier()
 
 
-def result_name(kind, item, items):
+def result_name(item, items):
     """prediction.tif, or prediction_NAME.tif where there are several items; MRC for MRC."""
-    ending = "mrc" if item.volume.format == "mrc" and kind == "prediction" else "tif"
-    return f"{kind}_{item.name}.{ending}" if len(items) > 1 else f"{kind}.{ending}"
+    name = unique_names([each.volume.path for each in items])[items.index(item)]
+    ending = "mrc" if item.volume.format == "mrc" else "tif"
+    return f"prediction_{name}.{ending}" if len(items) > 1 else f"prediction.{ending}"
 
 
-def write_prediction(run, predict, item, name, context=1, depth=None, channels=None, decide=None,
-                     probability=None):
-    """Write the prediction of an Item into the run's file `name`; returns its path.
+def write_prediction(run, predict, item, name, context=1, depth=None, channels=None, decide=None):
+    """Write the prediction of an Item into the run's file `name`; returns its path. With
+    --save-probability, "probability…" is written beside "prediction…".
 
     predict: uint8 slices (B, H, W) -> probabilities (B, C, H, W). All processes share the work.
     context: see predict_by_slabs; depth: of the windows of a 3D network. channels: of the
     probabilities, where they are not one for each class. decide: probabilities (n, C, ...) -> class
-    ids (n, ...), in place of class_ids. probability: name of their file, if they are wanted.
+    ids (n, ...), in place of class_ids.
     """
     started, shape = time.monotonic(), item.volume.shape
     channels = channels or out_channels(run.args.classes)
-    threshold = getattr(run.args, "threshold", 0.5)
+    decide = decide or functools.partial(class_ids, threshold=getattr(run.args, "threshold", 0.5))
     outputs = [(run.path(name), shape, np.uint8)]
-    if probability:
+    if run.args.save_probability and name.startswith("prediction"):
+        path = run.path(name.replace("prediction", "probability", 1)).with_suffix(".tif")
         stacked = shape if channels == 1 else (shape[0], channels, *shape[1:])
-        outputs.append((run.path(probability), stacked, np.float32))
+        outputs.append((path, stacked, np.float32))
     share = {"rank": run.rank, "world": run.world}
     if depth:
         stream = predict_by_windows(predict, item.image, depth, **share)
     else:
         stream = predict_by_slabs(predict, item.image, shape, context, **share,
                                   pixels=2**22 if run.device.type == "cuda" else 2**20)
+
+    def progress(done, total):
+        if sys.stdout.isatty() and not run.rank:        # a line that goes when all is done
+            print(f"\r{f'predicting  slice {done}/{total}' if done < total else ''}\x1b[K", end="",
+                  flush=True)
+
     with writers_of(run, item, outputs) as writers:
-        decide = decide or functools.partial(class_ids, threshold=threshold)
         predict_volume(stream, writers[0], decide, shape, run.args.downsample, *writers[1:],
-                       progress=lambda done, total: show_progress("predicting  slice", done, total))
+                       progress=progress)
     run.predicted_voxels += math.prod(shape)
     run.predict_seconds += time.monotonic() - started
     return run.folder / name
@@ -4021,10 +3921,8 @@ def write_prediction(run, predict, item, name, context=1, depth=None, channels=N
 
 def predict_all(run, predict, items, **options):
     """Write the predictions of all Items, see write_prediction; their paths."""
-    save = run.args.save_probability
-    return [write_prediction(run, predict, item, result_name("prediction", item, items),
-                             probability=result_name("probability", item, items) if save else None,
-                             **options) for item in items]
+    return [write_prediction(run, predict, item, result_name(item, items), **options)
+            for item in items]
 
 
 def predict_and_score(run, network, items):
@@ -4040,77 +3938,57 @@ def report(run, items, stages, parameters, organelles=None, **more):
     stages: paths of the predictions of the Items, or {name: paths} of the stages of a method, the
     last of which counts. parameters: of the networks. more: for metrics.json, too.
     """
+    run.write_config()                  # with the arguments as they are in the end
     if run.rank:
-        run.barrier()
-        return None
+        return run.barrier()
     stages = stages if isinstance(stages, dict) else {"prediction": stages}
-    results, volumes, shown, curves = {name: [] for name in stages}, [], [], []
+    classes, results = run.args.classes, {stage: [] for stage in stages}
+    volumes, shown, curves = [], [], []
     for number, item in enumerate(items):
-        opened = {name: open_volume(paths[number]) for name, paths in stages.items()}
+        opened = {stage: open_volume(paths[number]) for stage, paths in stages.items()}
+        name, dice = Path(item.volume.path).name, None
         entry = {"volume": item.volume.path, "label": item.label and item.label.path,
-                 "prediction": str(list(stages.values())[-1][number]),
-                 "used": used_in(item.volume, run.used)}
-        for prediction in opened.values():
-            if not any(page.any() for page in prediction):
-                print0(f"note: {prediction.path} is background only; a longer training, or more "
-                       f"labelled slices, may help")
-        for name, prediction in opened.items() if item.label is not None else ():
-            counts = confusion_volume(prediction, item.label, run.args.classes)
-            result = volume_scores(counts, item.label, run.args.classes, organelles)
-            results[name].append(result)
-            print_scores(Path(prediction.path).relative_to(run.folder), result)
-        dice = None
-        if item.label is not None:
-            entry |= result                             # of the last stage
-            dice = dice_of_slices(counts)
-            curves.append((item.name, dice, entry["used"]))
-            if len(stages) > 1:
-                entry["stages"] = {name: each[-1] for name, each in results.items()}
+                 "prediction": [*opened.values()][-1].path, "used": used_in(item.volume, run.used)}
+        for stage, prediction in opened.items() if item.label else ():
+            counts = confusion_volume(prediction, item.label, classes)
+            dice, result = dice_of_slices(counts), volume_scores(counts, item.label, classes,
+                                                                 organelles)
+            results[stage].append(result)
+            entry |= result
+            for class_name, score in result["per_class"].items():
+                print0(f"{Path(prediction.path).relative_to(run.folder)}  {class_name}: "
+                       + "  ".join(f"{key} {math.nan if score[key] is None else score[key]:.4f}"
+                                   for key in ("dice", "iou", "precision", "recall")))
+        if item.label:
+            curves.append((name, dice, entry["used"]))
         volumes.append(entry)
-        shown.append((Path(item.volume.path).name, as_uint8(item.volume), item.label, opened, dice))
-    mean = {name: mean_scores(each) if each else None for name, each in results.items()}
+        shown.append((name, as_uint8(item.volume), item.label, opened, dice))
+    mean = {stage: mean_scores(each) if each else None for stage, each in results.items()}
     seconds = run.predict_seconds
     content = {
         "schema": 1, "script": run.script.name, "model": run.args.model, "seed": run.args.seed,
         "selected_on": "last epoch" if run.best is None else "validation", "best": run.best,
-        "classes": run.args.classes, "volumes": volumes, "mean": list(mean.values())[-1],
+        "classes": classes, "volumes": volumes, "mean": list(mean.values())[-1],
         **({"stages": mean} if len(stages) > 1 else {}), "train_seconds": round(run.seconds, 1),
         "predict_seconds": round(seconds, 1),
         "predict_voxels_per_second": round(run.predicted_voxels / seconds) if seconds else None,
         "peak_memory_gib": peak_memory_gib(run.device), "parameters": parameters, **more}
     if shown:
-        save_slices(run.path("figure.png"), shown, run.args.classes)
+        save_slices(run.path("figure.png"), shown, classes)
     if curves:
-        save_slice_dice(run.path("slice_dice.png"), curves, run.args.classes)
-    if (run.folder / "log.csv").exists():
-        save_curves(run.path("curves.png"), run.folder / "log.csv")
+        save_slice_dice(run.path("slice_dice.png"), curves, classes)
+    if run.rows:
+        save_curves(run.path("curves.png"), run.path("log.csv"))
     write_json(run.path("metrics.json"), content)
-    print0(f"wrote {run.folder}/: {', '.join(sorted(run.config['files']))}")
+    print0(f"wrote {run.folder}/: {', '.join(sorted(os.listdir(run.folder)))}")
     run.barrier()
     return content
-
-
-def print_scores(name, result):
-    """One line for each class of a prediction."""
-    for class_name, score in result["per_class"].items():
-        values = [(key, score[key]) for key in ("dice", "iou", "precision", "recall")]
-        print0(f"{name}  {class_name}: " + "  ".join(
-            f"{key} {'undefined' if value is None else format(value, '.4f')}"
-            for key, value in values))
-
-
-def show_progress(what, done, total):
-    """A line that renews itself, and goes when all is done; on a terminal only."""
-    if sys.stdout.isatty() and rank_and_world()[0] == 0:
-        print(f"\r{f'{what} {done}/{total}' if done < total else ''}\x1b[K", end="", flush=True)
 
 
 def peak_memory_gib(device):
     """Most memory used so far: of the GPU, else of this process; None where it is not known."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    try:        # Linux; getrusage there includes the process that started this one
-        status = Path("/proc/self/status").read_text()
-        return round(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20, 2)
-    except (OSError, TypeError):
-        return None
+    status = Path("/proc/self/status")      # getrusage includes the process that started this one
+    peak = status.exists() and re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    return round(int(peak[1]) / 2**20, 2) if peak else None

@@ -598,12 +598,11 @@ def tabulate(args):
     """evaluate.py --runs: tables of finished runs, printed and as files. Only what was scored on
     the same voxels is in one table."""
     folder, results, tables = Path(args.out_dir), [], {}
-    emseg.check_folder(folder, args.overwrite, Path(__file__).name)
-    inputs = set()
-    for run in args.runs:               # its own folder may be among runs/*: no run, no input
+    emseg.check_folder(argparse.Namespace(out_dir=folder, overwrite=args.overwrite),
+                       Path(__file__).name)     # which may be among runs/*
+    for run in args.runs:
         try:
             results += read_run(run)
-            inputs.add(os.path.realpath(run))
         except emseg.InputError as error:
             print(f"skipped {run}: {error}")
     there = {key for r in results for key, _ in r.scores}
@@ -618,7 +617,7 @@ def tabulate(args):
     text = "\n".join([f"All rows: {shared}\n", *(table for table, _ in shown),
                       rank_rows(tables, args.scores[0])])
     print(text)
-    write_config(args, ["table.md", "table.csv", "histogram.png", "slice_dice.png"], inputs)
+    write_config(args)
     emseg.write_text(folder / "table.md", text)
     emseg.write_csv(folder / "table.csv", [line for _, lines in shown for line in lines])
     draw_runs(folder, tables)
@@ -626,13 +625,11 @@ def tabulate(args):
 
 # -- the command -----------------------------------------------------------------------------------
 
-def write_config(args, files, inputs, **more):
-    """Empty the folder of an earlier evaluation and begin with config.json. files: the names of
-    all that will be written; inputs: see emseg.empty_folder."""
-    emseg.empty_folder(Path(args.out_dir), inputs)
+def write_config(args, **more):
+    """Begin a folder with config.json."""
+    emseg.start_folder(Path(args.out_dir))
     emseg.write_json(Path(args.out_dir, "config.json"), {
-        "script": Path(__file__).name, "args": vars(args), "files": files,
-        **emseg.provenance(__file__), **more})
+        "script": Path(__file__).name, "args": vars(args), **emseg.provenance(__file__), **more})
 
 
 def class_of(text, classes):
@@ -692,7 +689,7 @@ def main(args):
     if args.runs:
         return tabulate(args)
     folder = Path(args.out_dir)
-    emseg.check_folder(folder, args.overwrite, Path(__file__).name)
+    emseg.check_folder(args, Path(__file__).name)
 
     # data
     metrics = run_of(args.prediction)
@@ -700,11 +697,7 @@ def main(args):
     args.organelles = [class_of(text, classes) for text in args.organelles]
     if args.segments is not None:
         args.segments = class_of(args.segments, classes)
-    files = ["metrics.json", "figure.png", "slice_dice.png"] + ["objects.csv"] * args.objects
-    for kind, wanted in ("segments", args.segments is not None), ("render", args.render):
-        files += [f"{kind}_{pair.name}.png" for pair in pairs if wanted]
-    write_config(args, files, emseg.inputs_of(args), classes=classes,
-                 training=metrics.get("training"))
+    write_config(args, classes=classes, training=metrics.get("training"))
 
     # scores
     entries = []
@@ -743,7 +736,7 @@ def main(args):
                   f"--voxel-size Z Y X")
         emseg.save_surfaces(folder / f"render_{pair.name}.png", {
             "truth": pair.whole, "prediction": pair.prediction}, classes)
-    print(f"wrote {folder}/: {', '.join(sorted(files))}")
+    print(f"wrote {folder}/: {', '.join(sorted(os.listdir(folder)))}")
 
 
 if __name__ == "__main__":

@@ -327,6 +327,7 @@ def parse_args(argv=None):
         "label": "NAME=PATH for each structure and volume; NAME alone chooses settings: synapse, "
         "mts, centriole, granules, golgi or any other",
         "val_label": "NAME=PATH", "test_label": "NAME=PATH",
+        "test_volume": "or --val-volume where there is one",
         "val_slices": "default: every=5, section 3.1", "model": "seget is the paper's",
         "epochs": preset, "lr": preset, "batch_size": "section 3.2",
         "patch_size": "section 3.1; up to 128, the outer weights of SegET's widest dilation are "
@@ -460,7 +461,8 @@ def merge_runs(run, runs, tests):
     args, networks, test = run.args, {}, []
     args.classes = [next(iter(runs.values())).args.classes[0], *runs]
     for name, each in runs.items():
-        each.checkpoint = each.checkpoint or emseg.load_checkpoint(each.folder)
+        if not args.checkpoint:
+            each.checkpoint = emseg.load_checkpoint(each.folder)
         each.normalization = each.checkpoint["normalization"]
         networks[name] = each.load(make_network(args))
     if not args.checkpoint:                 # for --checkpoint, which finds the networks beside it

@@ -287,7 +287,7 @@ def write_refined(run, item, label, name=None):
     label: see postprocess; name: of the file, where stage 2 is the last.
     """
     coarse, path = write_coarse(run, item), run.path(name or stage_file(run.args, item, "mpp"))
-    if not path.exists():
+    if name or not path.exists():
         with emseg.writers_of(run, item, [(path, coarse.shape, np.uint8)]) as (writer,):
             pixels = max(2**24, 2 * HALO * math.prod(coarse.shape[1:]))
             for slab in emseg.slabs(coarse.shape, pixels)[run.rank :: run.world]:
@@ -315,7 +315,7 @@ def main(args):
 
     # data
     train, val = emseg.open_training(args)
-    unlabelled = emseg.open_items(args.unlabeled_volume, [], args)
+    unlabelled = emseg.open_items(args.unlabeled_volume, None, args)
     run.used += emseg.used_slices(train + val)
     test = emseg.open_test(args, run.used, train)
     emseg.describe_data(args, train=train, validate=val, unlabelled=unlabelled, test=test)
@@ -400,7 +400,7 @@ def finish(run, test, train=()):
     else:
         stages = {"coarse": [write_coarse(run, item).path for item in test], "mpp": [
             write_refined(run, item, labels.get(item.volume.path), None if args.scm else
-                          emseg.result_name("prediction", item, test)).path for item in test]}
+                          emseg.result_name(item, test)).path for item in test]}
     if args.scm:
         stages["scm"] = emseg.predict_all(run, functools.partial(predict_masks, run),
                                           with_masks(run, test), context=args.context)

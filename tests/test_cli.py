@@ -26,11 +26,10 @@ from conftest import ROOT, TINY, log_without_seconds, metrics, run, tiny_cps, we
 # -- the folder ------------------------------------------------------------------------------------
 
 
-def test_a_run_writes_what_its_config_lists(trained):
+def test_what_a_run_writes(trained):
     config = json.loads((trained / "config.json").read_text())
-    assert sorted(config["files"]) == sorted(
-        path.name for path in trained.iterdir() if path.name != "config.json") == [
-        "best.pt", "curves.png", "figure.png", "last.pt", "log.csv", "metrics.json",
+    assert sorted(os.listdir(trained)) == [
+        "best.pt", "config.json", "curves.png", "figure.png", "last.pt", "log.csv", "metrics.json",
         "prediction.tif", "slice_dice.png"]
     assert config["args"]["width"] == 4 and len(config["sha256"]["emseg.py"]) == 64
     assert {"schema", "script", "model", "seed", "selected_on", "classes", "volumes", "mean",
@@ -38,18 +37,39 @@ def test_a_run_writes_what_its_config_lists(trained):
             "parameters"} <= set(metrics(trained))
 
 
-def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(trained, cells, tmp_path, capsys,
-                                                               monkeypatch):
+def test_overwrite_replaces_what_the_run_wrote_and_nothing_else(trained, cells, tmp_path, capsys,
+                                                                monkeypatch):
     monkeypatch.chdir(tmp_path)                 # the folder may lie below the current one
     out = Path("run")
     shutil.copytree(trained, out)
-    mine = [out / name for name in ("prediction_corrected.tif", "weights_mine.tif")]
+    (out / "prediction_corrected").mkdir()
+    mine = [out / name for name in ("prediction_corrected.tif", "weights_mine.tif",
+                                    "prediction_mesh.stl", "prediction_corrected/best.pt")]
     for file in mine:
         file.write_text("a person's")
     assert "give --overwrite" in conftest.refused(train_cps, capsys, *tiny_cps(cells, out))
-    run(train_cps, *tiny_cps(cells, out, "--overwrite", "--no-cutmix", "--method", "supervised"))
+    run(train_cps, *tiny_cps(cells, out, "--overwrite", "--no-cutmix", "--method", "supervised",
+                             "--val-slices", "3"))
     assert all(file.read_text() == "a person's" for file in mine)
     assert "loss_cps" not in log_without_seconds(out)[0]
+    assert metrics(out)["selected_on"] == "validation"
+
+
+def test_overwriting_begins_anew_in_subfolders_too(cells, tmp_path, monkeypatch):
+    """Also where it is interrupted and resumed before it has come to them."""
+    def begin(*more):
+        args = emseg.Run(train_cps.parse_args([
+            *map(str, tiny_cps(cells, tmp_path / "run")), *more]), train_cps.__file__).args_of("b")
+        return emseg.Run(args, train_cps.__file__)
+
+    child, stage = begin(), tmp_path / "run" / "stages" / "0_coarse.tif"
+    stage.parent.mkdir()
+    mine = child.path("mine.txt")
+    for file in child.path("metrics.json"), mine, stage:
+        file.touch()
+    assert begin("--resume").finished and stage.exists()
+    assert not begin("--overwrite").finished and not begin("--resume").finished
+    assert mine.exists() and not stage.exists()
 
 
 def test_inputs_are_never_deleted(trained, cells, tmp_path, capsys):
@@ -58,23 +78,17 @@ def test_inputs_are_never_deleted(trained, cells, tmp_path, capsys):
     kept = (out / "prediction.tif").read_bytes()
     line = conftest.refused(train_cps, capsys, *tiny_cps(cells, out, "--overwrite",
                                                          "--test-volume", out / "prediction.tif"))
-    assert "which this run reads" in line and (out / "prediction.tif").read_bytes() == kept
-
-
-def test_a_persons_file_may_lie_in_a_subfolder(cells, tmp_path):
-    args = train_cps.parse_args([*map(str, tiny_cps(cells, tmp_path / "run"))])
-    args = emseg.Run(args, train_cps.__file__).args_of("part")
-    Path(args.out_dir).mkdir()
-    Path(args.out_dir, "mine.txt").touch()
-    emseg.Run(args, train_cps.__file__).create()
-    assert sorted(os.listdir(args.out_dir)) == ["config.json", "mine.txt"]
+    assert "this run reads" in line and (out / "prediction.tif").read_bytes() == kept
+    line = conftest.refused(train_cps, capsys, "--checkpoint", out, "--overwrite", "--test-volume",
+                            cells / "image.tif", "--out-dir", out)
+    assert "this run reads" in line and (out / "best.pt").exists()
 
 
 def test_a_folder_of_other_files_is_refused(cells, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     for flag in ([], ["--overwrite"]):
         line = conftest.refused(train_cps, capsys, *tiny_cps(cells, tmp_path, *flag))
-        assert "holds files, but no run" in line and os.listdir(tmp_path) == ["mine.txt"]
+        assert "holds no run" in line and os.listdir(tmp_path) == ["mine.txt"]
 
 
 def test_a_finished_run_is_left_alone(trained, capsys):
@@ -233,7 +247,7 @@ def test_two_processes_train_and_predict_together(cells, tmp_path):
     (["--label-slices", "0,8"], "outside the volume"),
     (["--label-slices", "0:8"], "every slice is labelled"),
     (["--val-slices", "0,3,7"], "no slice is left to train on"),
-    (["--val-slices", "n=9"], "of 5 annotated slices"),
+    (["--val-slices", "n=9"], "wanted 1 to 5"),
     (["--volume", "{cells}/image.tif@2:10", "{cells}/image.tif@2:10"], "one label for each volume"),
     (["--test-label", "{cells}/mito.tif@0:4"], "cropped elsewhere"),
     (["--patch-size", "30", "32"], "nearest to 30: 24 or 32"),
@@ -247,7 +261,7 @@ def test_two_processes_train_and_predict_together(cells, tmp_path):
     (["--seed", "-1"], "not between"),
     (["--cps-warmup", "3", "1"], "START must be below END"),
     (["--device", "cuda:77"], "--device cuda:77"),
-    (["--overwrite", "--resume"], "contradict"),
+    (["--overwrite", "--resume"], "not allowed with"),
     (["--demo"], "makes its own data"),
     (["--model", "ceecnet", "--width", "12"], "multiples of 8"),
     (["--average-branches"], "unet has no branches"),

@@ -6,6 +6,7 @@ test_runs.py tests its tables of runs.
 import csv
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -439,10 +440,13 @@ def test_an_evaluation_is_replaced_only_when_told_to(tmp_path, capsys, no_pictur
                  "--out-dir", out]
     assert "--overwrite" in refused(evaluate, capsys, *arguments)
     run(evaluate, *arguments, "--overwrite")
-    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.json"}
-    (out / "objects.csv").write_text("a person's")
+    assert (out / "metrics.json").exists()
+    (out / "objects_mine.csv").write_text("a person's")
     run(evaluate, *arguments, "--overwrite")
-    assert (out / "objects.csv").read_text() == "a person's"
+    assert (out / "objects_mine.csv").read_text() == "a person's"
+    inside = shutil.copy(tmp_path / "truth.tif", out)
+    assert "lies in it" in refused(evaluate, capsys, *arguments[:3], inside, "--out-dir", out,
+                                   "--overwrite")
 
 
 def test_all_pictures_are_there_and_none_is_blank(tmp_path):

@@ -243,6 +243,16 @@ def test_a_run_of_several_structures_is_a_checkpoint(trained, cells, masks, tmp_
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "out" / "prediction.tif"), merged)
 
 
+def test_a_run_of_several_structures_starts_another(trained, cells, masks, tmp_path):
+    """--init: with a rate of almost 0 the weights of each structure stay."""
+    train(cells, masks, tmp_path / "out", "--init", trained, "--lr", "1e-12", "--epochs", "1")
+    for name in "mito", "vesicle":
+        one, other = [emseg.load_checkpoint(folder / name)["modules"]["network"]
+                      for folder in (trained, tmp_path / "out")]
+        for key in [key for key in one if key.endswith("weight")]:
+            torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-9)
+
+
 def test_every_fifth_slice_is_held_out_and_scores(cells, masks, tmp_path):
     """And a single structure needs no subfolder."""
     run("--volume", cells / "image.tif", "--label", f"mito={masks / 'mito.tif'}", "--out-dir",
