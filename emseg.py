@@ -937,10 +937,10 @@ class Tissue:
     label: np.ndarray
 
     def around(self, voxel, reach):
-        """The box of half width `reach` nm around a voxel, as slices."""
+        """The box of half width `reach` nm around a voxel, as slices, and its nm from the voxel."""
         half = np.ceil(reach / self.voxel_size).astype(int)
-        low, high = np.maximum(voxel - half, 0), np.minimum(voxel + half + 1, self.cell.shape)
-        return tuple(map(slice, low, high))
+        box = tuple(slice(max(0, v - h), v + h + 1) for v, h in zip(voxel, half))
+        return box, self.position[box] - self.position[voxel]
 
     def draw(self, box, depth, cell, grey, class_id):
         """Fill depth > 0 (nm below the surface) within a cell with `grey` behind a dark wall. A
@@ -996,8 +996,7 @@ def add_mitochondria(tissue, rng):
     for voxel in map(tuple, rng.integers(tissue.cell.shape, size=(4000, 3))):
         radius, half_length, axis = rng.uniform(60, 110), rng.uniform(60, 300), rng.normal(size=3)
         if wanted > 0 and tissue.free[voxel] > 0.6 * radius + CLEARANCE:
-            box = tissue.around(voxel, half_length + radius + 150)
-            offset = tissue.position[box] - tissue.position[voxel]
+            box, offset = tissue.around(voxel, half_length + radius + 150)
             along = offset @ np.float32(axis / np.linalg.norm(axis))
             beyond = np.maximum(np.abs(along) - half_length, 0)
             depth = radius - np.sqrt((offset**2).sum(-1) - along**2 + beyond**2)
@@ -1013,8 +1012,7 @@ def add_vesicles(tissue, noise, rng):
     for voxel in map(tuple, rng.choice(where, len(where) // 20)):
         radius = rng.uniform(20, 30)
         if wanted > 0 and tissue.free[voxel] > radius + CLEARANCE:
-            box = tissue.around(voxel, 60)
-            offset = tissue.position[box] - tissue.position[voxel]
+            box, offset = tissue.around(voxel, 60)
             depth = radius - np.sqrt((offset**2).sum(-1))
             wanted -= tissue.draw(box, depth, tissue.cell[voxel], 188, VESICLE)
 
@@ -1069,10 +1067,9 @@ class Patches(torch.utils.data.Dataset):
     def __init__(self, images, labels=None, patch_size=(512, 512), slices=None, foreground=0.0,
                  seed=(0,), numbered=False):
         self.images, self.labels, self.seed, self.numbered = images, labels, seed, numbered
-        self.patch_size = (1,) * (3 - len(patch_size)) + tuple(patch_size)
-        self.flat = len(patch_size) == 2
+        self.patch_size, self.sides = patch_size, (1, *patch_size)[-3:]
         for image in images:
-            if any(p > s for p, s in zip(self.patch_size, image.shape)):
+            if any(p > s for p, s in zip(self.sides, image.shape)):
                 raise InputError(
                     f"{image.path}: patches of {format_shape(patch_size)} do not fit into "
                     f"{format_shape(image.shape)}, as the network sees it; give a smaller "
@@ -1100,11 +1097,8 @@ class Patches(torch.utils.data.Dataset):
         else:
             v, z = self.slices[rng.integers(len(self.slices))]
             window = self._window(rng, v, z)
-        if self.flat:
-            window = window[0].start, *window[1:]
-        item = [torch.from_numpy(arrays[v][window])
-                for arrays in (self.images, self.labels) if arrays]
-        item += [v] if self.numbered else []
+        item = [torch.from_numpy(arrays[v][window]).reshape(self.patch_size)
+                for arrays in (self.images, self.labels) if arrays] + [v] * self.numbered
         return tuple(item) if len(item) > 1 else item[0]
 
     def _foreground_window(self, rng):
@@ -1120,7 +1114,7 @@ class Patches(torch.utils.data.Dataset):
     def _window(self, rng, v, z, y=None, x=None):
         """A random window of volume v that holds slice z, and row y and column x if given."""
         window = []
-        for point, size, side in zip((z, y, x), self.patch_size, self.images[v].shape):
+        for point, size, side in zip((z, y, x), self.sides, self.images[v].shape):
             low = 0 if point is None else max(0, point - size + 1)
             high = side - size if point is None else min(point, side - size)
             start = int(rng.integers(low, high + 1))
