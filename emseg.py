@@ -2305,26 +2305,25 @@ def network_side(network, side):
 
 def check_patch_size(network, patch_size, name):
     """Raise InputError, naming the nearest sides that fit, for sides the network cannot take."""
-    stride, offset, smallest = network.stride, network.offset, 2 * network.margin + 1
-    given = f"--patch-size {format_shape(patch_size)}: {name}"
+    given, margins = f"--patch-size {format_shape(patch_size)}: {name}", 2 * network.margin
     if len(patch_size) != network.dims:
         sides = "two sides, Y X" if network.dims == 2 else "three sides, Z Y X"
         raise InputError(f"{given} takes {sides}")
     if network.dims == 3 and patch_size[0] < network.min_depth:
         raise InputError(f"{given} needs {network.min_depth} slices or more")
     for side in patch_size[-2:]:
-        if side % stride != offset or side < smallest:
-            low, high = max(side - stride, smallest), max(side, smallest) + stride
-            near = [str(n) for n in range(low, high) if n % stride == offset]
-            raise InputError(f"{given} takes sides of {offset} + a multiple of {stride}; nearest "
-                             f"to {side}: {' or '.join(near)}")
+        fits = network_side(network, max(1, side - margins)) + margins
+        if side != fits:
+            near = [str(n) for n in (fits - network.stride, fits) if n > margins]
+            raise InputError(f"{given} takes sides of {network.offset} + a multiple of "
+                             f"{network.stride}; nearest to {side}: {' or '.join(near)}")
 
 
 def tile_side(side, grid):
     """Side of the fewest tiles up to MAX_TILE that cover `side`, begin at multiples of `grid` and
     share OVERLAP pixels."""
     count = max(1, math.ceil((side - OVERLAP) / (MAX_TILE - OVERLAP)))
-    return OVERLAP + math.ceil((side - OVERLAP) / count / grid) * grid
+    return min(side, OVERLAP + math.ceil((side - OVERLAP) / count / grid) * grid)
 
 
 def tiles(side, tile, grid=1, power=2):
@@ -2332,12 +2331,10 @@ def tiles(side, tile, grid=1, power=2):
     to 1 everywhere. Tiles share OVERLAP pixels, a third of a tile at most; starts are evenly spaced
     multiples of `grid`, as is side - tile. Weights are a half-wave of the sine to a power: the
     higher, the less the borders count, where a network sees less."""
-    count = 1
-    if side > tile:
-        count += math.ceil((side - tile) / max(1, tile - min(OVERLAP, tile / 3)))
+    count = 1 + math.ceil((side - tile) / max(1, tile - min(OVERLAP, tile / 3)))
     starts = (np.linspace(0, (side - tile) / grid, count).round() * grid).astype(int).tolist()
     window = np.sin(np.pi * (np.arange(tile) + 0.5) / tile) ** power
-    total = np.zeros(max(side, tile))
+    total = np.zeros(side)
     for start in starts:
         total[start : start + tile] += window
     return [(start, torch.from_numpy(window / total[start : start + tile]).float())
@@ -2356,22 +2353,22 @@ def predict_slices(network, image, tile=None):
     grid, power = 1, 2
     if not tile:
         grid, power = network.stride if network.stride > 1 else 32, 6       # 32: of any_size
-    tile_h, tile_w = [network_side(network, min(sides)) for sides in
-                      zip((H, W), tile or (tile_side(H, grid), tile_side(W, grid)))]
+        tile = tile_side(H, grid), tile_side(W, grid)
+    tile_h, tile_w = [network_side(network, min(sides)) for sides in zip((H, W), tile)]
     bottom, right = [max(most - side, (most - side) % grid)
                      for side, most in ((H, tile_h), (W, tile_w))]
     image = mirror_pad(image, margin, bottom + margin, margin, right + margin)
-    places = [(*row, *column) for row in tiles(H + bottom, tile_h, grid, power)
-              for column in tiles(W + right, tile_w, grid, power)]
+    places = list(itertools.product(tiles(H + bottom, tile_h, grid, power),
+                                    tiles(W + right, tile_w, grid, power)))
     at_once = max(1, 2**22 // image[..., :tile_h, :tile_w].numel()) if image.is_cuda else 1
-    total = None
-    for some in (places[i : i + at_once] for i in range(0, len(places), at_once)):
+    for i in range(0, len(places), at_once):
+        some = places[i : i + at_once]
         prob = probabilities(network(torch.cat([
             image[..., y : y + tile_h + 2 * margin, x : x + tile_w + 2 * margin]
-            for y, _, x, _ in some])))
-        if total is None:
+            for (y, _), (x, _) in some])))
+        if i == 0:
             total = prob.new_zeros(len(image), *prob.shape[1:-2], H + bottom, W + right)
-        for (y, along_y, x, along_x), part in zip(some, prob.chunk(len(some))):
+        for ((y, along_y), (x, along_x)), part in zip(some, prob.chunk(len(some))):
             weight = (along_y[:, None] * along_x).to(part.device)
             total[..., y : y + tile_h, x : x + tile_w] += part * weight
     return total[..., :H, :W]
@@ -2381,18 +2378,16 @@ def mirror_pad(image, top, bottom, left, right):
     """Pad (B, C, ..., H, W) by mirroring, or with the border's values where it is too small."""
     H, W = image.shape[-2:]
     fits = max(top, bottom) < H and max(left, right) < W
-    slices = F.pad(image.flatten(1, -3), (left, right, top, bottom),
-                   mode="reflect" if fits else "replicate")
-    return slices.view(*image.shape[:-2], *slices.shape[-2:])
+    sides = (left, right, top, bottom, 0, 0)[: 2 * image.dim() - 4]
+    return F.pad(image, sides, mode="reflect" if fits else "replicate")
 
 
 def eight_views(predict, image):
     """Mean prediction over the eight symmetries of the square: 4 turns x mirrored or not."""
     total = 0
-    for turns in range(4):
-        for mirrored in ((), (-1,)):
-            prob = predict(torch.rot90(image, turns, (-2, -1)).flip(mirrored)).flip(mirrored)
-            total = total + torch.rot90(prob, -turns, (-2, -1))
+    for turns, mirrored in itertools.product(range(4), ((), (-1,))):
+        prob = predict(torch.rot90(image, turns, (-2, -1)).flip(mirrored)).flip(mirrored)
+        total = total + torch.rot90(prob, -turns, (-2, -1))
     return total / 8
 
 
@@ -2444,54 +2439,47 @@ def predict_by_windows(predict, image, depth, rank=0, world=1):
     """
     depth = min(depth, len(image))
     windows = tiles(len(image), depth)
-    first, last = [rank_ * len(windows) // world for rank_ in (rank, rank + 1)]
-    rest = None                                     # what the windows so far add to the next ones
-    for number, (start, weight) in enumerate(windows[:last]):
-        if start + depth <= windows[first][0]:
-            continue
-        end = windows[number + 1][0] if number + 1 < len(windows) else len(image)
-        prob = predict(torch.from_numpy(image[start : start + depth]))
-        prob = prob * weight.to(prob.device).view(-1, 1, 1, 1)
-        if rest is not None:
-            prob[: len(rest)] += rest
-        if number >= first:
-            yield slice(start, end), prob[: end - start]
-        rest = prob[end - start :].clone()
+    starts = [*(start for start, _ in windows), len(image)]
+    begin, stop = [starts[r * len(windows) // world] for r in (rank, rank + 1)]
+    rest = None                                 # what the windows so far add to the next ones
+    for (start, weight), end in zip(windows, starts[1:]):
+        if begin < start + depth and start < stop:
+            prob = predict(torch.from_numpy(image[start : start + depth]))
+            prob = prob * weight.to(prob.device).view(-1, 1, 1, 1)
+            if rest is not None:
+                prob[: len(rest)] += rest
+            if start >= begin:
+                yield slice(start, end), prob[: end - start]
+            rest = prob[end - start :].clone()
 
 
-def predict_volume(stream, writer, decide, shape, downsample=1, probability=None, progress=None):
+def predict_volume(stream, writer, decide, shape, downsample=1, probability=None):
     """Write a stream of predictions: memory depends on its slabs, not on the volume.
 
     stream: yields (slab, probabilities (n, C, H, W)), which are enlarged linearly by `downsample`
     and cut; where that is 1, to (Y, X). shape: of the prediction (Z, Y, X). writer: a VolumeWriter;
     decide: probabilities (1, C, Y, X) -> class ids (1, Y, X); probability: a VolumeWriter of (Z, Y,
-    X) or (Z, C, Y, X). progress: called with the slices done and the slices of the volume.
+    X) or (Z, C, Y, X).
     """
-    done, waiting, (Z, Y, X) = 0, [], shape
+    Y, X = shape[1:]
 
-    def write(z, ids, large):
-        writer[z : z + 1] = ids.cpu().numpy()
-        if probability is not None:
-            probability[z : z + 1] = (large[:, 0] if large.shape[1] == 1 else large).cpu().numpy()
+    def write(slab, prob):
+        sides = (Y, X) if downsample == 1 else tuple(side * downsample for side in prob.shape[2:])
+        for z, large in enumerate(prob.split(1), slab.start):
+            if large.shape[2:] != sides:            # channels last: three times faster on a CPU
+                large = bilinear(large.contiguous(memory_format=torch.channels_last), sides)
+            large = large[..., :Y, :X]
+            writer[z : z + 1] = decide(large).to(torch.uint8).cpu().numpy()
+            if probability is not None:
+                probability[z : z + 1] = large.squeeze(1).cpu().numpy()
+        show_progress("predicting  slice", slab.stop, shape[0])
 
-    # Slices are copied and written by a thread: a GPU goes on with the next one meanwhile.
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:             # writes a slab while the next is predicted
+        writing = pool.submit(lambda: None)
         for slab, prob in stream:
-            sides = (Y, X) if downsample == 1 else tuple(s * downsample for s in prob.shape[2:])
-            for z, large in zip(range(slab.start, min(slab.stop, Z)), prob.split(1)):
-                if large.shape[2:] != sides:        # channels last: three times faster on a CPU
-                    large = bilinear(large.contiguous(memory_format=torch.channels_last), sides)
-                large = large[..., :Y, :X]
-                parts = [decide(rows).to(torch.uint8) for rows in large.split(512, dim=2)]
-                waiting.append(pool.submit(write, z, torch.cat(parts, dim=1),
-                                           None if probability is None else large))
-                while len(waiting) > 2:
-                    waiting.pop(0).result()
-                done += 1
-            if progress:
-                progress(done, Z)
-        for each in waiting:
-            each.result()
+            writing.result()
+            writing = pool.submit(write, slab, prob)
+        writing.result()
 
 
 def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=0, world=1,
@@ -2501,18 +2489,16 @@ def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=
     predict: uint8 tensor (context, H, W) around a slice -> its probabilities (1, C, H, W).
     depth: of the windows of a 3D network, blended as in a prediction, see predict_by_windows.
     """
-    def middles():
-        padded = WithContext(image, context)
-        for z in label.slices[rank::world]:
-            yield slice(z, z + 1), predict(torch.from_numpy(padded[z : z + context]))
-
     counts = np.zeros((len(label.slices), len(classes), len(classes)), dtype=np.int64)
-    windows = predict_by_windows(predict, image, depth, rank, world) if depth else middles()
-    for slab, prob in windows:
-        for row in np.flatnonzero((label.slices >= slab.start) & (label.slices < slab.stop)):
-            z = label.slices[row]
-            pred = class_ids(prob[z - slab.start][None], threshold).to(torch.uint8).cpu().numpy()
-            counts[row] = confusion(pred, label[z][None], len(classes))[0]
+    padded = WithContext(image, context)
+    stream = predict_by_windows(predict, image, depth, rank, world) if depth else (
+        (slice(z, z + 1), predict(torch.from_numpy(padded[z : z + context])))
+        for z in label.slices[rank::world])
+    for slab, prob in stream:
+        for row, z in enumerate(label.slices):
+            if slab.start <= z < slab.stop:
+                pred = class_ids(prob[z - slab.start][None], threshold).to(torch.uint8)
+                counts[row] = confusion(pred.cpu().numpy(), label[z][None], len(classes))[0]
     if world > 1:
         torch.distributed.all_reduce(torch.from_numpy(counts))      # in place
     return counts
@@ -4006,8 +3992,7 @@ def write_prediction(run, predict, item, name, context=1, depth=None, channels=N
                                   pixels=2**22 if run.device.type == "cuda" else 2**20)
     with writers_of(run, item, outputs) as writers:
         decide = decide or functools.partial(class_ids, threshold=threshold)
-        predict_volume(stream, writers[0], decide, shape, run.args.downsample, *writers[1:],
-                       progress=lambda done, total: show_progress("predicting  slice", done, total))
+        predict_volume(stream, writers[0], decide, shape, run.args.downsample, *writers[1:])
     run.predicted_voxels += math.prod(shape)
     run.predict_seconds += time.monotonic() - started
     return run.folder / name
