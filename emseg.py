@@ -2453,13 +2453,13 @@ def predict_by_windows(predict, image, depth, rank=0, world=1):
             rest = prob[end - start :].clone()
 
 
-def predict_volume(stream, writer, decide, shape, downsample=1, probability=None):
+def predict_volume(stream, writer, decide, shape, downsample=1, probability=None, *, progress):
     """Write a stream of predictions: memory depends on its slabs, not on the volume.
 
     stream: yields (slab, probabilities (n, C, H, W)), which are enlarged linearly by `downsample`
     and cut; where that is 1, to (Y, X). shape: of the prediction (Z, Y, X). writer: a VolumeWriter;
     decide: probabilities (1, C, Y, X) -> class ids (1, Y, X); probability: a VolumeWriter of (Z, Y,
-    X) or (Z, C, Y, X).
+    X) or (Z, C, Y, X). progress: called with the slices done and the slices of the volume.
     """
     Y, X = shape[1:]
 
@@ -2472,7 +2472,7 @@ def predict_volume(stream, writer, decide, shape, downsample=1, probability=None
             writer[z : z + 1] = decide(large).to(torch.uint8).cpu().numpy()
             if probability is not None:
                 probability[z : z + 1] = large.squeeze(1).cpu().numpy()
-        show_progress("predicting  slice", slab.stop, shape[0])
+        progress(slab.stop, shape[0])
 
     with ThreadPoolExecutor(1) as pool:             # writes a slab while the next is predicted
         writing = pool.submit(lambda: None)
@@ -2622,7 +2622,7 @@ def volume_scores(counts, label, classes, organelles=None):
 CLASS_COLORS = ["#e69f00", "#cc79a7", "#f0e442", "#56b4e9", "#d55e00", "#009e73", "#0072b2"]
 ERROR_COLORS = {"true positive": "#2ca02c", "false negative": "#d62728",
                 "false positive": "#1f77b4"}
-VIEWS = ((-90, 90), (-60, 30), (30, 30))    # azimuth and elevation of the eye, in degrees
+VIEWS = ((0, 0), (-30, 60), (-120, 60))     # degrees: a turn about z, then a tilt to the eye
 
 
 def new_figure(dpi=120, **options):
@@ -2637,29 +2637,24 @@ def save_figure(figure, path):
         figure.savefig(temporary, format="png")
 
 
-def plain(text):
-    """A name as matplotlib shows it letter by letter: $ begins no formula."""
-    return text.replace("$", r"\$")
-
-
-def overlay(image, masks=(), colors=(), alpha=0.45):
+def overlay(image, masks=(), colors=()):
     """RGB float (Y, X, 3) of a grey uint8 image (Y, X) with coloured, outlined masks on top."""
     import matplotlib.colors
     rgb = np.repeat(image[..., None] / 255.0, 3, axis=2)
     for mask, color in zip(masks, colors):
         color = np.array(matplotlib.colors.to_rgb(color))
-        rgb[mask] = (1 - alpha) * rgb[mask] + alpha * color
+        rgb[mask] = 0.55 * rgb[mask] + 0.45 * color
         rgb[mask & ~ndimage.binary_erosion(mask, border_value=1)] = color
     return rgb
 
 
-def class_overlay(image, label, classes, alpha=0.45):
+def class_overlay(image, label, classes):
     """The image with every foreground class of `label` in its fixed colour."""
     masks = [label == k for k in range(1, len(classes))]
-    return overlay(image, masks, itertools.cycle(CLASS_COLORS), alpha)
+    return overlay(image, masks, itertools.cycle(CLASS_COLORS))
 
 
-def error_overlay(image, label, pred, alpha=0.45):
+def error_overlay(image, label, pred):
     """The image with true positives green, false negatives red, false positives blue.
 
     A foreground voxel given another foreground class counts as a false negative.
@@ -2667,7 +2662,7 @@ def error_overlay(image, label, pred, alpha=0.45):
     valid = label != IGNORE
     masks = [valid & (label > 0) & (pred == label), valid & (label > 0) & (pred != label),
              valid & (label == 0) & (pred > 0)]
-    return overlay(image, masks, ERROR_COLORS.values(), alpha)
+    return overlay(image, masks, ERROR_COLORS.values())
 
 
 def save_slices(path, items, classes, rows=4, max_side=768):
@@ -2693,20 +2688,20 @@ def save_slices(path, items, classes, rows=4, max_side=768):
     figure = new_figure(figsize=(3.1 * len(titles), sum(heights) + 0.4))
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
     for title, axis in zip(titles, axes[0]):
-        axis.set_title(plain(title))
+        axis.set_title(title)
     for row, (name, like, step, shown) in zip(axes, panels):
         inset = _inset(shown)
         for axis, title in zip(row, titles):
-            axis.set(xticks=[], yticks=[], frame_on="image" not in titles)
+            axis.set(xticks=[], yticks=[], frame_on=title in shown)
             if title in shown:
                 axis.imshow(shown[title], interpolation="antialiased")
-                if inset:
-                    zoom = axis.inset_axes((0.55, 0.55, 0.43, 0.43), xticks=[], yticks=[], **inset)
-                    zoom.imshow(shown[title])
-                    axis.indicate_inset_zoom(zoom, edgecolor="white", alpha=1)
-        row[0].text(0.02, 0.97, plain(name), transform=row[0].transAxes, fontsize=7, va="top",
+            if title in shown and inset:
+                zoom = axis.inset_axes((0.55, 0.55, 0.43, 0.43), xticks=[], yticks=[], **inset)
+                zoom.imshow(shown[title])
+                axis.indicate_inset_zoom(zoom, edgecolor="white", alpha=1)
+        row[0].text(0.02, 0.97, name, transform=row[0].transAxes, fontsize=7, va="top",
                     color="white", bbox={"color": "black", "alpha": 0.6, "pad": 1.5})
-        _scale_bar(row[0], like.voxel_size, step)
+        _scale_bar(row[0], like.voxel_size and like.voxel_size[2] * step)
     legend(figure, classes, "truth" in titles)
     save_figure(figure, path)
 
@@ -2724,21 +2719,18 @@ def _slices_to_show(image, label, dice, count):
 def _panels(z, image, label, predictions, classes, step):
     """{title: RGB} of slice z, every step-th pixel; see save_slices."""
     preds = {name: prediction[z][::step, ::step] for name, prediction in predictions.items()}
-    shown, alpha = {}, 0.45
-    if image is None:
-        grey, alpha = np.full(next(iter(preds.values())).shape, 255, np.uint8), 0.9
-    else:
-        grey = image[z][::step, ::step]
-        shown["image"] = overlay(grey)
+    grey = (np.full_like([*preds.values()][0], 255, np.uint8) if image is None else
+            image[z][::step, ::step])
+    shown = {} if image is None else {"image": overlay(grey)}
     if label is not None:
         truth = label[z][::step, ::step]
-        shown["truth"] = class_overlay(grey, truth, classes, alpha)
+        shown["truth"] = class_overlay(grey, truth, classes)
     for name, pred in preds.items():
         if label is None or len(preds) == 1:
-            shown[name] = class_overlay(grey, pred, classes, alpha)
+            shown[name] = class_overlay(grey, pred, classes)
         if label is not None:
             title = "errors" if len(preds) == 1 else f"{name}: errors"
-            shown[title] = error_overlay(grey, truth, pred, alpha)
+            shown[title] = error_overlay(grey, truth, pred)
     return shown
 
 
@@ -2748,41 +2740,38 @@ def _inset(shown, share=0.03, part=8):
     coloured = np.any([np.ptp(rgb, axis=2) > 0 for rgb in shown.values()], 0)
     if not 0 < coloured.mean() < share:
         return None
-    (H, W), sides = coloured.shape, [math.ceil(side / part) for side in coloured.shape]
-    dense = ndimage.gaussian_filter(coloured.astype(np.float32), [side / 4 for side in sides])
-    (y, x), (h, w) = np.unravel_index(dense.argmax(), dense.shape), sides
+    (H, W), (h, w) = coloured.shape, [math.ceil(side / part) for side in coloured.shape]
+    dense = ndimage.gaussian_filter(coloured.astype(float), (h / 4, w / 4), mode="constant")
+    y, x = np.unravel_index(dense.argmax(), dense.shape)
     y, x = np.clip(y - h // 2, 0, H - h), np.clip(x - w // 2, 0, W - w)
     return {"xlim": (x - 0.5, x + w - 0.5), "ylim": (y + h - 0.5, y - 0.5)}
 
 
-def _scale_bar(axis, voxel_size, step):
-    """A bar of a round length, about a quarter of the panel wide, where the voxel size is known."""
-    if not voxel_size:
+def _scale_bar(axis, nm):
+    """A bar of a round length, about a quarter of the panel wide. nm: of a pixel, or None."""
+    if not nm:
         return
     from matplotlib.patheffects import withStroke
-    (x0, x1), (y1, y0) = axis.get_xlim(), axis.get_ylim()
-    nm = voxel_size[2] * step
-    length = (x1 - x0) * nm / 4
+    left, right = axis.get_xlim()
+    length, x = (right - left) * nm / 4, left + 0.05 * (right - left)
     power = 10 ** math.floor(math.log10(length))
     length = power * max(f for f in (1, 2, 5) if f * power <= length)
-    y, x = y1 - 0.06 * (y1 - y0), x0 + 0.05 * (x1 - x0)
     text = f"{length:g} nm" if length < 1000 else f"{length / 1000:g} µm"
-    axis.plot([x, x + length / nm], [y, y], color="white", linewidth=2.5,
+    place = {"color": "white", "transform": axis.get_xaxis_transform()}
+    axis.plot([x, x + length / nm], [0.06, 0.06], linewidth=2.5, **place,
               path_effects=[withStroke(linewidth=4, foreground="black")])
-    axis.text(x, y - 0.02 * (y1 - y0), text, color="white", fontsize=7, va="bottom",
+    axis.text(x, 0.08, text, fontsize=7, va="bottom", **place,
               path_effects=[withStroke(linewidth=2, foreground="black")])
 
 
 def legend(figure, classes, errors):
     """Class colours and, where truth is known, error colours below the panels."""
     from matplotlib.patches import Patch
-    handles = [Patch(facecolor=color, label=plain(name), edgecolor="0.6")
+    handles = [Patch(facecolor=color, label=name, edgecolor="0.6")
                for name, color in zip(classes[1:], itertools.cycle(CLASS_COLORS))]
     if errors:
         handles += [Patch(color=color, label=name) for name, color in ERROR_COLORS.items()]
-    columns = math.ceil(len(handles) / math.ceil(len(handles) / 6))     # rows of equal length
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8,
-                  frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
 
 
 def save_surfaces(path, rows, classes, max_side=200):
@@ -2791,21 +2780,22 @@ def save_surfaces(path, rows, classes, max_side=200):
     rows: {title: lazy class ids (Z, Y, X)} of one volume, such as its truth and its prediction,
     which are shown side by side, as cubes, max_side along the longest side of the volume.
     """
-    names = ["all", *classes[1:]] if len(classes) > 2 else classes[1:]
-    shown = [range(len(classes) - 1), *([k] for k in range(len(classes) - 1))][-len(names):]
+    shown = {name: [k] for k, name in enumerate(classes[1:])}
+    if len(shown) > 1:
+        shown = {"all": range(len(shown)), **shown}
     grids = {title: _cubes(volume, max_side) for title, volume in rows.items()}
     columns = [(title, side, _first_hits(ids, len(classes), view))
                for view in VIEWS for title, (ids, side) in grids.items()]
     height = max(depth.shape[1] / depth.shape[2] for *_, depth in columns)
-    figure = new_figure(figsize=(2.8 * len(columns), 2.8 * height * len(names)))
-    axes = figure.subplots(len(names), len(columns), squeeze=False)
+    figure = new_figure(figsize=(2.8 * len(columns), 2.8 * height * len(shown)))
+    axes = figure.subplots(len(shown), len(columns), squeeze=False)
     for (title, side, depth), column in zip(columns, axes.T):
-        for axis, name, chosen in zip(column, names, shown):
+        for axis, (name, chosen) in zip(column, shown.items()):
             colors = [CLASS_COLORS[k % len(CLASS_COLORS)] for k in chosen]
             axis.imshow(_relief(depth[chosen], colors), interpolation="bilinear")
             axis.set_axis_off()
-            axis.set_title(plain(f"{title}: {name}"), fontsize=8)
-        _scale_bar(column[0], side and (side,) * 3, 1)
+            axis.set_title(f"{title}: {name}", fontsize=8)
+        _scale_bar(column[0], side)
     save_figure(figure, path)
 
 
@@ -2819,24 +2809,14 @@ def _cubes(volume, max_side):
 
 
 def _first_hits(ids, n_classes, view):
-    """Z-buffer of the foreground classes, float32 (n_classes - 1, P, Q): how near their surface is,
-    in cubes, -inf where there is none. view: see VIEWS; slice 0 lies on top, and seen from there
-    slices look as on a screen."""
-    a, e = np.deg2rad(view)
-    right, down, near = eye = np.array(
-        [[0, -np.cos(a), -np.sin(a)],
-         [np.cos(e), -np.sin(e) * np.sin(a), np.sin(e) * np.cos(a)],
-         [-np.sin(e), -np.cos(e) * np.sin(a), np.cos(e) * np.cos(a)]])      # of z, y, x
-    height, width = np.ceil(np.abs(eye[1::-1]) @ ids.shape).astype(int) + 1
-    depth = np.full((n_classes - 1, height, width), -np.inf, np.float32)
-    parts = np.array(list(itertools.product((0.25, 0.75), repeat=3)))       # of a cube: no holes
-    for k, buffer in enumerate(depth, 1):
-        inside = ids == k
-        surface = np.argwhere(inside & ~ndimage.binary_erosion(inside))
-        points = (surface[:, None] + parts - np.array(ids.shape) / 2).reshape(-1, 3)
-        y, x = points @ down + height / 2, points @ right + width / 2
-        np.maximum.at(buffer, (y.astype(int), x.astype(int)), points @ near)
-    return depth
+    """How near the surface of each foreground class is, float (n_classes - 1, P, Q), in cubes, -inf
+    where there is none. view: see VIEWS; slice 0 lies on top, and seen from there slices look as on
+    a screen."""
+    for angle, axes in zip(view, ((2, 1), (1, 0))):
+        ids = ndimage.rotate(ids, angle, axes, order=0)
+    hits = ids == np.arange(1, n_classes)[:, None, None, None]
+    depth = np.where(hits.any(1), -hits.argmax(1), -np.inf)
+    return ndimage.maximum_filter(depth, (1, 2, 2))         # turned sheets have pinholes
 
 
 def _relief(depth, colors):
@@ -2855,23 +2835,25 @@ def save_slice_dice(path, items, classes):
     """slice_dice.png: the 2D Dice of every foreground class against z, a row for each volume, with
     the slices marked that were trained or validated on (Pagano 2023, figure 5).
 
-    items: list of (name, Dice (Z, K), NaN where it is undefined or not scored, marked z).
+    items: list of (name, Dice (Z, K), NaN where it is undefined or not scored, marked z, z -> name
+    of the slice, see LazyArray.slice_name).
     """
     figure = new_figure(figsize=(9, 2.9 * len(items)))
-    for axis, (name, dice, marked) in zip(figure.subplots(len(items), squeeze=False)[:, 0], items):
+    rows = figure.subplots(len(items), squeeze=False)[:, 0]
+    for axis, (name, dice, marked, slice_name) in zip(rows, items):
         for k, (class_name, color) in enumerate(zip(classes[1:], itertools.cycle(CLASS_COLORS)), 1):
-            if np.isfinite(dice[:, k]).any():
-                axis.plot(dice[:, k], ".-", color=color, linewidth=1, label=plain(
-                    textwrap.fill(class_name, 32)))
+            axis.plot(dice[:, k], ".-", color=color, linewidth=1,
+                      label=textwrap.fill(class_name, 32))
         if len(marked):
             axis.vlines(marked, 0, 1, color="0.4", linewidth=1, linestyle="--",
                         transform=axis.get_xaxis_transform(), label="labelled slices")
-        axis.set(title=plain(textwrap.fill(name, 80)), xlabel="z", ylabel="Dice of the slice",
+        axis.set(title=textwrap.fill(name, 80), ylabel="Dice of the slice",
                  xlim=(-0.5, len(dice) - 0.5))
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        if axis.lines or len(marked):
-            axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
+        ticks = [int(z) for z in axis.get_xticks() if 0 <= z < len(dice)]
+        axis.set_xticks(ticks, [slice_name(z).replace(" (", "\n(") for z in ticks])
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
@@ -2886,10 +2868,10 @@ def save_histogram(path, panels, score):
                                      panels.items()):
         for line, values in enumerate(groups.values()):
             axis.plot(values, [line] * len(values), "o", color=CLASS_COLORS[-1], alpha=0.5)
-        axis.set_yticks(range(len(groups)), [plain(textwrap.fill(f"{name} ({len(values)})", 40))
+        axis.set_yticks(range(len(groups)), [textwrap.fill(f"{name} ({len(values)})", 40)
                                              for name, values in groups.items()], fontsize=8)
         axis.set(xlabel=score, ylim=(len(groups) - 0.5, -0.5))
-        axis.set_title(plain(textwrap.fill(title, 80)), fontsize=9)
+        axis.set_title(textwrap.fill(title, 80), fontsize=9)
         axis.grid(alpha=0.3)
     save_figure(figure, path)
 
@@ -3992,7 +3974,8 @@ def write_prediction(run, predict, item, name, context=1, depth=None, channels=N
                                   pixels=2**22 if run.device.type == "cuda" else 2**20)
     with writers_of(run, item, outputs) as writers:
         decide = decide or functools.partial(class_ids, threshold=threshold)
-        predict_volume(stream, writers[0], decide, shape, run.args.downsample, *writers[1:])
+        predict_volume(stream, writers[0], decide, shape, run.args.downsample, *writers[1:],
+                       progress=lambda done, total: show_progress("predicting  slice", done, total))
     run.predicted_voxels += math.prod(shape)
     run.predict_seconds += time.monotonic() - started
     return run.folder / name
@@ -4042,7 +4025,7 @@ def report(run, items, stages, parameters, organelles=None, **more):
         if item.label is not None:
             entry |= result                             # of the last stage
             dice = dice_of_slices(counts)
-            curves.append((item.name, dice, entry["used"]))
+            curves.append((item.name, dice, entry["used"], item.volume.slice_name))
             if len(stages) > 1:
                 entry["stages"] = {name: each[-1] for name, each in results.items()}
         volumes.append(entry)

@@ -141,24 +141,25 @@ def predict_three(image):
     return torch.cat([0.5 - grey / 2, grey / 3, 0.5 + grey / 6], 1)
 
 
-def write(predict, image, writer, shape, probability=None, downsample=1, threshold=0.5, **options):
+def write(predict, image, writer, shape, probability=None, downsample=1, threshold=0.5,
+          progress=lambda done, total: None, **options):
     """Predict slab by slab into a writer."""
     stream = emseg.predict_by_slabs(predict, InMemory(image), shape, **options)
     emseg.predict_volume(stream, writer, functools.partial(emseg.class_ids, threshold=threshold),
-                         shape, downsample, probability)
+                         shape, downsample, probability, progress=progress)
 
 
 @pytest.mark.parametrize("pixels", [1, 200, 700, 10**6])
-def test_slab_by_slab_equals_one_shot(pixels, monkeypatch):
+def test_slab_by_slab_equals_one_shot(pixels):
     volume, sizes, calls = random_ids((7, 12, 15), 256), [], []
-    monkeypatch.setattr(emseg, "show_progress", lambda _, *call: calls.append(call))
     writer = Writer(volume.shape)
 
     def predict(image):
         sizes.append(len(image))
         return predict_grey(image)
 
-    write(predict, volume, writer, volume.shape, pixels=pixels)
+    write(predict, volume, writer, volume.shape, pixels=pixels,
+          progress=lambda *call: calls.append(call))
     np.testing.assert_array_equal(writer.array, volume > 127)
     assert writer.dtype == np.uint8 and (writer.written == 1).all()
     assert max(sizes) == min(7, max(1, pixels // 180))
