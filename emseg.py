@@ -2637,21 +2637,15 @@ def save_figure(figure, path):
         figure.savefig(temporary, format="png")
 
 
-def overlay(image, masks=(), colors=()):
-    """RGB float (Y, X, 3) of a grey uint8 image (Y, X) with coloured, outlined masks on top."""
+def overlay(image, ids, colors=CLASS_COLORS):
+    """RGB float (Y, X, 3) of a grey uint8 image (Y, X) with ids 1, 2, … coloured and outlined."""
     import matplotlib.colors
     rgb = np.repeat(image[..., None] / 255.0, 3, axis=2)
-    for mask, color in zip(masks, colors):
-        color = np.array(matplotlib.colors.to_rgb(color))
+    for k in np.setdiff1d(ids, [0, IGNORE]):
+        mask, color = ids == k, np.array(matplotlib.colors.to_rgb(colors[(k - 1) % len(colors)]))
         rgb[mask] = 0.55 * rgb[mask] + 0.45 * color
         rgb[mask & ~ndimage.binary_erosion(mask, border_value=1)] = color
     return rgb
-
-
-def class_overlay(image, label, classes):
-    """The image with every foreground class of `label` in its fixed colour."""
-    masks = [label == k for k in range(1, len(classes))]
-    return overlay(image, masks, itertools.cycle(CLASS_COLORS))
 
 
 def error_overlay(image, label, pred):
@@ -2659,10 +2653,8 @@ def error_overlay(image, label, pred):
 
     A foreground voxel given another foreground class counts as a false negative.
     """
-    valid = label != IGNORE
-    masks = [valid & (label > 0) & (pred == label), valid & (label > 0) & (pred != label),
-             valid & (label == 0) & (pred > 0)]
-    return overlay(image, masks, ERROR_COLORS.values())
+    errors = np.select([label == IGNORE, label == 0, label == pred], [0, 3 * (pred > 0), 1], 2)
+    return overlay(image, errors, [*ERROR_COLORS.values()])
 
 
 def save_slices(path, items, classes, rows=4, max_side=768):
@@ -2673,6 +2665,7 @@ def save_slices(path, items, classes, rows=4, max_side=768):
     the lowest mean Dice, worst first; without Dice, slices at even distances. Without an image,
     paper is white.
     """
+    from matplotlib.patches import Patch
     panels = []
     for name, image, label, predictions, dice in items:
         like = next(iter(predictions.values())) if image is None else image
@@ -2680,8 +2673,7 @@ def save_slices(path, items, classes, rows=4, max_side=768):
         for z, score in _slices_to_show(like, label, dice, max(1, rows // len(items))):
             title = f"{name}  {like.slice_name(z)}"
             title += "" if np.isnan(score) else f"  Dice {score:.3f}"
-            shown = _panels(z, image, label, predictions, classes, step)
-            panels.append((title, like, step, shown))
+            panels.append((title, like, step, _panels(z, image, label, predictions, step)))
     titles = max((list(shown) for *_, shown in panels), key=len)
     heights = [3.1 * np.clip(like.shape[1] / like.shape[2], 0.2, 1.6) + 0.25
                for _, like, *_ in panels]
@@ -2702,7 +2694,10 @@ def save_slices(path, items, classes, rows=4, max_side=768):
         row[0].text(0.02, 0.97, name, transform=row[0].transAxes, fontsize=7, va="top",
                     color="white", bbox={"color": "black", "alpha": 0.6, "pad": 1.5})
         _scale_bar(row[0], like.voxel_size and like.voxel_size[2] * step)
-    legend(figure, classes, "truth" in titles)
+    colors = dict(zip(classes[1:], itertools.cycle(CLASS_COLORS)))
+    colors |= ERROR_COLORS if "truth" in titles else {}
+    figure.legend([Patch(facecolor=color, edgecolor="0.6") for color in colors.values()], colors,
+                  loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
@@ -2716,18 +2711,18 @@ def _slices_to_show(image, label, dice, count):
     return [(z, mean[z]) for z in zs[mean[zs].argsort(kind="stable")][:count]]      # NaN last
 
 
-def _panels(z, image, label, predictions, classes, step):
+def _panels(z, image, label, predictions, step):
     """{title: RGB} of slice z, every step-th pixel; see save_slices."""
     preds = {name: prediction[z][::step, ::step] for name, prediction in predictions.items()}
     grey = (np.full_like([*preds.values()][0], 255, np.uint8) if image is None else
             image[z][::step, ::step])
-    shown = {} if image is None else {"image": overlay(grey)}
+    shown = {} if image is None else {"image": overlay(grey, 0 * grey)}
     if label is not None:
         truth = label[z][::step, ::step]
-        shown["truth"] = class_overlay(grey, truth, classes)
+        shown["truth"] = overlay(grey, truth)
     for name, pred in preds.items():
         if label is None or len(preds) == 1:
-            shown[name] = class_overlay(grey, pred, classes)
+            shown[name] = overlay(grey, pred)
         if label is not None:
             title = "errors" if len(preds) == 1 else f"{name}: errors"
             shown[title] = error_overlay(grey, truth, pred)
@@ -2762,16 +2757,6 @@ def _scale_bar(axis, nm):
               path_effects=[withStroke(linewidth=4, foreground="black")])
     axis.text(x, 0.08, text, fontsize=7, va="bottom", **place,
               path_effects=[withStroke(linewidth=2, foreground="black")])
-
-
-def legend(figure, classes, errors):
-    """Class colours and, where truth is known, error colours below the panels."""
-    from matplotlib.patches import Patch
-    handles = [Patch(facecolor=color, label=name, edgecolor="0.6")
-               for name, color in zip(classes[1:], itertools.cycle(CLASS_COLORS))]
-    if errors:
-        handles += [Patch(color=color, label=name) for name, color in ERROR_COLORS.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
 
 
 def save_surfaces(path, rows, classes, max_side=200):
@@ -2841,9 +2826,8 @@ def save_slice_dice(path, items, classes):
     figure = new_figure(figsize=(9, 2.9 * len(items)))
     rows = figure.subplots(len(items), squeeze=False)[:, 0]
     for axis, (name, dice, marked, slice_name) in zip(rows, items):
-        for k, (class_name, color) in enumerate(zip(classes[1:], itertools.cycle(CLASS_COLORS)), 1):
-            axis.plot(dice[:, k], ".-", color=color, linewidth=1,
-                      label=textwrap.fill(class_name, 32))
+        for column, label, color in zip(dice.T[1:], classes[1:], itertools.cycle(CLASS_COLORS)):
+            axis.plot(column, ".-", color=color, linewidth=1, label=textwrap.fill(label, 32))
         if len(marked):
             axis.vlines(marked, 0, 1, color="0.4", linewidth=1, linestyle="--",
                         transform=axis.get_xaxis_transform(), label="labelled slices")
@@ -2880,8 +2864,6 @@ def save_curves(path, log):
     """curves.png: loss terms and validation scores against the epoch, from the path of log.csv."""
     with open(log, newline="") as file:
         rows = list(csv.DictReader(file))
-    if not rows:
-        return
     terms = [key for key in rows[0] if key.startswith("loss_")]     # the total moves with weights
     scores = [key for key in ("val_dice", "val_iou", "val_miou", "val_miou_org") if key in rows[0]]
     groups = {"loss": terms or ["loss"], **({"validation": scores} if scores else {})}

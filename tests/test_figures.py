@@ -54,7 +54,7 @@ def test_overlays_by_hand():
     errors = emseg.error_overlay(grey, truth, pred)[0]
     np.testing.assert_allclose(errors[1::3], wanted)
     np.testing.assert_allclose(errors[[2, 3, 5, 6, 8]], [green, red, red, blue, blue])
-    colored = emseg.class_overlay(grey, truth, CLASSES)[0]
+    colored = emseg.overlay(grey, truth)[0]
     one, two = [0.45 * np.array(to_rgb(c)) for c in ("#e69f00", "#cc79a7")]
     np.testing.assert_allclose(colored[1], base[0] + one)
     np.testing.assert_allclose(colored[13::3], [[50 / 255] * 3, base[5] + two])
@@ -70,7 +70,7 @@ def test_a_figure_shows_image_truth_prediction_and_errors(tmp_path, figures, sha
     _, image, label, preds, _ = items[0]
     z, step = shape[0] // 2, -(-max(shape[1:]) // 768)
     arrays = [volume.array[z, ::step, ::step] for volume in (image, label, preds["prediction"])]
-    np.testing.assert_allclose(picture(axes[1]), emseg.class_overlay(*arrays[:2], CLASSES))
+    np.testing.assert_allclose(picture(axes[1]), emseg.overlay(*arrays[:2]))
     np.testing.assert_allclose(picture(axes[3]), emseg.error_overlay(*arrays))
     assert [len(axis.images) for axis in axes[4:]] == [1, 0, 1, 0]      # no truth, no errors
 
