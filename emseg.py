@@ -2332,13 +2332,11 @@ def tiles(side, tile, grid=1, power=2):
     multiples of `grid`, as is side - tile. Weights are a half-wave of the sine to a power: the
     higher, the less the borders count, where a network sees less."""
     count = 1 + math.ceil((side - tile) / max(1, tile - min(OVERLAP, tile / 3)))
-    starts = (np.linspace(0, (side - tile) / grid, count).round() * grid).astype(int).tolist()
+    starts = (np.linspace(0, (side - tile) / grid, count).round() * grid).astype(int)
     window = np.sin(np.pi * (np.arange(tile) + 0.5) / tile) ** power
-    total = np.zeros(side)
-    for start in starts:
-        total[start : start + tile] += window
-    return [(start, torch.from_numpy(window / total[start : start + tile]).float())
-            for start in starts]
+    places = starts[:, None] + np.arange(tile)
+    total = np.bincount(places.ravel(), np.tile(window, count))
+    return list(zip(starts.tolist(), torch.from_numpy(window / total[places]).float()))
 
 
 def predict_slices(network, image, tile=None):
@@ -2475,7 +2473,7 @@ def predict_volume(stream, writer, decide, shape, downsample=1, probability=None
         progress(slab.stop, shape[0])
 
     with ThreadPoolExecutor(1) as pool:             # writes a slab while the next is predicted
-        writing = pool.submit(lambda: None)
+        writing = pool.submit(lambda: None)         # nothing yet
         for slab, prob in stream:
             writing.result()
             writing = pool.submit(write, slab, prob)
