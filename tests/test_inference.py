@@ -214,6 +214,18 @@ def test_ranks_write_every_slice_once(world):
     np.testing.assert_array_equal(writer.array, volume > 127)
 
 
+@pytest.mark.parametrize("pixels", [1, 10**6])
+def test_a_full_disk_stops_the_prediction(pixels):
+    volume = random_ids((3, 12, 15), 256)
+
+    class Full(Writer):
+        def __setitem__(self, slab, values):
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write(predict_grey, volume, Full(volume.shape), volume.shape, pixels=pixels)
+
+
 # -- neighbouring slices
 
 
