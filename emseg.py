@@ -937,10 +937,10 @@ class Tissue:
     label: np.ndarray
 
     def around(self, voxel, reach):
-        """The box of half width `reach` nm around a voxel, as slices."""
+        """The box of half width `reach` nm around a voxel, as slices, and its nm from the voxel."""
         half = np.ceil(reach / self.voxel_size).astype(int)
-        low, high = np.maximum(voxel - half, 0), np.minimum(voxel + half + 1, self.cell.shape)
-        return tuple(map(slice, low, high))
+        box = tuple(slice(max(0, v - h), v + h + 1) for v, h in zip(voxel, half))
+        return box, self.position[box] - self.position[voxel]
 
     def draw(self, box, depth, cell, grey, class_id):
         """Fill depth > 0 (nm below the surface) within a cell with `grey` behind a dark wall. A
@@ -996,8 +996,7 @@ def add_mitochondria(tissue, rng):
     for voxel in map(tuple, rng.integers(tissue.cell.shape, size=(4000, 3))):
         radius, half_length, axis = rng.uniform(60, 110), rng.uniform(60, 300), rng.normal(size=3)
         if wanted > 0 and tissue.free[voxel] > 0.6 * radius + CLEARANCE:
-            box = tissue.around(voxel, half_length + radius + 150)
-            offset = tissue.position[box] - tissue.position[voxel]
+            box, offset = tissue.around(voxel, half_length + radius + 150)
             along = offset @ np.float32(axis / np.linalg.norm(axis))
             beyond = np.maximum(np.abs(along) - half_length, 0)
             depth = radius - np.sqrt((offset**2).sum(-1) - along**2 + beyond**2)
@@ -1013,8 +1012,7 @@ def add_vesicles(tissue, noise, rng):
     for voxel in map(tuple, rng.choice(where, len(where) // 20)):
         radius = rng.uniform(20, 30)
         if wanted > 0 and tissue.free[voxel] > radius + CLEARANCE:
-            box = tissue.around(voxel, 60)
-            offset = tissue.position[box] - tissue.position[voxel]
+            box, offset = tissue.around(voxel, 60)
             depth = radius - np.sqrt((offset**2).sum(-1))
             wanted -= tissue.draw(box, depth, tissue.cell[voxel], 188, VESICLE)
 
@@ -1069,10 +1067,9 @@ class Patches(torch.utils.data.Dataset):
     def __init__(self, images, labels=None, patch_size=(512, 512), slices=None, foreground=0.0,
                  seed=(0,), numbered=False):
         self.images, self.labels, self.seed, self.numbered = images, labels, seed, numbered
-        self.patch_size = (1,) * (3 - len(patch_size)) + tuple(patch_size)
-        self.flat = len(patch_size) == 2
+        self.patch_size, self.sides = patch_size, (1, *patch_size)[-3:]
         for image in images:
-            if any(p > s for p, s in zip(self.patch_size, image.shape)):
+            if any(p > s for p, s in zip(self.sides, image.shape)):
                 raise InputError(
                     f"{image.path}: patches of {format_shape(patch_size)} do not fit into "
                     f"{format_shape(image.shape)}, as the network sees it; give a smaller "
@@ -1100,11 +1097,8 @@ class Patches(torch.utils.data.Dataset):
         else:
             v, z = self.slices[rng.integers(len(self.slices))]
             window = self._window(rng, v, z)
-        if self.flat:
-            window = window[0].start, *window[1:]
-        item = [torch.from_numpy(arrays[v][window])
-                for arrays in (self.images, self.labels) if arrays]
-        item += [v] if self.numbered else []
+        item = [torch.from_numpy(arrays[v][window]).reshape(self.patch_size)
+                for arrays in (self.images, self.labels) if arrays] + [v] * self.numbered
         return tuple(item) if len(item) > 1 else item[0]
 
     def _foreground_window(self, rng):
@@ -1120,7 +1114,7 @@ class Patches(torch.utils.data.Dataset):
     def _window(self, rng, v, z, y=None, x=None):
         """A random window of volume v that holds slice z, and row y and column x if given."""
         window = []
-        for point, size, side in zip((z, y, x), self.patch_size, self.images[v].shape):
+        for point, size, side in zip((z, y, x), self.sides, self.images[v].shape):
             low = 0 if point is None else max(0, point - size + 1)
             high = side - size if point is None else min(point, side - size)
             start = int(rng.integers(low, high + 1))
@@ -2311,26 +2305,25 @@ def network_side(network, side):
 
 def check_patch_size(network, patch_size, name):
     """Raise InputError, naming the nearest sides that fit, for sides the network cannot take."""
-    stride, offset, smallest = network.stride, network.offset, 2 * network.margin + 1
-    given = f"--patch-size {format_shape(patch_size)}: {name}"
+    given, margins = f"--patch-size {format_shape(patch_size)}: {name}", 2 * network.margin
     if len(patch_size) != network.dims:
         sides = "two sides, Y X" if network.dims == 2 else "three sides, Z Y X"
         raise InputError(f"{given} takes {sides}")
     if network.dims == 3 and patch_size[0] < network.min_depth:
         raise InputError(f"{given} needs {network.min_depth} slices or more")
     for side in patch_size[-2:]:
-        if side % stride != offset or side < smallest:
-            low, high = max(side - stride, smallest), max(side, smallest) + stride
-            near = [str(n) for n in range(low, high) if n % stride == offset]
-            raise InputError(f"{given} takes sides of {offset} + a multiple of {stride}; nearest "
-                             f"to {side}: {' or '.join(near)}")
+        fits = network_side(network, max(1, side - margins)) + margins
+        if side != fits:
+            near = [str(n) for n in (fits - network.stride, fits) if n > margins]
+            raise InputError(f"{given} takes sides of {network.offset} + a multiple of "
+                             f"{network.stride}; nearest to {side}: {' or '.join(near)}")
 
 
 def tile_side(side, grid):
     """Side of the fewest tiles up to MAX_TILE that cover `side`, begin at multiples of `grid` and
     share OVERLAP pixels."""
     count = max(1, math.ceil((side - OVERLAP) / (MAX_TILE - OVERLAP)))
-    return OVERLAP + math.ceil((side - OVERLAP) / count / grid) * grid
+    return min(side, OVERLAP + math.ceil((side - OVERLAP) / count / grid) * grid)
 
 
 def tiles(side, tile, grid=1, power=2):
@@ -2338,16 +2331,12 @@ def tiles(side, tile, grid=1, power=2):
     to 1 everywhere. Tiles share OVERLAP pixels, a third of a tile at most; starts are evenly spaced
     multiples of `grid`, as is side - tile. Weights are a half-wave of the sine to a power: the
     higher, the less the borders count, where a network sees less."""
-    count = 1
-    if side > tile:
-        count += math.ceil((side - tile) / max(1, tile - min(OVERLAP, tile / 3)))
-    starts = (np.linspace(0, (side - tile) / grid, count).round() * grid).astype(int).tolist()
+    count = 1 + math.ceil((side - tile) / max(1, tile - min(OVERLAP, tile / 3)))
+    starts = (np.linspace(0, (side - tile) / grid, count).round() * grid).astype(int)
     window = np.sin(np.pi * (np.arange(tile) + 0.5) / tile) ** power
-    total = np.zeros(max(side, tile))
-    for start in starts:
-        total[start : start + tile] += window
-    return [(start, torch.from_numpy(window / total[start : start + tile]).float())
-            for start in starts]
+    places = starts[:, None] + np.arange(tile)
+    total = np.bincount(places.ravel(), np.tile(window, count))
+    return list(zip(starts.tolist(), torch.from_numpy(window / total[places]).float()))
 
 
 def predict_slices(network, image, tile=None):
@@ -2362,22 +2351,22 @@ def predict_slices(network, image, tile=None):
     grid, power = 1, 2
     if not tile:
         grid, power = network.stride if network.stride > 1 else 32, 6       # 32: of any_size
-    tile_h, tile_w = [network_side(network, min(sides)) for sides in
-                      zip((H, W), tile or (tile_side(H, grid), tile_side(W, grid)))]
+        tile = tile_side(H, grid), tile_side(W, grid)
+    tile_h, tile_w = [network_side(network, min(sides)) for sides in zip((H, W), tile)]
     bottom, right = [max(most - side, (most - side) % grid)
                      for side, most in ((H, tile_h), (W, tile_w))]
     image = mirror_pad(image, margin, bottom + margin, margin, right + margin)
-    places = [(*row, *column) for row in tiles(H + bottom, tile_h, grid, power)
-              for column in tiles(W + right, tile_w, grid, power)]
+    places = list(itertools.product(tiles(H + bottom, tile_h, grid, power),
+                                    tiles(W + right, tile_w, grid, power)))
     at_once = max(1, 2**22 // image[..., :tile_h, :tile_w].numel()) if image.is_cuda else 1
-    total = None
-    for some in (places[i : i + at_once] for i in range(0, len(places), at_once)):
+    for i in range(0, len(places), at_once):
+        some = places[i : i + at_once]
         prob = probabilities(network(torch.cat([
             image[..., y : y + tile_h + 2 * margin, x : x + tile_w + 2 * margin]
-            for y, _, x, _ in some])))
-        if total is None:
+            for (y, _), (x, _) in some])))
+        if i == 0:
             total = prob.new_zeros(len(image), *prob.shape[1:-2], H + bottom, W + right)
-        for (y, along_y, x, along_x), part in zip(some, prob.chunk(len(some))):
+        for ((y, along_y), (x, along_x)), part in zip(some, prob.chunk(len(some))):
             weight = (along_y[:, None] * along_x).to(part.device)
             total[..., y : y + tile_h, x : x + tile_w] += part * weight
     return total[..., :H, :W]
@@ -2387,18 +2376,16 @@ def mirror_pad(image, top, bottom, left, right):
     """Pad (B, C, ..., H, W) by mirroring, or with the border's values where it is too small."""
     H, W = image.shape[-2:]
     fits = max(top, bottom) < H and max(left, right) < W
-    slices = F.pad(image.flatten(1, -3), (left, right, top, bottom),
-                   mode="reflect" if fits else "replicate")
-    return slices.view(*image.shape[:-2], *slices.shape[-2:])
+    sides = (left, right, top, bottom, 0, 0)[: 2 * image.dim() - 4]
+    return F.pad(image, sides, mode="reflect" if fits else "replicate")
 
 
 def eight_views(predict, image):
     """Mean prediction over the eight symmetries of the square: 4 turns x mirrored or not."""
     total = 0
-    for turns in range(4):
-        for mirrored in ((), (-1,)):
-            prob = predict(torch.rot90(image, turns, (-2, -1)).flip(mirrored)).flip(mirrored)
-            total = total + torch.rot90(prob, -turns, (-2, -1))
+    for turns, mirrored in itertools.product(range(4), ((), (-1,))):
+        prob = predict(torch.rot90(image, turns, (-2, -1)).flip(mirrored)).flip(mirrored)
+        total = total + torch.rot90(prob, -turns, (-2, -1))
     return total / 8
 
 
@@ -2450,22 +2437,21 @@ def predict_by_windows(predict, image, depth, rank=0, world=1):
     """
     depth = min(depth, len(image))
     windows = tiles(len(image), depth)
-    first, last = [rank_ * len(windows) // world for rank_ in (rank, rank + 1)]
-    rest = None                                     # what the windows so far add to the next ones
-    for number, (start, weight) in enumerate(windows[:last]):
-        if start + depth <= windows[first][0]:
-            continue
-        end = windows[number + 1][0] if number + 1 < len(windows) else len(image)
-        prob = predict(torch.from_numpy(image[start : start + depth]))
-        prob = prob * weight.to(prob.device).view(-1, 1, 1, 1)
-        if rest is not None:
-            prob[: len(rest)] += rest
-        if number >= first:
-            yield slice(start, end), prob[: end - start]
-        rest = prob[end - start :].clone()
+    starts = [*(start for start, _ in windows), len(image)]
+    begin, stop = [starts[r * len(windows) // world] for r in (rank, rank + 1)]
+    rest = None                                 # what the windows so far add to the next ones
+    for (start, weight), end in zip(windows, starts[1:]):
+        if begin < start + depth and start < stop:
+            prob = predict(torch.from_numpy(image[start : start + depth]))
+            prob = prob * weight.to(prob.device).view(-1, 1, 1, 1)
+            if rest is not None:
+                prob[: len(rest)] += rest
+            if start >= begin:
+                yield slice(start, end), prob[: end - start]
+            rest = prob[end - start :].clone()
 
 
-def predict_volume(stream, writer, decide, shape, downsample=1, probability=None, progress=None):
+def predict_volume(stream, writer, decide, shape, downsample=1, probability=None, *, progress):
     """Write a stream of predictions: memory depends on its slabs, not on the volume.
 
     stream: yields (slab, probabilities (n, C, H, W)), which are enlarged linearly by `downsample`
@@ -2473,31 +2459,25 @@ def predict_volume(stream, writer, decide, shape, downsample=1, probability=None
     decide: probabilities (1, C, Y, X) -> class ids (1, Y, X); probability: a VolumeWriter of (Z, Y,
     X) or (Z, C, Y, X). progress: called with the slices done and the slices of the volume.
     """
-    done, waiting, (Z, Y, X) = 0, [], shape
+    Y, X = shape[1:]
 
-    def write(z, ids, large):
-        writer[z : z + 1] = ids.cpu().numpy()
-        if probability is not None:
-            probability[z : z + 1] = (large[:, 0] if large.shape[1] == 1 else large).cpu().numpy()
+    def write(slab, prob):
+        sides = (Y, X) if downsample == 1 else tuple(side * downsample for side in prob.shape[2:])
+        for z, large in enumerate(prob.split(1), slab.start):
+            if large.shape[2:] != sides:            # channels last: three times faster on a CPU
+                large = bilinear(large.contiguous(memory_format=torch.channels_last), sides)
+            large = large[..., :Y, :X]
+            writer[z : z + 1] = decide(large).to(torch.uint8).cpu().numpy()
+            if probability is not None:
+                probability[z : z + 1] = large.squeeze(1).cpu().numpy()
+        progress(slab.stop, shape[0])
 
-    # Slices are copied and written by a thread: a GPU goes on with the next one meanwhile.
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:             # writes a slab while the next is predicted
+        writing = pool.submit(lambda: None)         # nothing yet
         for slab, prob in stream:
-            sides = (Y, X) if downsample == 1 else tuple(s * downsample for s in prob.shape[2:])
-            for z, large in zip(range(slab.start, min(slab.stop, Z)), prob.split(1)):
-                if large.shape[2:] != sides:        # channels last: three times faster on a CPU
-                    large = bilinear(large.contiguous(memory_format=torch.channels_last), sides)
-                large = large[..., :Y, :X]
-                parts = [decide(rows).to(torch.uint8) for rows in large.split(512, dim=2)]
-                waiting.append(pool.submit(write, z, torch.cat(parts, dim=1),
-                                           None if probability is None else large))
-                while len(waiting) > 2:
-                    waiting.pop(0).result()
-                done += 1
-            if progress:
-                progress(done, Z)
-        for each in waiting:
-            each.result()
+            writing.result()
+            writing = pool.submit(write, slab, prob)
+        writing.result()
 
 
 def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=0, world=1,
@@ -2507,18 +2487,16 @@ def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=
     predict: uint8 tensor (context, H, W) around a slice -> its probabilities (1, C, H, W).
     depth: of the windows of a 3D network, blended as in a prediction, see predict_by_windows.
     """
-    def middles():
-        padded = WithContext(image, context)
-        for z in label.slices[rank::world]:
-            yield slice(z, z + 1), predict(torch.from_numpy(padded[z : z + context]))
-
     counts = np.zeros((len(label.slices), len(classes), len(classes)), dtype=np.int64)
-    windows = predict_by_windows(predict, image, depth, rank, world) if depth else middles()
-    for slab, prob in windows:
-        for row in np.flatnonzero((label.slices >= slab.start) & (label.slices < slab.stop)):
-            z = label.slices[row]
-            pred = class_ids(prob[z - slab.start][None], threshold).to(torch.uint8).cpu().numpy()
-            counts[row] = confusion(pred, label[z][None], len(classes))[0]
+    padded = WithContext(image, context)
+    stream = predict_by_windows(predict, image, depth, rank, world) if depth else (
+        (slice(z, z + 1), predict(torch.from_numpy(padded[z : z + context])))
+        for z in label.slices[rank::world])
+    for slab, prob in stream:
+        for row, z in enumerate(label.slices):
+            if slab.start <= z < slab.stop:
+                pred = class_ids(prob[z - slab.start][None], threshold).to(torch.uint8)
+                counts[row] = confusion(pred.cpu().numpy(), label[z][None], len(classes))[0]
     if world > 1:
         torch.distributed.all_reduce(torch.from_numpy(counts))      # in place
     return counts
@@ -2642,7 +2620,7 @@ def volume_scores(counts, label, classes, organelles=None):
 CLASS_COLORS = ["#e69f00", "#cc79a7", "#f0e442", "#56b4e9", "#d55e00", "#009e73", "#0072b2"]
 ERROR_COLORS = {"true positive": "#2ca02c", "false negative": "#d62728",
                 "false positive": "#1f77b4"}
-VIEWS = ((-90, 90), (-60, 30), (30, 30))    # azimuth and elevation of the eye, in degrees
+VIEWS = ((0, 0), (-30, 60), (-120, 60))     # degrees: a turn about z, then a tilt to the eye
 
 
 def new_figure(dpi=120, **options):
@@ -2657,37 +2635,24 @@ def save_figure(figure, path):
         figure.savefig(temporary, format="png")
 
 
-def plain(text):
-    """A name as matplotlib shows it letter by letter: $ begins no formula."""
-    return text.replace("$", r"\$")
-
-
-def overlay(image, masks=(), colors=(), alpha=0.45):
-    """RGB float (Y, X, 3) of a grey uint8 image (Y, X) with coloured, outlined masks on top."""
+def overlay(image, ids, colors=CLASS_COLORS):
+    """RGB float (Y, X, 3) of a grey uint8 image (Y, X) with ids 1, 2, … coloured and outlined."""
     import matplotlib.colors
     rgb = np.repeat(image[..., None] / 255.0, 3, axis=2)
-    for mask, color in zip(masks, colors):
-        color = np.array(matplotlib.colors.to_rgb(color))
-        rgb[mask] = (1 - alpha) * rgb[mask] + alpha * color
+    for k in np.setdiff1d(ids, [0, IGNORE]):
+        mask, color = ids == k, np.array(matplotlib.colors.to_rgb(colors[(k - 1) % len(colors)]))
+        rgb[mask] = 0.55 * rgb[mask] + 0.45 * color
         rgb[mask & ~ndimage.binary_erosion(mask, border_value=1)] = color
     return rgb
 
 
-def class_overlay(image, label, classes, alpha=0.45):
-    """The image with every foreground class of `label` in its fixed colour."""
-    masks = [label == k for k in range(1, len(classes))]
-    return overlay(image, masks, itertools.cycle(CLASS_COLORS), alpha)
-
-
-def error_overlay(image, label, pred, alpha=0.45):
+def error_overlay(image, label, pred):
     """The image with true positives green, false negatives red, false positives blue.
 
     A foreground voxel given another foreground class counts as a false negative.
     """
-    valid = label != IGNORE
-    masks = [valid & (label > 0) & (pred == label), valid & (label > 0) & (pred != label),
-             valid & (label == 0) & (pred > 0)]
-    return overlay(image, masks, ERROR_COLORS.values(), alpha)
+    errors = np.select([label == IGNORE, label == 0, label == pred], [0, 3 * (pred > 0), 1], 2)
+    return overlay(image, errors, [*ERROR_COLORS.values()])
 
 
 def save_slices(path, items, classes, rows=4, max_side=768):
@@ -2698,6 +2663,7 @@ def save_slices(path, items, classes, rows=4, max_side=768):
     the lowest mean Dice, worst first; without Dice, slices at even distances. Without an image,
     paper is white.
     """
+    from matplotlib.patches import Patch
     panels = []
     for name, image, label, predictions, dice in items:
         like = next(iter(predictions.values())) if image is None else image
@@ -2705,29 +2671,31 @@ def save_slices(path, items, classes, rows=4, max_side=768):
         for z, score in _slices_to_show(like, label, dice, max(1, rows // len(items))):
             title = f"{name}  {like.slice_name(z)}"
             title += "" if np.isnan(score) else f"  Dice {score:.3f}"
-            shown = _panels(z, image, label, predictions, classes, step)
-            panels.append((title, like, step, shown))
+            panels.append((title, like, step, _panels(z, image, label, predictions, step)))
     titles = max((list(shown) for *_, shown in panels), key=len)
     heights = [3.1 * np.clip(like.shape[1] / like.shape[2], 0.2, 1.6) + 0.25
                for _, like, *_ in panels]
     figure = new_figure(figsize=(3.1 * len(titles), sum(heights) + 0.4))
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
     for title, axis in zip(titles, axes[0]):
-        axis.set_title(plain(title))
+        axis.set_title(title)
     for row, (name, like, step, shown) in zip(axes, panels):
         inset = _inset(shown)
         for axis, title in zip(row, titles):
-            axis.set(xticks=[], yticks=[], frame_on="image" not in titles)
+            axis.set(xticks=[], yticks=[], frame_on=title in shown)
             if title in shown:
                 axis.imshow(shown[title], interpolation="antialiased")
-                if inset:
-                    zoom = axis.inset_axes((0.55, 0.55, 0.43, 0.43), xticks=[], yticks=[], **inset)
-                    zoom.imshow(shown[title])
-                    axis.indicate_inset_zoom(zoom, edgecolor="white", alpha=1)
-        row[0].text(0.02, 0.97, plain(name), transform=row[0].transAxes, fontsize=7, va="top",
+            if title in shown and inset:
+                zoom = axis.inset_axes((0.55, 0.55, 0.43, 0.43), xticks=[], yticks=[], **inset)
+                zoom.imshow(shown[title])
+                axis.indicate_inset_zoom(zoom, edgecolor="white", alpha=1)
+        row[0].text(0.02, 0.97, name, transform=row[0].transAxes, fontsize=7, va="top",
                     color="white", bbox={"color": "black", "alpha": 0.6, "pad": 1.5})
-        _scale_bar(row[0], like.voxel_size, step)
-    legend(figure, classes, "truth" in titles)
+        _scale_bar(row[0], like.voxel_size and like.voxel_size[2] * step)
+    colors = dict(zip(classes[1:], itertools.cycle(CLASS_COLORS)))
+    colors |= ERROR_COLORS if "truth" in titles else {}
+    figure.legend([Patch(facecolor=color, edgecolor="0.6") for color in colors.values()], colors,
+                  loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
@@ -2741,24 +2709,21 @@ def _slices_to_show(image, label, dice, count):
     return [(z, mean[z]) for z in zs[mean[zs].argsort(kind="stable")][:count]]      # NaN last
 
 
-def _panels(z, image, label, predictions, classes, step):
+def _panels(z, image, label, predictions, step):
     """{title: RGB} of slice z, every step-th pixel; see save_slices."""
     preds = {name: prediction[z][::step, ::step] for name, prediction in predictions.items()}
-    shown, alpha = {}, 0.45
-    if image is None:
-        grey, alpha = np.full(next(iter(preds.values())).shape, 255, np.uint8), 0.9
-    else:
-        grey = image[z][::step, ::step]
-        shown["image"] = overlay(grey)
+    grey = (np.full_like([*preds.values()][0], 255, np.uint8) if image is None else
+            image[z][::step, ::step])
+    shown = {} if image is None else {"image": overlay(grey, 0 * grey)}
     if label is not None:
         truth = label[z][::step, ::step]
-        shown["truth"] = class_overlay(grey, truth, classes, alpha)
+        shown["truth"] = overlay(grey, truth)
     for name, pred in preds.items():
         if label is None or len(preds) == 1:
-            shown[name] = class_overlay(grey, pred, classes, alpha)
+            shown[name] = overlay(grey, pred)
         if label is not None:
             title = "errors" if len(preds) == 1 else f"{name}: errors"
-            shown[title] = error_overlay(grey, truth, pred, alpha)
+            shown[title] = error_overlay(grey, truth, pred)
     return shown
 
 
@@ -2768,41 +2733,28 @@ def _inset(shown, share=0.03, part=8):
     coloured = np.any([np.ptp(rgb, axis=2) > 0 for rgb in shown.values()], 0)
     if not 0 < coloured.mean() < share:
         return None
-    (H, W), sides = coloured.shape, [math.ceil(side / part) for side in coloured.shape]
-    dense = ndimage.gaussian_filter(coloured.astype(np.float32), [side / 4 for side in sides])
-    (y, x), (h, w) = np.unravel_index(dense.argmax(), dense.shape), sides
+    (H, W), (h, w) = coloured.shape, [math.ceil(side / part) for side in coloured.shape]
+    dense = ndimage.gaussian_filter(coloured.astype(float), (h / 4, w / 4), mode="constant")
+    y, x = np.unravel_index(dense.argmax(), dense.shape)
     y, x = np.clip(y - h // 2, 0, H - h), np.clip(x - w // 2, 0, W - w)
     return {"xlim": (x - 0.5, x + w - 0.5), "ylim": (y + h - 0.5, y - 0.5)}
 
 
-def _scale_bar(axis, voxel_size, step):
-    """A bar of a round length, about a quarter of the panel wide, where the voxel size is known."""
-    if not voxel_size:
+def _scale_bar(axis, nm):
+    """A bar of a round length, about a quarter of the panel wide. nm: of a pixel, or None."""
+    if not nm:
         return
     from matplotlib.patheffects import withStroke
-    (x0, x1), (y1, y0) = axis.get_xlim(), axis.get_ylim()
-    nm = voxel_size[2] * step
-    length = (x1 - x0) * nm / 4
+    left, right = axis.get_xlim()
+    length, x = (right - left) * nm / 4, left + 0.05 * (right - left)
     power = 10 ** math.floor(math.log10(length))
     length = power * max(f for f in (1, 2, 5) if f * power <= length)
-    y, x = y1 - 0.06 * (y1 - y0), x0 + 0.05 * (x1 - x0)
     text = f"{length:g} nm" if length < 1000 else f"{length / 1000:g} µm"
-    axis.plot([x, x + length / nm], [y, y], color="white", linewidth=2.5,
+    place = {"color": "white", "transform": axis.get_xaxis_transform()}
+    axis.plot([x, x + length / nm], [0.06, 0.06], linewidth=2.5, **place,
               path_effects=[withStroke(linewidth=4, foreground="black")])
-    axis.text(x, y - 0.02 * (y1 - y0), text, color="white", fontsize=7, va="bottom",
+    axis.text(x, 0.08, text, fontsize=7, va="bottom", **place,
               path_effects=[withStroke(linewidth=2, foreground="black")])
-
-
-def legend(figure, classes, errors):
-    """Class colours and, where truth is known, error colours below the panels."""
-    from matplotlib.patches import Patch
-    handles = [Patch(facecolor=color, label=plain(name), edgecolor="0.6")
-               for name, color in zip(classes[1:], itertools.cycle(CLASS_COLORS))]
-    if errors:
-        handles += [Patch(color=color, label=name) for name, color in ERROR_COLORS.items()]
-    columns = math.ceil(len(handles) / math.ceil(len(handles) / 6))     # rows of equal length
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8,
-                  frameon=False)
 
 
 def save_surfaces(path, rows, classes, max_side=200):
@@ -2811,21 +2763,22 @@ def save_surfaces(path, rows, classes, max_side=200):
     rows: {title: lazy class ids (Z, Y, X)} of one volume, such as its truth and its prediction,
     which are shown side by side, as cubes, max_side along the longest side of the volume.
     """
-    names = ["all", *classes[1:]] if len(classes) > 2 else classes[1:]
-    shown = [range(len(classes) - 1), *([k] for k in range(len(classes) - 1))][-len(names):]
+    shown = {name: [k] for k, name in enumerate(classes[1:])}
+    if len(shown) > 1:
+        shown = {"all": range(len(shown)), **shown}
     grids = {title: _cubes(volume, max_side) for title, volume in rows.items()}
     columns = [(title, side, _first_hits(ids, len(classes), view))
                for view in VIEWS for title, (ids, side) in grids.items()]
     height = max(depth.shape[1] / depth.shape[2] for *_, depth in columns)
-    figure = new_figure(figsize=(2.8 * len(columns), 2.8 * height * len(names)))
-    axes = figure.subplots(len(names), len(columns), squeeze=False)
+    figure = new_figure(figsize=(2.8 * len(columns), 2.8 * height * len(shown)))
+    axes = figure.subplots(len(shown), len(columns), squeeze=False)
     for (title, side, depth), column in zip(columns, axes.T):
-        for axis, name, chosen in zip(column, names, shown):
+        for axis, (name, chosen) in zip(column, shown.items()):
             colors = [CLASS_COLORS[k % len(CLASS_COLORS)] for k in chosen]
             axis.imshow(_relief(depth[chosen], colors), interpolation="bilinear")
             axis.set_axis_off()
-            axis.set_title(plain(f"{title}: {name}"), fontsize=8)
-        _scale_bar(column[0], side and (side,) * 3, 1)
+            axis.set_title(f"{title}: {name}", fontsize=8)
+        _scale_bar(column[0], side)
     save_figure(figure, path)
 
 
@@ -2839,24 +2792,14 @@ def _cubes(volume, max_side):
 
 
 def _first_hits(ids, n_classes, view):
-    """Z-buffer of the foreground classes, float32 (n_classes - 1, P, Q): how near their surface is,
-    in cubes, -inf where there is none. view: see VIEWS; slice 0 lies on top, and seen from there
-    slices look as on a screen."""
-    a, e = np.deg2rad(view)
-    right, down, near = eye = np.array(
-        [[0, -np.cos(a), -np.sin(a)],
-         [np.cos(e), -np.sin(e) * np.sin(a), np.sin(e) * np.cos(a)],
-         [-np.sin(e), -np.cos(e) * np.sin(a), np.cos(e) * np.cos(a)]])      # of z, y, x
-    height, width = np.ceil(np.abs(eye[1::-1]) @ ids.shape).astype(int) + 1
-    depth = np.full((n_classes - 1, height, width), -np.inf, np.float32)
-    parts = np.array(list(itertools.product((0.25, 0.75), repeat=3)))       # of a cube: no holes
-    for k, buffer in enumerate(depth, 1):
-        inside = ids == k
-        surface = np.argwhere(inside & ~ndimage.binary_erosion(inside))
-        points = (surface[:, None] + parts - np.array(ids.shape) / 2).reshape(-1, 3)
-        y, x = points @ down + height / 2, points @ right + width / 2
-        np.maximum.at(buffer, (y.astype(int), x.astype(int)), points @ near)
-    return depth
+    """How near the surface of each foreground class is, float (n_classes - 1, P, Q), in cubes, -inf
+    where there is none. view: see VIEWS; slice 0 lies on top, and seen from there slices look as on
+    a screen."""
+    for angle, axes in zip(view, ((2, 1), (1, 0))):
+        ids = ndimage.rotate(ids, angle, axes, order=0)
+    hits = ids == np.arange(1, n_classes)[:, None, None, None]
+    depth = np.where(hits.any(1), -hits.argmax(1), -np.inf)
+    return ndimage.maximum_filter(depth, (1, 2, 2))         # turned sheets have pinholes
 
 
 def _relief(depth, colors):
@@ -2875,23 +2818,24 @@ def save_slice_dice(path, items, classes):
     """slice_dice.png: the 2D Dice of every foreground class against z, a row for each volume, with
     the slices marked that were trained or validated on (Pagano 2023, figure 5).
 
-    items: list of (name, Dice (Z, K), NaN where it is undefined or not scored, marked z).
+    items: list of (name, Dice (Z, K), NaN where it is undefined or not scored, marked z, z -> name
+    of the slice, see LazyArray.slice_name).
     """
     figure = new_figure(figsize=(9, 2.9 * len(items)))
-    for axis, (name, dice, marked) in zip(figure.subplots(len(items), squeeze=False)[:, 0], items):
-        for k, (class_name, color) in enumerate(zip(classes[1:], itertools.cycle(CLASS_COLORS)), 1):
-            if np.isfinite(dice[:, k]).any():
-                axis.plot(dice[:, k], ".-", color=color, linewidth=1, label=plain(
-                    textwrap.fill(class_name, 32)))
+    rows = figure.subplots(len(items), squeeze=False)[:, 0]
+    for axis, (name, dice, marked, slice_name) in zip(rows, items):
+        for column, label, color in zip(dice.T[1:], classes[1:], itertools.cycle(CLASS_COLORS)):
+            axis.plot(column, ".-", color=color, linewidth=1, label=textwrap.fill(label, 32))
         if len(marked):
             axis.vlines(marked, 0, 1, color="0.4", linewidth=1, linestyle="--",
                         transform=axis.get_xaxis_transform(), label="labelled slices")
-        axis.set(title=plain(textwrap.fill(name, 80)), xlabel="z", ylabel="Dice of the slice",
+        axis.set(title=textwrap.fill(name, 80), ylabel="Dice of the slice",
                  xlim=(-0.5, len(dice) - 0.5))
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        if axis.lines or len(marked):
-            axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
+        ticks = [int(z) for z in axis.get_xticks() if 0 <= z < len(dice)]
+        axis.set_xticks(ticks, [slice_name(z).replace(" (", "\n(") for z in ticks])
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
@@ -2906,10 +2850,10 @@ def save_histogram(path, panels, score):
                                      panels.items()):
         for line, values in enumerate(groups.values()):
             axis.plot(values, [line] * len(values), "o", color=CLASS_COLORS[-1], alpha=0.5)
-        axis.set_yticks(range(len(groups)), [plain(textwrap.fill(f"{name} ({len(values)})", 40))
+        axis.set_yticks(range(len(groups)), [textwrap.fill(f"{name} ({len(values)})", 40)
                                              for name, values in groups.items()], fontsize=8)
         axis.set(xlabel=score, ylim=(len(groups) - 0.5, -0.5))
-        axis.set_title(plain(textwrap.fill(title, 80)), fontsize=9)
+        axis.set_title(textwrap.fill(title, 80), fontsize=9)
         axis.grid(alpha=0.3)
     save_figure(figure, path)
 
@@ -2918,8 +2862,6 @@ def save_curves(path, log):
     """curves.png: loss terms and validation scores against the epoch, from the path of log.csv."""
     with open(log, newline="") as file:
         rows = list(csv.DictReader(file))
-    if not rows:
-        return
     terms = [key for key in rows[0] if key.startswith("loss_")]     # the total moves with weights
     scores = [key for key in ("val_dice", "val_iou", "val_miou", "val_miou_org") if key in rows[0]]
     groups = {"loss": terms or ["loss"], **({"validation": scores} if scores else {})}
@@ -3960,7 +3902,7 @@ def report(run, items, stages, parameters, organelles=None, **more):
                        + "  ".join(f"{key} {math.nan if score[key] is None else score[key]:.4f}"
                                    for key in ("dice", "iou", "precision", "recall")))
         if item.label:
-            curves.append((name, dice, entry["used"]))
+            curves.append((name, dice, entry["used"], item.volume.slice_name))
         volumes.append(entry)
         shown.append((name, as_uint8(item.volume), item.label, opened, dice))
     mean = {stage: mean_scores(each) if each else None for stage, each in results.items()}

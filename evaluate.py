@@ -587,7 +587,7 @@ def draw_runs(folder, tables):
             dice = dice_along_z(rows, column)
             empty = np.full(max(map(len, dice.values())), np.nan)
             curves.append((f"{column[1]}, {volumes[column[0]]}", np.stack(
-                [empty, *(dice.get(row, empty) for row in names)], 1), []))
+                [empty, *(dice.get(row, empty) for row in names)], 1), [], "z = {}".format))
     if panels:
         emseg.save_histogram(folder / "histogram.png", panels, "peak validation mIoU")
     if curves:
@@ -729,7 +729,8 @@ def main(args):
          {"prediction": pair.prediction}, emseg.dice_of_slices(pair.counts)) for pair in pairs],
         classes)
     emseg.save_slice_dice(folder / "slice_dice.png", [
-        (pair.name, emseg.dice_of_slices(pair.counts), []) for pair in pairs], classes)
+        (pair.name, emseg.dice_of_slices(pair.counts), [],
+         (pair.image or pair.prediction).slice_name) for pair in pairs], classes)
     for pair in pairs if args.render else ():
         if not pair.label.voxel_size:
             print(f"note: {pair.label.path} has no voxel size: its voxels are drawn as cubes; give "

@@ -168,7 +168,7 @@ def test_one_data_set_is_ranked_over_its_slices_and_drawn_along_z(tmp_path, draw
     rows = tabulate(tmp_path, *runs)["Over 3 slices"]
     assert [row["average rank"] for row in rows] == ["1.6667", "1.3333"]
     assert rows[0]["average dice"] == f"{np.mean([0.3, 0.5, 0.8]):.4f}"
-    _, [(title, curves, _)], names = drawn["save_slice_dice"]
+    _, [(title, curves, *_)], names = drawn["save_slice_dice"]
     assert names[1:] == ["unet", "resunet"] and title == "mito, image.tif"
     np.testing.assert_allclose(curves[:, 1], [0.3, 0.5, np.nan, 0.8])
     np.testing.assert_allclose(curves[:, 2], [0.1, 0.6, 0.5, 0.9])
