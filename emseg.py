@@ -3409,7 +3409,7 @@ class Run:
             torch.backends.cudnn.benchmark = True
         else:
             keep_freed_memory()
-        self.config, self.normalization = None, None
+        self.config, self.normalization, self.written = None, None, set()
         self.step, self.seconds, self.sums = 0, 0.0, {}     # of the losses of an epoch
         self.rows, self.best = [], None         # of log.csv; the highest metric of end_epoch
         self.interrupted = False
@@ -3454,6 +3454,7 @@ class Run:
         if self.config is None:
             self.write_config()
         (self.folder / name).parent.mkdir(exist_ok=True)
+        self.written.add(name)
         return self.folder / name
 
     def args_of(self, name, **changes):
@@ -3517,8 +3518,11 @@ class Run:
         self.printed, self.session, self.warned = 0.0, (time.monotonic(), self.step), False
 
     def epochs(self):
-        """The epochs that are left. Ctrl-C and SIGTERM meanwhile save and leave after a step."""
+        """The epochs that are left. Ctrl-C and SIGTERM meanwhile save and leave after a step; a
+        second one at once."""
         def interrupt(number, frame):
+            if self.interrupted and self.world == 1:    # torchrun passes the same one on
+                raise KeyboardInterrupt
             self.interrupted = True
 
         handlers = {number: signal.signal(number, interrupt)
@@ -3680,13 +3684,12 @@ def check_folder(args, script):
     if not args.overwrite:
         raise InputError(f"--out-dir {folder} holds a run; give --overwrite or another folder, or "
                          f"--resume")
-
-    values = np.hstack([np.ravel(value) for value in {**vars(args), "out_dir": ""}.values()])
-    for text in map(str, values):
-        for path, _ in map(_split_crop, (text, text.partition("=")[2])):
-            if os.path.exists(path) and Path(path).resolve().is_relative_to(folder.resolve()):
-                raise InputError(f"--overwrite {folder}: this run reads {path}, which lies in it; "
-                                 f"choose another --out-dir")
+    for name, value in vars(args).items():
+        for text in map(str, np.ravel(value if name != "out_dir" else [])):     # of lists of lists
+            for path, _ in map(_split_crop, (text, text.partition("=")[2])):
+                if os.path.exists(path) and Path(path).resolve().is_relative_to(folder.resolve()):
+                    raise InputError(f"--overwrite {folder}: this run reads {path}, which lies in "
+                                     f"it; choose another --out-dir")
 
 
 def start_folder(folder):
@@ -3838,9 +3841,9 @@ def write_prediction(run, predict, item, name, context=1, depth=None, channels=N
     decide = decide or functools.partial(class_ids, threshold=getattr(run.args, "threshold", 0.5))
     outputs = [(run.path(name), shape, np.uint8)]
     if run.args.save_probability and name.startswith("prediction"):
-        path = run.path(name.replace("prediction", "probability", 1)).with_suffix(".tif")
+        other = Path(name).with_suffix(".tif").name.replace("prediction", "probability", 1)
         stacked = shape if channels == 1 else (shape[0], channels, *shape[1:])
-        outputs.append((path, stacked, np.float32))
+        outputs.append((run.path(other), stacked, np.float32))
     share = {"rank": run.rank, "world": run.world}
     if depth:
         stream = predict_by_windows(predict, item.image, depth, **share)
@@ -3922,7 +3925,7 @@ def report(run, items, stages, parameters, organelles=None, **more):
     if run.rows:
         save_curves(run.path("curves.png"), run.path("log.csv"))
     write_json(run.path("metrics.json"), content)
-    print0(f"wrote {run.folder}/: {', '.join(sorted(os.listdir(run.folder)))}")
+    print0(f"wrote {run.folder}/: {', '.join(sorted(run.written))}")
     run.barrier()
     return content
 

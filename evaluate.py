@@ -737,7 +737,7 @@ def main(args):
                   f"--voxel-size Z Y X")
         emseg.save_surfaces(folder / f"render_{pair.name}.png", {
             "truth": pair.whole, "prediction": pair.prediction}, classes)
-    print(f"wrote {folder}/: {', '.join(sorted(os.listdir(folder)))}")
+    print(f"wrote {folder}/")
 
 
 if __name__ == "__main__":

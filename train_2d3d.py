@@ -534,6 +534,7 @@ def ensemble(run, folders, test, val):
                               **slices_at_once(*chosen))
     instances = {member.name: {"model": member.args.model, "seed": member.args.seed,
                                "val_miou": member.best, "mean": member.mean} for member in members}
+    table = run.path("table.md")                # noted first, so that report lists it
     content = emseg.report(
         run, test, paths, sum(emseg.count_parameters(member.network) for member in chosen),
         organelles=args.organelles, instances=instances,
@@ -543,7 +544,7 @@ def ensemble(run, folders, test, val):
         rows[f"top {len(chosen)}"] = top.get(len(chosen)), content["mean"]
         rows |= {f"{each['model']} {name}": (each, each["mean"])
                  for name, each in instances.items()}
-        emseg.write_text(run.path("table.md"), table_1(rows) + "\n")
+        emseg.write_text(table, table_1(rows) + "\n")
         emseg.print0(table_1(rows))
 
 
