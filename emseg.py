@@ -82,9 +82,8 @@ class InputError(ValueError):
 # Volumes: files as lazy arrays (Z, Y, X); labels; writing
 # ==================================================================================================
 #
-# Four lazy arrays, which read a box of voxels when they are indexed: a Volume is a file, Grey its
-# grey values as uint8, Resampled one of them at another resolution, Labels its class ids. (A fifth,
-# WithContext, repeats the first and last slices: see Inference.)
+# Lazy arrays, which read a box of voxels when they are indexed: a Volume is a file, Grey its grey
+# values as uint8, Labels class ids; Downsampled and Resized show these at another resolution.
 
 TIFF_EXTENSIONS = (".tif", ".tiff")
 MRC_EXTENSIONS = (".mrc", ".mrcs", ".rec", ".map", ".st", ".ali")
@@ -111,10 +110,6 @@ class LazyArray:
     def __len__(self):
         return self.shape[0]
 
-    def slice_name(self, z):
-        """What figures call a slice: z, and the number in its file's name if that is another."""
-        return f"z = {z}"
-
     def __getitem__(self, index):
         index = index if isinstance(index, tuple) else (index,)
         parts = [range(size)[i] for size, i in zip(self.shape, index + (slice(None),) * 2)]
@@ -127,10 +122,11 @@ class LazyArray:
 class Volume(LazyArray):
     """A file, or a folder of slices, cropped; see open_volume.
 
-    format: "tiff", "mrc", "npy" or "slices". pages: range of z in the file -> those slices (Y, X).
-    crop: three slices into `file`, whose own shape is file_shape. numbers: the last integer in the
-    name of each slice of the file, or None. origin, start: of an MRC file, its origin (z, y, x) in
-    nm and nzstart, nystart, nxstart. note: what a user should know of the file, or None.
+    format: "tiff", "mrc", "npy", "png" or "folder". pages: range of z in the file -> those slices
+    (Y, X). crop: three slices into `file`, whose own shape is file_shape. numbers: the last integer
+    in the name of each file of a folder; None where a name has none or two are the same. origin,
+    start: of an MRC file, its origin (z, y, x) in nm and nzstart, nystart, nxstart. note: what a
+    user should know of the file, or None.
     """
 
     def __init__(self, file, format, shape, dtype, pages, voxel_size=None, numbers=None,
@@ -144,10 +140,6 @@ class Volume(LazyArray):
         self.file, self.format, self.file_shape, self.pages = file, format, self.shape, pages
         self.crop = tuple(slice(0, size) for size in shape)
         self.numbers, self.origin, self.start, self.note = numbers, origin, start, note
-
-    def slice_name(self, z):
-        number = self.numbers[self.crop[0].start + z] if self.numbers else z
-        return f"z = {z}" if number == z else f"z = {z} (file {number})"
 
     def cropped(self, crop, path):
         """The box of three slices into the file, under another path."""
@@ -377,7 +369,7 @@ def _open_png(file):
     with _png(file) as image:
         dtype, shape = np.dtype("u2" if image.mode[0] == "I" else "u1"), (1, *image.size[::-1])
     pages = partial(_decoded_pages, partial(_decode_png, file))
-    return Volume(file, "slices", shape, dtype, pages, numbers=_numbers([file]))
+    return Volume(file, "png", shape, dtype, pages)
 
 
 def _decode_png(file, z):
@@ -394,31 +386,21 @@ def _decode_png(file, z):
 
 def _open_folder(folder):
     """The Volume of a folder of slices in natural order (2 before 10)."""
-    names = [name for name in os.listdir(folder) if not name.startswith(".")
-             and name.lower().endswith((*TIFF_EXTENSIONS, ".png"))]
+    names = tifffile.natural_sorted(name for name in os.listdir(folder) if name[0] != "."
+                                    and name.lower().endswith((*TIFF_EXTENSIONS, ".png")))
     if not names:
         raise InputError(f"{folder}: no .tif, .tiff or .png slices in this folder")
-    names.sort(key=lambda name: [int(part) if part.isdecimal() else part.lower()
-                                 for part in re.split(r"(\d+)", name)])
     slices = [_open_file(os.path.join(folder, name)) for name in names]
     first = slices[0]
     for one in slices:
         if (one.format, one.shape, one.dtype) != (first.format, (1, *first.shape[1:]), first.dtype):
             raise InputError(f"{one.file}: {one.format} {one.shape} {one.dtype} in a folder of "
                              f"{first.format} {first.shape} {first.dtype}; wanted slices alike")
-    numbers, note = _numbers(names), None
-    steps = np.diff(numbers or ())
-    if len(steps) and steps.max() > steps.min():
-        note = f"no slice between {numbers[steps.argmax()]} and {numbers[steps.argmax() + 1]}"
-    return Volume(folder, "slices", (len(slices), *first.shape[1:]), first.dtype,
-                  partial(_folder_pages, slices), first.voxel_size, numbers, note=note)
-
-
-def _numbers(names):
-    """The last integer in each file's name; None where a name has none or two are the same."""
-    found = [re.findall(r"\d+", os.path.splitext(os.path.basename(name))[0]) for name in names]
-    numbers = tuple(int(digits[-1]) for digits in found if digits)
-    return numbers if len(set(numbers)) == len(names) else None
+    digits = [re.findall(r"\d+", os.path.splitext(name)[0]) for name in names]
+    numbers = tuple(int(each[-1]) for each in digits if each)
+    return Volume(folder, "folder", (len(slices), *first.shape[1:]), first.dtype,
+                  partial(_folder_pages, slices), first.voxel_size,
+                  numbers if len(set(numbers)) == len(names) else None)
 
 
 STANDARD = {"mean": 128.0, "std": 40.0}     # of normalize="volume"; beyond 3.2 deviations: clipped
@@ -452,9 +434,6 @@ class Grey(LazyArray):
             for i, page in enumerate(box, z.start + self.volume.crop[0].start):
                 page[:] = self.table(i)[page]
         return box
-
-    def slice_name(self, z):
-        return self.volume.slice_name(z)
 
     def stretched(self, box):
         """Voxels as uint8."""
@@ -519,67 +498,59 @@ def _count_values(array):
     return values.flatten().bincount(minlength=2 ** (8 * array.itemsize)).numpy()
 
 
-class Resampled(LazyArray):
-    """Another LazyArray on a grid of other voxels, over the same field of view.
-
-    widths: how many old voxels a new one is wide, (z, y, x). sample: (array, z, y, x) -> its new
-    voxels in that box. Labels keep their `slices`: those whose nearest slice is annotated.
-    """
-
-    def __init__(self, array, shape, widths, sample):
-        sides = array.voxel_size and tuple(a * b for a, b in zip(array.voxel_size, widths))
-        super().__init__(array.path, shape, array.dtype, sides)
-        self.array, self.sample = array, sample
-        if hasattr(array, "slices"):
-            nearest, _, _ = resampling(len(array), shape[0], linear=False)
-            self.slices = np.flatnonzero(np.isin(nearest, array.slices))
-
-    def read(self, z, y, x):
-        return self.sample(self.array, z, y, x)
-
-
-def downsample(array, factor, reduce):
+class Downsampled(LazyArray):
     """A uint8 LazyArray `factor` times smaller in Y and X: (Z, ceil(Y / factor), ceil(X / factor)).
 
     reduce="mean" for images (rounded), "majority" for class ids: the most frequent value of each
     block, the lower one at a tie, IGNORE like any other. Blocks that stick out are filled by
-    repeating the edge. Raises InputError where a slice is smaller than a block.
+    repeating the edge. slices: those of Labels.
     """
-    Z, Y, X = array.shape
-    if factor > max(Y, X):
-        raise InputError(f"--downsample {factor}: {array.path} has slices of {Y} x {X} pixels")
-    shape = (Z, math.ceil(Y / factor), math.ceil(X / factor))
-    return array if factor == 1 else Resampled(array, shape, (1, factor, factor),
-                                               partial(_read_blocks, factor, reduce))
+
+    def __init__(self, array, factor, reduce):
+        (Z, Y, X), sides = array.shape, array.voxel_size
+        super().__init__(array.path, (Z, math.ceil(Y / factor), math.ceil(X / factor)), np.uint8,
+                         sides and (sides[0], sides[1] * factor, sides[2] * factor))
+        self.array, self.factor, self.reduce = array, factor, reduce
+        self.slices = getattr(array, "slices", None)
+
+    def read(self, z, y, x):
+        n = self.factor
+        box = self.array[z, y.start * n : y.stop * n, x.start * n : x.stop * n]
+        H, W = (n * (part.stop - part.start) for part in (y, x))
+        box = np.pad(box, ((0, 0), (0, H - box.shape[1]), (0, W - box.shape[2])), mode="edge")
+
+        def sums(box):                          # far faster than over both axes at once
+            rows = sum(box[:, k::n].astype(np.int32) for k in range(n))
+            return sum(rows[..., k::n] for k in range(n))
+
+        if self.reduce == "mean":
+            return np.floor(sums(box) / n**2 + 0.5).astype(np.uint8)
+        values = np.flatnonzero(_count_values(box)).astype(np.uint8)
+        votes = [sums(box == value) for value in values]
+        return values[np.argmax(votes, axis=0)]                 # the first, lower one at a tie
 
 
-def _read_blocks(n, reduce, array, z, y, x):
-    box = array[z, y.start * n : y.stop * n, x.start * n : x.stop * n]
-    H, W = (n * (part.stop - part.start) for part in (y, x))
-    box = np.pad(box, ((0, 0), (0, H - box.shape[1]), (0, W - box.shape[2])), mode="edge")
-
-    def sums(box):                              # far faster than over both axes at once
-        rows = sum(box[:, k::n].astype(np.int32) for k in range(n))
-        return sum(rows[..., k::n] for k in range(n))
-
-    if reduce == "mean":
-        return np.floor(sums(box) / n**2 + 0.5).astype(box.dtype)
-    values = np.flatnonzero(_count_values(box)).astype(box.dtype)
-    votes = [sums(box == value) for value in values]
-    return values[np.argmax(votes, axis=0)]                     # the first, lower one at a tie
-
-
-def resize(array, shape, linear):
-    """A uint8 LazyArray of another shape (Z, Y, X) over the same field of view.
+class Resized(LazyArray):
+    """A uint8 LazyArray in another shape (Z, Y, X) over the same field of view, held in memory.
 
     linear=True interpolates between the two nearest voxels along each axis (images, rounded), else
-    the nearest voxel counts (class ids). Voxel centres are what is aligned.
+    the nearest voxel counts (class ids). Voxel centres are what is aligned. slices: of labels,
+    those in which anything is annotated.
     """
-    if array.shape == tuple(shape):
-        return array
-    places = [resampling(size, length, linear) for size, length in zip(array.shape, shape)]
-    widths = [size / length for size, length in zip(array.shape, shape)]
-    return Resampled(array, shape, widths, partial(_read_resized, places))
+
+    def __init__(self, array, shape, linear):
+        zoom = [new / old for old, new in zip(array.shape, shape)]
+        sides = array.voxel_size and tuple(a / b for a, b in zip(array.voxel_size, zoom))
+        super().__init__(array.path, shape, np.uint8, sides)
+        self.voxels = np.empty(shape, np.uint8)
+        for z, (low, high, share) in enumerate(zip(*resampling(len(array), len(self), linear))):
+            page = (1 - share) * array[low] + share * array[high]
+            page = ndimage.zoom(page, zoom[1:], order=int(linear), mode="nearest", grid_mode=True)
+            self.voxels[z] = np.rint(page)
+        self.slices = np.flatnonzero((self.voxels != IGNORE).any((1, 2)))
+
+    def read(self, z, y, x):
+        return self.voxels[z, y, x].copy()
 
 
 def resampling(size, length, linear=True):
@@ -589,20 +560,6 @@ def resampling(size, length, linear=True):
     place = place if linear else np.floor(place + 0.5)
     low = place.astype(int)
     return low, np.ceil(place).astype(int), (place - low).astype(np.float32)
-
-
-def _read_resized(places, array, z, y, x):
-    depth, *sides = ([values[part] for values in place] for place, part in zip(places, (z, y, x)))
-    box = [slice(low[0], high[-1] + 1) for low, high, _ in sides]
-    out = np.empty([len(low) for low, *_ in (depth, *sides)], array.dtype)
-    for i, (low, high, share) in enumerate(zip(*depth)):        # slices in between are not read
-        pair = array.read(slice(low, high + 1), *box).astype(np.float32)
-        page = pair[0] + (pair[-1] - pair[0]) * share
-        for axis, (low, high, share) in enumerate(sides):
-            below, above = (page.take(place - low[0], axis) for place in (low, high))
-            page = below + (above - below) * (share if axis else share[:, None])
-        out[i] = np.rint(page)
-    return out
 
 
 def parse_slices(text, depth):
@@ -736,7 +693,7 @@ def pair_labels(path, volume, label_slices=None):
     file, crop = _split_crop(path)
     label, depth = open_volume(file), volume.file_shape[0]
     rows = np.arange(len(label))                    # for each slice of the volume's file
-    fewer = label.format == "slices" and len(label) < depth
+    fewer = label.format == "folder" and len(label) < depth
     if fewer or label.numbers and volume.numbers and depth > 1:
         names, numbers = list(volume.numbers or range(depth)), label.numbers or ["none"]
         unknown = [number for number in numbers if number not in names]
@@ -762,9 +719,8 @@ def pair_labels(path, volume, label_slices=None):
         chosen = parse_slices(label_slices, len(rows))
         missing = chosen[rows[chosen] < 0]
         if len(missing):
-            there = [volume.slice_name(z) for z in np.flatnonzero(rows >= 0)]
-            raise InputError(f"{path}: --label-slices asks for {volume.slice_name(missing[0])}, "
-                             f"which has no label; labelled are {_listed(there)}")
+            raise InputError(f"{path}: --label-slices asks for {_listed(missing)}, which have no "
+                             f"label; labelled are {_listed(np.flatnonzero(rows >= 0))}")
         rows[np.setdiff1d(np.arange(len(rows)), chosen)] = -1
     return label, rows
 
@@ -778,9 +734,9 @@ def _slice_values(volume, z):
         counts = counts[counts > 0]
     else:
         values, counts = np.unique(page, return_counts=True)
-    if (values % 1 != 0).any() or values[-1] >= 2**63:
-        raise InputError(f"{volume.path}: {volume.slice_name(z)} holds values that are not whole "
-                         "numbers (below 2**63); wanted class ids, not an image or a probability")
+    if (values % 1 != 0).any():
+        raise InputError(f"{volume.path}: z = {z} holds values that are not whole numbers; wanted "
+                         "class ids, not an image or a probability")
     return values.astype(np.int64), counts
 
 
@@ -2427,7 +2383,7 @@ def predict_by_slabs(predict, image, shape, context=1, pixels=2**20, rank=0, wor
 
     predict: uint8 tensor (n + context - 1, H, W) -> probabilities of the n middle slices.
     shape: of the volume whose slabs are wanted. Where it has another number of slices than the
-    image (see resize), the two nearest predictions are interpolated.
+    image (see Resized), the two nearest predictions are interpolated.
     """
     low, high, share = resampling(len(image), shape[0])
     pixels = pixels * min(1.0, math.prod(shape) / math.prod(image.shape))
@@ -2703,7 +2659,7 @@ def save_slices(path, items, classes, rows=4, max_side=768):
         like = next(iter(predictions.values())) if image is None else image
         step = math.ceil(max(like.shape[1:]) / max_side)
         for z, score in _slices_to_show(like, label, dice, max(1, rows // len(items))):
-            title = f"{name}  {like.slice_name(z)}"
+            title = f"{name}  z = {z}"
             title += "" if np.isnan(score) else f"  Dice {score:.3f}"
             shown = _panels(z, image, label, predictions, classes, step)
             panels.append((title, like, step, shown))
@@ -3315,18 +3271,18 @@ def network_input(volume, args):
     InputError where any voxel is NaN: better now than after hours of training."""
     for z in range(len(volume) if volume.dtype.kind == "f" else 0):
         if not np.isfinite(volume[z]).all():
-            raise InputError(f"{volume.path}: {volume.slice_name(z)} holds NaN or infinite values")
+            raise InputError(f"{volume.path}: z = {z} holds NaN or infinite values")
     image = as_uint8(volume, args.normalize)
     if getattr(args, "resize", None):
-        image = resize(image, args.resize, linear=True)
-    return downsample(image, args.downsample, "mean")
+        image = Resized(image, args.resize, linear=True)
+    return Downsampled(image, args.downsample, "mean") if args.downsample > 1 else image
 
 
 def shrink(label, args):
     """Labels, or class ids, at the resolution that the network sees."""
     if getattr(args, "resize", None):
-        label = resize(label, args.resize, linear=False)
-    return downsample(label, args.downsample, "majority")
+        label = Resized(label, args.resize, linear=False)
+    return Downsampled(label, args.downsample, "majority") if args.downsample > 1 else label
 
 
 def out_channels(classes):

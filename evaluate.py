@@ -248,8 +248,7 @@ def save_segments(path, pair, truth, pred, voi, rows=4):
             axes[0].imshow(emseg.as_uint8(pair.image)[z], cmap="gray", vmin=0, vmax=255)
         for axis, page in zip(axes[1:], (truth, pred)):
             axis.imshow(colors[page[z]], interpolation="nearest")
-        shown = (pair.image or pair.prediction).slice_name(z)
-        for axis, title in zip(axes, (f"image  {shown}", "segments of the truth",
+        for axis, title in zip(axes, (f"image  z = {z}", "segments of the truth",
                                       f"predicted  VOI {voi[z]:.3f} bit")):
             axis.set(title=title, xticks=[], yticks=[])
     emseg.save_figure(figure, path)
