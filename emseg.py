@@ -406,8 +406,8 @@ def _open_folder(folder):
 STANDARD = {"mean": 128.0, "std": 40.0}     # of normalize="volume"; beyond 3.2 deviations: clipped
 
 
-def as_uint8(volume, normalize=None):
-    """A lazy uint8 version of a Volume, each voxel of one grey value whatever is cropped.
+class Grey(LazyArray):
+    """The grey values of a Volume as uint8, each voxel of one value whatever is cropped.
 
     uint8 stays, int8 is shifted by 128, whole numbers from 0 to 255 in another type stay, too.
     Anything else is stretched linearly so that the 0.1 and 99.9 percentiles of a sample of the file
@@ -415,14 +415,8 @@ def as_uint8(volume, normalize=None):
     "equalize" equalises the histogram of every slice (Pagano 2023, section 2.1.2); "volume" gives
     the file mean 128 and standard deviation 40, measured on at most 32 slices.
     """
-    plain = volume.dtype == np.uint8 and normalize not in ("equalize", "volume")
-    return volume if plain else Grey(volume, normalize)
 
-
-class Grey(LazyArray):
-    """The grey values of a Volume as uint8: stretched, then looked up in a table; see as_uint8."""
-
-    def __init__(self, volume, normalize):
+    def __init__(self, volume, normalize=None):
         super().__init__(volume.path, volume.shape, np.uint8, volume.voxel_size)
         self.volume, self.normalize, self.tables = volume, normalize, {}
         self.whole = volume.cropped([slice(0, size) for size in volume.file_shape], volume.file)
@@ -465,7 +459,7 @@ class Grey(LazyArray):
 
 
 def grey_range(volume):
-    """The values that become 0 and 255; see as_uint8.
+    """The values that become 0 and 255; see Grey.
 
     A constant fill, such as the border of an aligned stack, is left out: the lowest or highest
     value, where it has more than 0.1 % of the voxels and lies apart from all others.
@@ -486,10 +480,7 @@ def grey_range(volume):
             low, high = np.percentile(rest, (0.1, 99.9))
             if max(low - fill, fill - high) > (high - low) / 4:
                 sample = rest
-    low, high = np.percentile(sample, (0.1, 99.9))
-    if low == high:  # a few bright voxels on a constant ground
-        low, high = sample.min(), sample.max()
-    return float(low), float(high)
+    return np.percentile(sample, (0.1, 99.9)).tolist()
 
 
 def _count_values(array):
@@ -577,9 +568,7 @@ def parse_slices(text, depth):
     n = int(rule[2])
     if rule[1] == "every":
         return np.arange(0, depth, n)
-    if n > depth:
-        raise InputError(f"slices '{text}': wanted 1 to {depth}, the slices of the volume")
-    return np.array([round((i + 0.5) * depth / n - 0.5) for i in range(n)])
+    return np.unique([round((i + 0.5) * depth / n - 0.5) for i in range(n)])
 
 
 def parse_label_map(text):
@@ -590,40 +579,44 @@ def parse_label_map(text):
     """
     mapping = {}
     for part in text.split(","):
-        match = re.fullmatch(r"(?:(\*)|(-?\d+)(?::(-?\d+))?)=(\d+)", part.replace(" ", ""))
-        values = []
-        if match and int(match[4]) <= IGNORE:
-            start = int(match[2] or 0)
-            values = ["*"] if match[1] else range(start, int(match[3] or start + 1))
-        if not values or not mapping.keys().isdisjoint(values):
-            raise InputError(f"label map '{text}': '{part}' is not understood, or maps a value "
-                             "twice; wanted value=class or first:stop=class with classes 0 to 254, "
-                             "or 255 to ignore: '191=1,*=0'")
-        mapping |= dict.fromkeys(values, int(match[4]))
+        match = re.fullmatch(r"(\*|-?\d+)(?::(-?\d+))?=(\d+)", part.replace(" ", ""))
+        if not match or int(match[3]) > IGNORE:
+            raise InputError(f"label map '{text}': '{part}' is not understood; wanted value=class "
+                             "or first:stop=class with classes 0 to 254, or 255 to ignore: "
+                             "'191=1,*=0'")
+        first, stop, class_id = match.groups()
+        values = ["*"] if first == "*" else range(int(first), int(stop or int(first) + 1))
+        mapping |= dict.fromkeys(values, int(class_id))
     return mapping
 
 
 class Labels(LazyArray):
     """Class ids of a volume, uint8 (Z, Y, X), IGNORE where nobody annotated; see open_labels.
 
-    raw, rows: from pair_labels. found: {z: (values, voxels of each)}. class_of: {value: class id},
-    of all values in raw, sorted. counts (Z, n_classes) int64: annotated voxels of each class in
-    each slice. slices: sorted int array of the z that have some.
+    raw, rows: from pair_labels. found: {z: (values in raw, voxels of each)}. values, ids: all
+    values in raw, sorted, and their class ids. counts (Z, n_classes) int64: annotated voxels of
+    each class in each slice. slices: sorted int array of the z that have some.
     """
 
-    def __init__(self, raw, rows, voxel_size, found, class_of, n_classes):
-        super().__init__(raw.path, (len(rows), *raw.shape[1:]), np.uint8, voxel_size)
-        self.raw, self.table = raw, None
-        self.values = np.array([*class_of], np.int64)
-        self.ids = np.array([*class_of.values()], np.uint8)
-        if raw.dtype.kind in "iu" and raw.dtype.itemsize <= 2:      # else searched: slower
-            self.table = np.full(2 ** (8 * raw.dtype.itemsize), IGNORE, np.uint8)
+    def __init__(self, path, volume, label_slices):
+        self.raw, self.rows = pair_labels(path, volume, label_slices)
+        super().__init__(self.raw.path, volume.shape, np.uint8, volume.voxel_size)
+        self.found = {z: _slice_values(self.raw, self.rows[z])
+                      for z in np.flatnonzero(self.rows >= 0)}
+        self.values = np.array(sorted({v for values, _ in self.found.values()
+                                       for v in values.tolist()}), np.int64)
+
+    def assign(self, class_of, n_classes):
+        """Give all values their class ids: class_of {value: class id}."""
+        self.ids, self.table = np.array([class_of[v] for v in self.values.tolist()], np.uint8), None
+        if self.raw.dtype.kind in "iu" and self.raw.dtype.itemsize <= 2:    # else searched: slower
+            self.table = np.full(2 ** (8 * self.raw.dtype.itemsize), IGNORE, np.uint8)
             self.table[self.values] = self.ids                      # negative ones from its end
         self.counts = np.zeros((len(self), n_classes), np.int64)
-        for z, (values, voxels) in found.items():
+        for z, (values, voxels) in self.found.items():
             ids = self.ids[np.searchsorted(self.values, values)]
             self.counts[z] = np.bincount(ids, voxels, 256)[:n_classes]
-        self.rows = np.where(self.counts.any(axis=1), rows, -1)
+        self.rows = np.where(self.counts.any(axis=1), self.rows, -1)
 
     @property
     def slices(self):
@@ -646,82 +639,65 @@ class Labels(LazyArray):
 
 
 def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label=None,
-                label_slices=None, require_foreground=True, merge=None, flag="--label-map"):
+                label_slices=None, merge=None):
     """Labels of opened Volumes: (list of Labels, number of classes).
 
     classes: how many, where that is known (from the training labels or a checkpoint). label_map:
     from parse_label_map. ignore_label: raw value, or tuple of raw values, that becomes IGNORE.
     label_slices: text for parse_slices, the annotated slices to use. merge: for each class, the one
-    as which it was drawn. flag: the option that advice on the values names. Without a map, values
-    0..K stand as they are and {0, v} is background and foreground (also where the merge leaves two
-    classes); others are an InputError that lists them. How slices are paired: see pair_labels.
+    as which it was drawn. Without a map, values 0..K stand as they are and {0, v} is background and
+    foreground (also where the merge leaves two classes); others are an InputError that lists them.
+    How slices are paired: see pair_labels.
     """
-    ignored = set(ignore_label if isinstance(ignore_label, tuple) else (ignore_label,))
-    pairs = [pair_labels(path, volume, label_slices)
-             for path, volume in zip(label_paths, volumes, strict=True)]
-    found = [{z: _slice_values(raw, rows[z]) for z in np.flatnonzero(rows >= 0)}
-             for raw, rows in pairs]
-    occur = [set().union(*(values.tolist() for values, _ in each.values())) for each in found]
-    union, paths = sorted(set().union(*occur) - ignored), ", ".join(raw.path for raw, _ in pairs)
-    n_classes = classes or max(2, len(union))
+    labels = [Labels(path, volume, label_slices)
+              for path, volume in zip(label_paths, volumes, strict=True)]
+    ignored = {*ignore_label} if isinstance(ignore_label, tuple) else {ignore_label}
+    values = sorted({v for label in labels for v in label.values.tolist()} - ignored)
+    n_classes = classes or max(2, len(values))
     if label_map:
         n_classes = classes or max([1, *(k for k in label_map.values() if k != IGNORE)]) + 1
-    labels = []
-    for (raw, rows), volume, each, own in zip(pairs, volumes, found, occur):
-        path, values = (raw.path, sorted(own - ignored)) if classes else (paths, union)
-        class_of = class_of_values(path, values, n_classes, label_map, merge, flag)
-        class_of = {v: class_of.get(v, IGNORE) for v in sorted(own)}
-        labels.append(Labels(raw, rows, volume.voxel_size, each, class_of, n_classes))
-        if not len(labels[-1].slices):
-            raise InputError(f"{raw.path}: every voxel is ignored, none is annotated")
-    if require_foreground and not any(label.counts[:, 1:].any() for label in labels):
-        raise InputError(f"{paths}: no foreground, all voxels are background or ignored (values "
-                         f"{_listed(union)}); see {flag}, --ignore-label and --label-slices")
+    paths = ", ".join(label.path for label in labels)
+    class_of = class_of_values(paths, values, n_classes, label_map, merge)
+    for label in labels:
+        label.assign(class_of | dict.fromkeys(ignored, IGNORE), n_classes)
+        if not len(label.slices):
+            raise InputError(f"{label.path}: every voxel is ignored, none is annotated")
     return labels, n_classes
 
 
 def pair_labels(path, volume, label_slices=None):
     """(Volume of labels, rows): rows[z] is the label slice of the volume's slice z, -1 for none.
 
-    Labels are paired with the slices of the volume's file by the numbers in the names of the files
-    where both are folders, or where a folder has fewer slices than the volume (whose slices, if it
+    Labels are paired with the slices of the volume by the numbers in the names of the files where
+    both are folders, or where a folder has fewer slices than the volume's file (whose slices, if it
     is one file, have the numbers 0, 1, …); else slice by slice. They are cropped as their own path
-    says; without that, each axis that is as long as the volume's file takes the volume's crop, and
-    another was drawn on the crop. Then shapes must be equal. label_slices: as in open_labels.
+    says; each axis that is still as long as the volume's file takes the volume's crop, and another
+    was drawn on the crop. Then shapes must be equal. label_slices: as in open_labels.
     """
-    path = os.fspath(path)
-    file, crop = _split_crop(path)
-    label, depth = open_volume(file), volume.file_shape[0]
-    rows = np.arange(len(label))                    # for each slice of the volume's file
-    fewer = label.format == "folder" and len(label) < depth
-    if fewer or label.numbers and volume.numbers and depth > 1:
-        names, numbers = list(volume.numbers or range(depth)), label.numbers or ["none"]
+    label, (depth, *_) = open_volume(path), volume.file_shape
+    if label.shape != label.file_shape == volume.file_shape and label.crop != volume.crop:
+        raise InputError(f"{path} is cropped elsewhere than {volume.path}; crop the volume alone")
+    box = [of_volume if size == whole else own for own, of_volume, size, whole in
+           zip(label.crop, volume.crop, label.shape, volume.file_shape)]
+    rows = np.arange(box[0].stop - box[0].start)
+    fewer = label.format == "folder" and label.file_shape[0] < depth
+    if fewer or label.numbers and volume.numbers:
+        names, numbers = list(volume.numbers or range(depth)), list(label.numbers or ["none"])
         unknown = [number for number in numbers if number not in names]
         if unknown:
             raise InputError(f"{path}: each label slice needs in its name a number of its own, "
                              f"that of a slice of {volume.path}: {_listed(names)}; got "
                              f"{_listed(unknown)}")
-        rows = np.full(depth, -1)
-        rows[[names.index(number) for number in numbers]] = np.arange(len(label))
-    shape = (len(rows), *label.shape[1:])
-    box = _parse_crop(path, crop, shape)
-    if crop and shape == volume.file_shape and box != [*volume.crop]:
-        raise InputError(f"{path} is cropped elsewhere than {volume.path}; crop the volume alone")
-    if not crop:
-        box = [of_volume if size == whole else own for own, of_volume, size, whole in
-               zip(box, volume.crop, shape, volume.file_shape)]
-    label, rows = label.cropped([slice(0, len(label)), *box[1:]], path), rows[box[0]]
+        rows = np.array([numbers.index(number) if number in numbers else -1
+                         for number in names[volume.crop[0]]])
+        box[0] = slice(0, len(numbers))
+    label = label.cropped(box, label.path)
     shape = (len(rows), *label.shape[1:])
     if shape != volume.shape:
         raise InputError(f"{path}: labels of shape {shape} do not fit {volume.path} of shape "
                          f"{volume.shape}")
-    if label_slices is not None:
-        chosen = parse_slices(label_slices, len(rows))
-        missing = chosen[rows[chosen] < 0]
-        if len(missing):
-            raise InputError(f"{path}: --label-slices asks for {_listed(missing)}, which have no "
-                             f"label; labelled are {_listed(np.flatnonzero(rows >= 0))}")
-        rows[np.setdiff1d(np.arange(len(rows)), chosen)] = -1
+    if label_slices:
+        rows[np.setdiff1d(np.arange(len(rows)), parse_slices(label_slices, len(rows)))] = -1
     return label, rows
 
 
@@ -740,29 +716,29 @@ def _slice_values(volume, z):
     return values.astype(np.int64), counts
 
 
-def class_of_values(path, values, n_classes, label_map=None, merge=None, flag="--label-map"):
-    """{value in a file of labels: class id} by the rules of open_labels."""
+def class_of_values(path, values, n_classes, label_map=None, merge=None):
+    """{value in files of labels: class id} by the rules of open_labels."""
     merged = {**dict(enumerate(merge or range(n_classes))), IGNORE: IGNORE}
     if label_map:
         class_of = {v: merged.get(label_map.get(v, label_map.get("*"))) for v in values}
         without = [v for v, k in class_of.items() if k is None]
         if without:
-            raise InputError(f"{path}: {flag} gives values {_listed(without)} no class from 0 to "
-                             f"{n_classes - 1}; add them, or *=0 for all the rest")
+            raise InputError(f"{path}: the label map gives values {_listed(without)} no class from "
+                             f"0 to {n_classes - 1}; add them, or *=0 for all the rest")
         return class_of
     if {*values} <= {*range(min(n_classes, IGNORE))}:
         return {v: merged[v] for v in values}
     left = sorted({*merged.values()} - {IGNORE})
-    if {*values} <= {0, max([0, *values])} and left[0] == 0 and len(left) == 2:       # a mask
-        return {v: left[1] if v else 0 for v in values}
-    advice = ",".join(f"{v}={k}" for k, v in enumerate(sorted(values, key=lambda v: (v != 0, v))))
-    if len(values) > min(n_classes, 12):                # numbers of objects, say
-        advice = f"{0 if 0 in values else min(values)}=0,*=1"
-    if len(values) > 12 and 0 in values and max(values) <= 255:         # a mask with soft borders
-        advice = "128:256=1,*=0"
+    if len(left) == 2 and len({0, *values}) == 2:               # a mask
+        return {v: left[v != 0] for v in values}
+    order = sorted(values, key=lambda v: (v != 0, v))
+    advice = ",".join(f"{v}={k}" for k, v in enumerate(order))
+    if len(order) > min(n_classes, 12):
+        advice = f'{order[0]}=0,*=1" or, for a mask with soft borders, "128:256=1,*=0'
     raise InputError(f"{path}: label values {_listed(values)}: neither class ids 0 to "
-                     f"{n_classes - 1} nor a mask of 0 and one value; map them, for example "
-                     f'{flag}="{advice}", name all with --classes, or see --ignore-label')
+                     f"{n_classes - 1} nor a mask of 0 and one value; map them (--label-map, of a "
+                     f'prediction --prediction-map), for example "{advice}", name all with '
+                     "--classes, or see --ignore-label")
 
 
 def _listed(values, most=12):
@@ -1099,7 +1075,7 @@ def batches(patches, batch_size, start, stop, workers=0, rank=0, world=1, pin_me
 
 def measure_normalization(images, slices, mode):
     """{"mode", "mean", "std"} of the training slices: averages of each slice's mean and standard
-    deviation (Pagano 2023, authors' code) over at most 32 slices. For "volume" see as_uint8."""
+    deviation (Pagano 2023, authors' code) over at most 32 slices. For "volume" see Grey."""
     if mode == "volume":
         return {"mode": mode, **STANDARD}
     chosen = [(image, z) for image, zs in zip(images, slices) for z in zs]
@@ -3158,7 +3134,7 @@ def open_training(args, **rules):
     """(train, val): Items of --volume with the labels to train on, and Items that choose the epoch:
     --val-volume, and --val-slices of --volume. rules: of open_labels."""
     train = open_items(args.volume, args.label, args, args.label_slices, **rules)
-    val = open_items(args.val_volume, args.val_label, args, require_foreground=False)
+    val = open_items(args.val_volume, args.val_label, args)
     if not args.val_slices:
         return train, val
     every = open_items(args.volume, args.label, args, **rules) if args.label_slices else train
@@ -3212,8 +3188,7 @@ def open_test(args, used, train=(), val=()):
         names = unique_names([item.volume.path for item in items])
         return [dataclasses.replace(item, name=name) for item, name in zip(items, names)]
     ignored = args.ignore_label, getattr(args, "test_ignore_label", None)
-    items = open_items(args.test_volume, args.test_label, args, require_foreground=False,
-                       ignore_label=ignored)
+    items = open_items(args.test_volume, args.test_label, args, ignore_label=ignored)
     items = [drop_used_slices(item, used) for item in items]
     if args.checkpoint:
         describe_data(args, test=items)
@@ -3272,7 +3247,7 @@ def network_input(volume, args):
     for z in range(len(volume) if volume.dtype.kind == "f" else 0):
         if not np.isfinite(volume[z]).all():
             raise InputError(f"{volume.path}: z = {z} holds NaN or infinite values")
-    image = as_uint8(volume, args.normalize)
+    image = Grey(volume, args.normalize)
     if getattr(args, "resize", None):
         image = Resized(image, args.resize, linear=True)
     return Downsampled(image, args.downsample, "mean") if args.downsample > 1 else image
@@ -4023,7 +3998,7 @@ def report(run, items, stages, parameters, organelles=None, **more):
             if len(stages) > 1:
                 entry["stages"] = {name: each[-1] for name, each in results.items()}
         volumes.append(entry)
-        shown.append((Path(item.volume.path).name, as_uint8(item.volume), item.label, opened, dice))
+        shown.append((Path(item.volume.path).name, Grey(item.volume), item.label, opened, dice))
     mean = {name: mean_scores(each) if each else None for name, each in results.items()}
     seconds = run.predict_seconds
     content = {

@@ -270,11 +270,9 @@ def test_unsigned_bytes_of_mrc_files_without_imods_mark(tmp_path):
     ([1, 2], "1=0,2=1"), ([1, 2, 3], "1=0,2=1,3=2")])           # ilastik, whose background is 1
 def test_advice_on_values_without_background(tmp_path, raw, advice):
     raw = np.array(raw * 4, np.int16)
-    with pytest.raises(emseg.InputError, match=f'--label-map="{advice}"'):
-        label_of(tmp_path, raw)
-    if len(set(raw)) == 2:          # the same where two classes are known, as from a checkpoint
-        with pytest.raises(emseg.InputError, match=f'--prediction-map="{advice}"'):
-            label_of(tmp_path, raw, classes=2, flag="--prediction-map")
+    for classes in {None, len(set(raw))}:       # also where classes are known, as from a checkpoint
+        with pytest.raises(emseg.InputError, match=f'for example "{advice}"'):
+            label_of(tmp_path, raw, classes=classes)
     labels, n = label_of(tmp_path, raw, label_map=emseg.parse_label_map(advice))
     assert n == len(set(raw)) and (np.diff(labels.counts.sum(0)) == 0).all()
 
@@ -311,7 +309,7 @@ def test_slices_without_an_annotated_voxel_are_not_labelled(tmp_path):
     assert some.slices.tolist() == [4] and some.counts.sum() == 8 and (some[1] == 255).all()
     with pytest.raises(emseg.InputError, match="every voxel is ignored"):
         emseg.open_labels([f"{volume.path}@2:4"], [emseg.open_volume(f"{volume.path}@2:4")], 2,
-                          ignore_label=0, label_map={1: 0, 2: 1}, require_foreground=False)
+                          ignore_label=0, label_map={1: 0, 2: 1})
 
 
 @pytest.mark.parametrize("fill, dtype", [(0, np.uint16), (-1e5, np.float32), (65535, np.uint16)])
@@ -319,7 +317,7 @@ def test_a_constant_border_takes_no_grey_levels(tmp_path, fill, dtype):
     plain = np.random.default_rng(0).normal(31000, 100, (6, 64, 64)).astype(dtype)
     bordered = plain.copy()
     bordered[:, :9] = fill
-    grey, other = (emseg.as_uint8(open_array(tmp_path, array, name))[:, 9:].astype(int)
+    grey, other = (emseg.Grey(open_array(tmp_path, array, name))[:, 9:].astype(int)
                    for array, name in ((plain, "a"), (bordered, "b")))
     assert np.abs(grey - other).max() <= 4 and other.std() > 30
 
@@ -330,8 +328,8 @@ def test_a_voxel_has_one_grey_value_whatever_is_cropped(tmp_path, dtype, normali
     array = (random_volume((30, 20, 20)) + np.arange(30, dtype=dtype)[:, None, None] * 5) * 1
     array = (array * (300 if dtype == np.uint16 else 1)).astype(dtype)
     path = open_array(tmp_path, array).path
-    whole = emseg.as_uint8(emseg.open_volume(path), normalize)[:]
-    crop = emseg.as_uint8(emseg.open_volume(f"{path}@3:9,2:17,5:"), normalize)
+    whole = emseg.Grey(emseg.open_volume(path), normalize)[:]
+    crop = emseg.Grey(emseg.open_volume(f"{path}@3:9,2:17,5:"), normalize)
     np.testing.assert_array_equal(crop[:], whole[3:9, 2:17, 5:])
     np.testing.assert_array_equal(crop[2:4, 3], whole[5:7, 5, 5:])
 
@@ -397,17 +395,17 @@ def test_workers_share_a_compressed_tiff(tmp_path):
 
 # --- grey values and other resolutions ---
 
-def test_as_uint8(tmp_path):
+def test_grey_values(tmp_path):
     array = random_volume()
     volume = open_array(tmp_path, array)
-    assert emseg.as_uint8(volume) is volume
-    signed = emseg.as_uint8(open_array(tmp_path, (array.astype(int) - 50).astype(np.int8)))
+    np.testing.assert_array_equal(emseg.Grey(volume)[:], array)
+    signed = emseg.Grey(open_array(tmp_path, (array.astype(int) - 50).astype(np.int8)))
     np.testing.assert_array_equal(signed[:], array + 78)
     for dtype in (np.uint16, np.int16, np.float32):         # Fiji: Image > Type > 16-bit
         np.testing.assert_array_equal(
-            emseg.as_uint8(open_array(tmp_path, array.astype(dtype)))[:], array)
+            emseg.Grey(open_array(tmp_path, array.astype(dtype)))[:], array)
     ramp = np.arange(100_000, dtype=np.float32).reshape(10, 100, 100)
-    view = emseg.as_uint8(open_array(tmp_path, ramp))
+    view = emseg.Grey(open_array(tmp_path, ramp))
     low, high = np.percentile(ramp, (0.1, 99.9))
     want = np.clip(np.rint((ramp.astype(np.float64) - low) / (high - low) * 255), 0, 255)
     assert np.abs(view[:] - want).max() <= 1 and (view[:] == want).mean() > 0.999
@@ -416,7 +414,7 @@ def test_as_uint8(tmp_path):
 def test_equalize(tmp_path):
     array = np.random.default_rng(0).normal(120, 10, (2, 200, 200)).clip(115, 255).astype(np.uint8)
     array[1] = 9
-    view = emseg.as_uint8(open_array(tmp_path, array), "equalize")
+    view = emseg.Grey(open_array(tmp_path, array), "equalize")
     values, inverse, counts = np.unique(array[0], return_inverse=True, return_counts=True)
     cdf = counts.cumsum()
     want = np.rint((cdf - cdf[0]) / (cdf[-1] - cdf[0]) * 255)[inverse].reshape(200, 200)
@@ -427,7 +425,7 @@ def test_equalize(tmp_path):
 def test_standardize(tmp_path):
     array = np.random.default_rng(0).normal(90, 7, (40, 64, 64)).round().astype(np.uint8)
     array += np.arange(40, dtype=np.uint8)[:, None, None]       # slices grow brighter
-    view = emseg.as_uint8(open_array(tmp_path, array), "volume")
+    view = emseg.Grey(open_array(tmp_path, array), "volume")
     want = np.clip(128 + 40 * (array - array.mean()) / array.std(), 0, 255)
     assert np.abs(view[:] - want).max() < 2
 
@@ -503,7 +501,7 @@ def test_parse_slices():
     assert parse("every=5", 11) == [0, 5, 10] and parse(" every = 20 ", 11) == [0]
     assert parse("n=7", 165) == [round((i + 0.5) * 165 / 7 - 0.5) for i in range(7)]
     for text, message in (("0:21", "0 to 19"), ("20", "0 to 19"), ("3:3", "empty"),
-                          ("n=21", "1 to 20"), ("", "understood"), ("-1", "understood"),
+                          ("", "understood"), ("-1", "understood"),
                           ("n=0", "understood"), ("a", "understood"), ("0:9:0", "understood"),
                           ("1,", "understood")):
         with pytest.raises(emseg.InputError, match=message):
@@ -514,7 +512,7 @@ def test_parse_label_map():
     assert emseg.parse_label_map("191=1, 223=2,-1=255,*=0") == {191: 1, 223: 2, -1: 255, "*": 0}
     assert emseg.parse_label_map("128:131=1,-2:0=2, 5 : 6 = 0") == {
         128: 1, 129: 1, 130: 1, -2: 2, -1: 2, 5: 0}
-    for text in ("", "1", "1=2,1=3", "1=256", "a=1", "1=-1", "1:3=1,2=0", "4:3=1", "*:3=1"):
+    for text in ("", "1", "1=256", "a=1", "1=-1", "1.5=0"):
         with pytest.raises(emseg.InputError, match="label map"):
             emseg.parse_label_map(text)
 
@@ -529,7 +527,7 @@ def label_of(tmp_path, array, **options):
 @pytest.mark.parametrize("raw, options, want, n", [
     ([0, 99, 99, 0], {}, [0, 1, 1, 0], 2),
     ([0, 1, 2, 3], {}, [0, 1, 2, 3], 4),
-    ([0, 7, 7, 7], {"classes": 2}, [0, 1, 1, 1], 2),
+    ([0, 7, 7, 7], {"classes": 2}, [0, 1, 1, 1], 2), ([0, -1, 0, -1], {}, [0, 1, 0, 1], 2),
     ([0, 1, 2, 0], {"classes": 5}, [0, 1, 2, 0], 5),
     ([0, 1, 99, 1], {"ignore_label": 99}, [0, 1, 255, 1], 2),
     ([5, 7, 9, 11], {"label_map": {7: 1, 9: 3, "*": 0}}, [0, 1, 3, 0], 4),
@@ -538,7 +536,7 @@ def label_of(tmp_path, array, **options):
     ([-1, 300, 44, -256], {"label_map": {-1: 0, 300: 1, 44: 2, "*": 255}}, [0, 1, 2, 255], 3),
 ])
 def test_label_rules(tmp_path, dtype, raw, options, want, n):
-    if raw[0] < 0 and np.dtype(dtype).kind == "u":
+    if min(raw) < 0 and np.dtype(dtype).kind == "u":
         pytest.skip("no negative values")
     labels, n_classes = label_of(tmp_path, np.array(raw * 6).astype(dtype), **options)
     want = np.array(want * 6).reshape(2, 2, 6)
@@ -554,7 +552,6 @@ def test_label_rules(tmp_path, dtype, raw, options, want, n):
     ([0, 1, 3, 0], {"classes": 3}, "class ids 0 to 2"),
     ([0, 2, 0, 0], {"label_map": {0: 0, 2: 3}, "classes": 3}, "values 2 no class from 0 to 2"),
     ([0, 2, 4, 6], {"label_map": {0: 0, 2: 1}}, "values 4, 6 no class"),
-    ([0, 0, 0, 0], {}, "no foreground"), ([0, -1, 0, 0], {}, "values -1, 0"),
     ([0, 0.5, 1, 0], {}, "not whole numbers"), ([0, np.nan, 1, 0], {}, "not whole numbers"),
     ([*range(400)], {}, '400 in all.*"0=0,.=1"'),               # instances
 ])
@@ -570,8 +567,6 @@ def test_union_of_labels_decides_the_classes(tmp_path):
     assert n == 3 and labels[1][0, 0, 1] == 2
     with pytest.raises(emseg.InputError, match="0, 1, 200"):
         emseg.open_labels([a.path, c.path], [a, c])
-    labels, _ = emseg.open_labels([a.path, c.path], [a, c], classes=2)
-    assert labels[1][0, 0, 1] == 1
     with pytest.raises(emseg.InputError, match=r"\(1, 1, 4\) do not fit.*\(6, 20, 30\)"):
         emseg.open_labels([a.path], [open_array(tmp_path, random_volume())])
 
@@ -593,12 +588,9 @@ def test_sparse_label_folder(tmp_path):
     labels = paired(label, f"{folder}@4:12,2:6,1:8")
     assert labels.slices.tolist() == [1, 6] and labels.shape == (8, 4, 7)
     np.testing.assert_array_equal(labels[6], masks[2, 2:6, 1:8])
-    assert paired(f"{label}@4:8", f"{folder}@4:8").slices.tolist() == [1]
     drawn = write_folder(tmp_path / "drawn", masks[:, 1:7], ["102.png", "105.png", "110.png"])
     np.testing.assert_array_equal(paired(drawn, f"{folder}@0:8,1:7")[5], masks[1, 1:7])
-    with pytest.raises(emseg.InputError, match=r"asks for 3, which .*labelled are 2, 5, 10"):
-        paired(label, folder, label_slices="2,3")
-    assert paired(label, folder, label_slices="5").slices.tolist() == [5]
+    assert paired(label, folder, label_slices="3:6").slices.tolist() == [5]
     # a volume in one file: the number is z
     volume = open_array(tmp_path, images).path
     with pytest.raises(emseg.InputError, match="got 102, 105, 110$"):
