@@ -46,7 +46,6 @@ import sys
 import textwrap
 import time
 import warnings
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -89,10 +88,9 @@ TIFF_EXTENSIONS = (".tif", ".tiff")
 MRC_EXTENSIONS = (".mrc", ".mrcs", ".rec", ".map", ".st", ".ali")
 CACHE_BYTES = 256 * 2**20           # of decoded slices that a process keeps
 PLAUSIBLE_NM = (0.005, 10_000.0)    # sides outside this are header defaults, such as 72 dpi
-UNIT_NM = {"pm": 1e-3, "å": 0.1, "a": 0.1, "angstrom": 0.1, "nm": 1.0, "nanometer": 1.0,
-           "nanometre": 1.0, "um": 1e3, "µm": 1e3, "μm": 1e3, "micron": 1e3, "micrometer": 1e3,
-           "micrometre": 1e3, "mm": 1e6, "millimeter": 1e6, "cm": 1e7, "inch": 2.54e7,
-           "in": 2.54e7, "m": 1e9}
+UNIT_NM = {"å": 0.1, "a": 0.1, "angstrom": 0.1, "nm": 1.0, "nanometer": 1.0, "nanometre": 1.0,
+           "um": 1e3, "µm": 1e3, "μm": 1e3, "micron": 1e3, "micrometer": 1e3, "micrometre": 1e3,
+           "mm": 1e6, "cm": 1e7, "inch": 2.54e7}
 
 
 class LazyArray:
@@ -131,7 +129,7 @@ class Volume(LazyArray):
 
     def __init__(self, file, format, shape, dtype, pages, voxel_size=None, numbers=None,
                  origin=None, start=None, note=None):
-        if dtype.kind not in "buif" or dtype.itemsize > 8 or len(shape) != 3 or min(shape) < 1:
+        if dtype.kind not in "buif" or len(shape) != 3:
             raise InputError(f"{file}: {dtype} of shape {tuple(shape)}; wanted numbers (Z, Y, X)")
         native = np.uint8 if dtype.kind == "b" else dtype.newbyteorder("=")
         low, high = PLAUSIBLE_NM
@@ -172,7 +170,12 @@ def open_volume(path):
         raise InputError(f"{path}: no such file or folder")
     with _readable(path):
         volume = _open_folder(file) if os.path.isdir(file) else _open_file(file)
-    volume = volume.cropped(_parse_crop(path, crop, volume.shape), path)
+    parts = (crop or ":").split(",")
+    box = [_parse_range(part, size, f"{path}: crop along {axis}")
+           for part, size, axis in zip([*parts, ":", ":"], volume.shape, "zyx")]
+    if len(parts) > 3 or any(part.step > 1 for part in box):
+        raise InputError(f"{path}: a crop is z0:z1,y0:y1,x0:x1, at most three axes, got '{crop}'")
+    volume = volume.cropped([slice(part.start, part.stop) for part in box], path)
     for z in (0, -1):       # a missing codec, or a file cut off, shows here, not in mid-training
         volume[z, :1, :1]
     return volume
@@ -200,16 +203,6 @@ def _split_crop(path):
     return file, crop
 
 
-def _parse_crop(path, text, shape):
-    """'z0:z1,y0:y1,x0:x1' -> three slices with start and stop, inside shape (Z, Y, X)."""
-    parts = text.split(",") if text else []
-    found = [_parse_range(part, size, f"{path}: crop along {axis}")
-             for part, size, axis in zip(parts + [":"] * 3, shape, "zyx")]
-    if len(parts) > 3 or any(part.step > 1 for part in found):
-        raise InputError(f"{path}: a crop is z0:z1,y0:y1,x0:x1, at most three axes, got '{text}'")
-    return [slice(part.start, part.stop) for part in found]
-
-
 def _parse_range(text, size, what):
     """'2:8', ':8', '2:', ':', '0:8:2' or '3' -> a range that is not empty, within 0..size - 1."""
     match = re.fullmatch(r"(\d*)(?:(:)(\d*)(?::([1-9]\d*)?)?)?", text.replace(" ", ""))
@@ -230,17 +223,16 @@ def _mapped_pages(file, dtype, offset, shape, axes, z):
     return np.memmap(file, dtype, "r", offset, shape).transpose(axes)[z.start : z.stop]
 
 
-_kept = OrderedDict()           # (decode, z) -> slice, the latest last
+_kept = {}                      # (decode, z) -> slice, the latest last
 
 
 def _decoded_pages(decode, z):
-    """Slices that must be decoded whole, by decode(z). The latest are kept, up to CACHE_BYTES."""
+    """Slices that must be decoded whole, by decode(z). The latest are kept, about CACHE_BYTES."""
     for i in z:
         if (decode, i) not in _kept:
+            while sum(page.nbytes for page in _kept.values()) > CACHE_BYTES:
+                del _kept[next(iter(_kept))]
             _kept[decode, i] = decode(i)
-            while sum(page.nbytes for page in _kept.values()) > CACHE_BYTES and len(_kept) > 1:
-                _kept.popitem(last=False)
-        _kept.move_to_end((decode, i))
         yield _kept[decode, i]
 
 
@@ -254,8 +246,7 @@ def _open_file(file):
                **dict.fromkeys(MRC_EXTENSIONS, _open_mrc), ".png": _open_png}
     extension = os.path.splitext(file)[1].lower()
     if extension not in openers:
-        raise InputError(f"{file}: cannot read files of type '{extension}'; wanted TIFF, MRC, NPY "
-                         "or PNG")
+        raise InputError(f"{file}: cannot read type '{extension}'; wanted TIFF, MRC, NPY or PNG")
     return openers[extension](file)
 
 
@@ -279,8 +270,7 @@ def _open_tiff(file):
         series = tif.series[0]
         if len(tif.series) > 1 or series.is_multifile or not re.fullmatch("[^CS]?YX", series.axes):
             raise InputError(f"{file}: {len(tif.series)} of axes {series.axes} {series.shape}; "
-                             "wanted one stack of grey values (Fiji: Image > Type, Split Channels; "
-                             "tifffile.imwrite: metadata={'axes': 'ZYX'})")
+                             "wanted one stack of grey values (Fiji: Image > Type, Split Channels)")
         shape = (1, *series.shape)[-3:]
         pages = partial(_decoded_pages, partial(_decode_tiff, file))
         if series.dataoffset is not None and series.keyframe.is_final:
@@ -336,10 +326,9 @@ def _open_mrc(file):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # wrong stamps and missing MAP ids are common and harmless
         with mrcfile.mmap(file, "r", permissive=True) as mrc:
-            header, data = mrc.header, mrc.data
+            header, data, sides = mrc.header, mrc.data, mrc.voxel_size
     if data is None:
-        raise InputError(f"{file}: MRC mode {header.mode} cannot be read (IMOD: newstack -mode), "
-                         "or the file is truncated")
+        raise InputError(f"{file}: truncated, or MRC mode {header.mode} (IMOD: newstack -mode)")
     stored, dtype, note = (math.prod(data.shape[:-2]), *data.shape[-2:]), data.dtype, None
     order = [int(header[name]) for name in ("maps", "mapr", "mapc")]
     axes = [order.index(axis) if axis in order else 3 - axis for axis in (3, 2, 1)]
@@ -350,11 +339,10 @@ def _open_mrc(file):
             dtype = np.dtype(np.uint8)
         elif not by_imod and header.dmin >= header.dmax and (data[len(data) // 2] < 0).any():
             note = "its header does not say whether bytes are signed; read as -128 to 127"
-    sides = [(float(header.cella[axis]), int(header["m" + axis])) for axis in "zyx"]
     start = [int(header[f"n{axis}start"]) for axis in "zyx"]
     return Volume(file, "mrc", [stored[axis] for axis in axes], dtype,
                   partial(_mapped_pages, file, dtype, data.offset, stored, axes),
-                  [side / n / 10 if n > 0 else 0 for side, n in sides],     # Å to nm
+                  [float(sides[axis]) / 10 for axis in "zyx"],      # Å to nm
                   origin=[float(header.origin[axis]) / 10 for axis in "zyx"],
                   start=[start[axis] for axis in axes], note=note)
 
@@ -534,7 +522,8 @@ class Resized(LazyArray):
         sides = array.voxel_size and tuple(a / b for a, b in zip(array.voxel_size, zoom))
         super().__init__(array.path, shape, np.uint8, sides)
         self.voxels = np.empty(shape, np.uint8)
-        for z, (low, high, share) in enumerate(zip(*resampling(len(array), len(self), linear))):
+        for z, (low, high, share) in enumerate(zip(*resampling(len(array), len(self)))):
+            share = share if linear else np.floor(share + 0.5)
             page = (1 - share) * array[low] + share * array[high]
             page = ndimage.zoom(page, zoom[1:], order=int(linear), mode="nearest", grid_mode=True)
             self.voxels[z] = np.rint(page)
@@ -544,11 +533,9 @@ class Resized(LazyArray):
         return self.voxels[z, y, x].copy()
 
 
-def resampling(size, length, linear=True):
-    """Where `length` new voxels lie among `size` old ones: (low, high, share of high), each
-    (length,); both are the nearest one where it is not linear."""
+def resampling(size, length):
+    """Where `length` new voxels lie among `size` old ones: (low, high, share of high)."""
     place = np.clip((np.arange(length) + 0.5) * size / length - 0.5, 0, size - 1)
-    place = place if linear else np.floor(place + 0.5)
     low = place.astype(int)
     return low, np.ceil(place).astype(int), (place - low).astype(np.float32)
 
@@ -582,8 +569,7 @@ def parse_label_map(text):
         match = re.fullmatch(r"(\*|-?\d+)(?::(-?\d+))?=(\d+)", part.replace(" ", ""))
         if not match or int(match[3]) > IGNORE:
             raise InputError(f"label map '{text}': '{part}' is not understood; wanted value=class "
-                             "or first:stop=class with classes 0 to 254, or 255 to ignore: "
-                             "'191=1,*=0'")
+                             "or first:stop=class, with classes 0 to 254, or 255 to ignore")
         first, stop, class_id = match.groups()
         values = ["*"] if first == "*" else range(int(first), int(stop or int(first) + 1))
         mapping |= dict.fromkeys(values, int(class_id))
@@ -685,17 +671,15 @@ def pair_labels(path, volume, label_slices=None):
         names, numbers = list(volume.numbers or range(depth)), list(label.numbers or ["none"])
         unknown = [number for number in numbers if number not in names]
         if unknown:
-            raise InputError(f"{path}: each label slice needs in its name a number of its own, "
-                             f"that of a slice of {volume.path}: {_listed(names)}; got "
-                             f"{_listed(unknown)}")
+            raise InputError(f"{path}: each label slice needs the number of a slice of "
+                             f"{volume.path}: {_listed(names)}; got {_listed(unknown)}")
         rows = np.array([numbers.index(number) if number in numbers else -1
                          for number in names[volume.crop[0]]])
         box[0] = slice(0, len(numbers))
     label = label.cropped(box, label.path)
     shape = (len(rows), *label.shape[1:])
     if shape != volume.shape:
-        raise InputError(f"{path}: labels of shape {shape} do not fit {volume.path} of shape "
-                         f"{volume.shape}")
+        raise InputError(f"{path}: labels {shape} do not fit {volume.path} {volume.shape}")
     if label_slices:
         rows[np.setdiff1d(np.arange(len(rows)), parse_slices(label_slices, len(rows)))] = -1
     return label, rows
@@ -753,11 +737,9 @@ class VolumeWriter:
         self.stream, self.offset, self.shape, self.dtype = stream, offset, shape, dtype
 
     def __setitem__(self, index, slab):
-        start, stop, _ = index.indices(self.shape[0])
-        slab = np.asarray(slab, self.dtype)
-        assert slab.shape == (stop - start, *self.shape[1:]), (slab.shape, index, self.shape)
+        start, _, _ = index.indices(self.shape[0])
         self.stream.seek(self.offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize)
-        self.stream.write(slab.tobytes())
+        self.stream.write(np.asarray(slab, self.dtype).tobytes())
         self.stream.flush()
 
 
@@ -768,15 +750,14 @@ def create_volume(path, shape, dtype, voxel_size=None, max_value=None, like=None
     shape (Z, Y, X), or (Z, C, Y, X) for a TIFF of several channels; dtype uint8, uint16 or float32;
     voxel_size (z, y, x) in nm or None; max_value: the highest value, for the display of Fiji. MRC
     has no unsigned bytes: uint8 is stored as int8 where max_value <= 127, else as uint16. like: the
-    Volume that it belongs to, whose voxel size and place in an MRC's space it takes. The file is
-    renamed to path when the block ends, and removed when it ends by an exception. Several processes
-    can fill one file: the first creates it, the others call this with attach=True, it leaves last.
+    Volume that it belongs to, whose place in an MRC's space it takes. The file is renamed to path
+    when the block ends, and removed when it ends by an exception. Several processes can fill one
+    file: the first creates it, the others call this with attach=True, it leaves last.
     """
     path, shape, dtype = os.fspath(path), tuple(shape), np.dtype(dtype)
     is_mrc = path.lower().endswith(MRC_EXTENSIONS)
     if is_mrc and dtype == np.uint8:
         dtype = np.dtype(np.int8 if max_value is not None and max_value <= 127 else np.uint16)
-    voxel_size = voxel_size or like and like.voxel_size
     with contextlib.nullcontext(_temporary(path)) if attach else replacing(path) as temporary:
         if is_mrc and not attach:
             _create_mrc(temporary, shape, dtype, voxel_size, max_value, like)
@@ -809,8 +790,8 @@ def _create_tiff(file, shape, dtype, voxel_size, max_value):
 
 def _create_mrc(file, shape, dtype, voxel_size, max_value, like):
     """Header and room for the voxels, which lie where `like`, a Volume, does in an MRC's space."""
-    mode = {"int8": 0, "int16": 1, "float32": 2, "uint16": 6}[dtype.name]
-    with mrcfile.new_mmap(file, shape, mrc_mode=mode, overwrite=True) as mrc:
+    mode = mrcfile.utils.mode_from_dtype(dtype)
+    with mrcfile.new_mmap(file, shape, mode, overwrite=True) as mrc:
         if voxel_size:
             mrc.voxel_size = tuple(side * 10 for side in reversed(voxel_size))  # x, y, z in Å
         if max_value or dtype == np.int8:       # else programs must guess whether it is signed

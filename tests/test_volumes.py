@@ -224,7 +224,7 @@ def test_files_that_are_damaged(tmp_path, ending, options):
         path.write_bytes(content)
         assert_refused(path, "not readable|breaks off|truncated")
     path.rename(tmp_path / "a.jpg")
-    assert_refused(tmp_path / "a.jpg", "cannot read files of type '.jpg'")
+    assert_refused(tmp_path / "a.jpg", "cannot read type '.jpg'")
 
 
 def test_a_codec_that_is_missing_is_named(tmp_path):
@@ -372,8 +372,8 @@ def test_a_prediction_lies_on_its_tomogram(tmp_path, origin, start, crop, wanted
     with mrcfile.new(tmp_path / "a.mrc", random_volume().view(np.int8)) as mrc:
         mrc.voxel_size, mrc.header.origin, mrc.nstart = (50, 50, 100), origin, start    # x, y, z
     volume = emseg.open_volume(f"{tmp_path}/a.mrc{crop}")
-    with emseg.create_volume(tmp_path / "p.mrc", volume.shape, np.uint8, max_value=1,
-                             like=volume) as writer:
+    with emseg.create_volume(tmp_path / "p.mrc", volume.shape, np.uint8, volume.voxel_size,
+                             max_value=1, like=volume) as writer:
         writer[:] = volume[:] > 3
     with mrcfile.open(tmp_path / "p.mrc") as mrc:
         assert mrc.header.origin.tolist() == wanted[0] and mrc.nstart.tolist() == wanted[1]
@@ -471,10 +471,9 @@ def test_resize(tmp_path, shape):
 
 def test_resizing_reads_no_slices_in_between():
     """Of 104 slices that become 4: else memory would depend on the volume."""
-    for linear, read in ((True, {12, 13, 38, 39, 64, 65, 90, 91}), (False, {13, 39, 65, 91})):
-        volume = InMemory(random_volume((104, 6, 7)))
-        emseg.Resized(volume, (4, 6, 7), linear)
-        assert set(volume.read_slices) == read
+    volume = InMemory(random_volume((104, 6, 7)))
+    emseg.Resized(volume, (4, 6, 7), linear=True)
+    assert volume.read_slices == [12, 13, 38, 39, 64, 65, 90, 91]
 
 
 def test_resized_labels_keep_their_annotated_slices(tmp_path):
@@ -637,15 +636,14 @@ def test_bytes_of_mrc_and_probability_stack(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("name, slab, full, error, match", [
-    ("a.tif", (2, 5, 6), False, RuntimeError, "in the block"), ("a.tif", (3, 5, 6), False,
-    AssertionError, "3, 5, 6"), ("no/a.tif", (2, 5, 6), False, OSError, "no/.a.tif.tmp"),
-    ("a.tif", (2, 5, 6), True, OSError, "[Nn]o space")])
-def test_where_writing_fails_nothing_is_left(tmp_path, name, slab, full, error, match):
+@pytest.mark.parametrize("name, full, error, match", [
+    ("a.tif", False, RuntimeError, "in the block"), ("no/a.tif", False, OSError, "no/.a.tif.tmp"),
+    ("a.tif", True, OSError, "[Nn]o space")])
+def test_where_writing_fails_nothing_is_left(tmp_path, name, full, error, match):
     with pytest.raises(error, match=match):
         with emseg.create_volume(tmp_path / name, (2, 5, 6), np.uint8) as writer:
             writer.stream = open("/dev/full", "r+b") if full else writer.stream
-            writer[0:2] = np.zeros(slab, np.uint8)
+            writer[0:2] = np.zeros((2, 5, 6), np.uint8)
             raise RuntimeError("in the block")
     assert os.listdir(tmp_path) == []
 
