@@ -270,7 +270,8 @@ def _open_tiff(file):
         series = tif.series[0]
         if len(tif.series) > 1 or series.is_multifile or not re.fullmatch("[^CS]?YX", series.axes):
             raise InputError(f"{file}: {len(tif.series)} of axes {series.axes} {series.shape}; "
-                             "wanted one stack of grey values (Fiji: Image > Type, Split Channels)")
+                             "wanted one stack of grey values (Fiji: Split Channels; tifffile: "
+                             "metadata={'axes': 'ZYX'})")
         shape = (1, *series.shape)[-3:]
         pages = partial(_decoded_pages, partial(_decode_tiff, file))
         if series.dataoffset is not None and series.keyframe.is_final:
@@ -363,10 +364,9 @@ def _open_png(file):
 def _decode_png(file, z):
     """Grey values (Y, X), palette indices as they stand. White is 255 in masks of 1 bit, too."""
     with _png(file) as image:
-        page, has_alpha = np.asarray(image), image.mode in ("LA", "RGBA")
+        page, n_colours = np.asarray(image), len(image.mode.rstrip("A"))
     if page.ndim == 3:
-        colours, alpha = np.split(page, [page.shape[2] - has_alpha], axis=2)
-        if (colours != page[..., :1]).any() or (alpha < 255).any():
+        if (page[..., :n_colours] != page[..., :1]).any() or (page[..., n_colours:] < 255).any():
             raise InputError(f"{file}: colours or transparent pixels (Fiji: Image > Type > 8-bit)")
         page = page[..., 0]
     return page * np.uint8(255) if page.dtype == bool else page
@@ -379,11 +379,10 @@ def _open_folder(folder):
     if not names:
         raise InputError(f"{folder}: no .tif, .tiff or .png slices in this folder")
     slices = [_open_file(os.path.join(folder, name)) for name in names]
+    kinds = {f"{one.format} {one.shape} {one.dtype}": one.file for one in slices}
     first = slices[0]
-    for one in slices:
-        if (one.format, one.shape, one.dtype) != (first.format, (1, *first.shape[1:]), first.dtype):
-            raise InputError(f"{one.file}: {one.format} {one.shape} {one.dtype} in a folder of "
-                             f"{first.format} {first.shape} {first.dtype}; wanted slices alike")
+    if len(kinds) > 1 or len(first) > 1:
+        raise InputError(f"{folder}: wanted single slices, all alike, got {kinds}")
     digits = [re.findall(r"\d+", os.path.splitext(name)[0]) for name in names]
     numbers = tuple(int(each[-1]) for each in digits if each)
     return Volume(folder, "folder", (len(slices), *first.shape[1:]), first.dtype,
@@ -548,14 +547,12 @@ def parse_slices(text, depth):
     the volume, that is round((i + 0.5) * depth / 7 - 0.5) for i = 0..6; n=1 is the middle slice.
     Raises InputError for text that is malformed or leaves the volume.
     """
-    rule = re.fullmatch(r"\s*(n|every)\s*=\s*([1-9]\d*)\s*", text)
-    if not rule:
-        return np.unique([z for part in text.split(",")
-                          for z in _parse_range(part, depth, f"slices '{text}'")])
-    n = int(rule[2])
-    if rule[1] == "every":
-        return np.arange(0, depth, n)
-    return np.unique([round((i + 0.5) * depth / n - 0.5) for i in range(n)])
+    rule = re.fullmatch(r" *(n|every) *= *([1-9]\d*) *", text)
+    if rule and rule[1] == "n":
+        n = int(rule[2])
+        return np.unique([round((i + 0.5) * depth / n - 0.5) for i in range(n)])
+    parts = [f"::{rule[2]}"] if rule else text.split(",")
+    return np.unique([z for part in parts for z in _parse_range(part, depth, f"slices '{text}'")])
 
 
 def parse_label_map(text):
@@ -668,14 +665,15 @@ def pair_labels(path, volume, label_slices=None):
     rows = np.arange(box[0].stop - box[0].start)
     fewer = label.format == "folder" and label.file_shape[0] < depth
     if fewer or label.numbers and volume.numbers:
-        names, numbers = list(volume.numbers or range(depth)), list(label.numbers or ["none"])
+        names = list(volume.numbers or range(depth))
+        numbers = list(label.numbers or ["none"])[label.crop[0]]
         unknown = [number for number in numbers if number not in names]
         if unknown:
             raise InputError(f"{path}: each label slice needs the number of a slice of "
                              f"{volume.path}: {_listed(names)}; got {_listed(unknown)}")
         rows = np.array([numbers.index(number) if number in numbers else -1
                          for number in names[volume.crop[0]]])
-        box[0] = slice(0, len(numbers))
+        box[0] = label.crop[0]
     label = label.cropped(box, label.path)
     shape = (len(rows), *label.shape[1:])
     if shape != volume.shape:
