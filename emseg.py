@@ -327,7 +327,7 @@ def _open_mrc(file):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # wrong stamps and missing MAP ids are common and harmless
         with mrcfile.mmap(file, "r", permissive=True) as mrc:
-            header, data, sides = mrc.header, mrc.data, mrc.voxel_size
+            header, data = mrc.header, mrc.data
     if data is None:
         raise InputError(f"{file}: truncated, or MRC mode {header.mode} (IMOD: newstack -mode)")
     stored, dtype, note = (math.prod(data.shape[:-2]), *data.shape[-2:]), data.dtype, None
@@ -340,10 +340,11 @@ def _open_mrc(file):
             dtype = np.dtype(np.uint8)
         elif not by_imod and header.dmin >= header.dmax and (data[len(data) // 2] < 0).any():
             note = "its header does not say whether bytes are signed; read as -128 to 127"
+    sides = [(float(header.cella[axis]), int(header["m" + axis])) for axis in "zyx"]
     start = [int(header[f"n{axis}start"]) for axis in "zyx"]
     return Volume(file, "mrc", [stored[axis] for axis in axes], dtype,
                   partial(_mapped_pages, file, dtype, data.offset, stored, axes),
-                  [float(sides[axis]) / 10 for axis in "zyx"],      # Å to nm
+                  [side / n / 10 if n > 0 else 0 for side, n in sides],     # Å to nm
                   origin=[float(header.origin[axis]) / 10 for axis in "zyx"],
                   start=[start[axis] for axis in axes], note=note)
 
@@ -752,8 +753,8 @@ def create_volume(path, shape, dtype, voxel_size=None, max_value=None, like=None
     when the block ends, and removed when it ends by an exception. Several processes can fill one
     file: the first creates it, the others call this with attach=True, it leaves last.
     """
-    path, shape, dtype = os.fspath(path), tuple(shape), np.dtype(dtype)
-    is_mrc = path.lower().endswith(MRC_EXTENSIONS)
+    shape, dtype = tuple(shape), np.dtype(dtype)
+    is_mrc = Path(path).suffix.lower() in MRC_EXTENSIONS
     if is_mrc and dtype == np.uint8:
         dtype = np.dtype(np.int8 if max_value is not None and max_value <= 127 else np.uint16)
     with contextlib.nullcontext(_temporary(path)) if attach else replacing(path) as temporary:
@@ -788,8 +789,7 @@ def _create_tiff(file, shape, dtype, voxel_size, max_value):
 
 def _create_mrc(file, shape, dtype, voxel_size, max_value, like):
     """Header and room for the voxels, which lie where `like`, a Volume, does in an MRC's space."""
-    mode = mrcfile.utils.mode_from_dtype(dtype)
-    with mrcfile.new_mmap(file, shape, mode, overwrite=True) as mrc:
+    with mrcfile.new_mmap(file, shape, mrcfile.utils.mode_from_dtype(dtype), overwrite=True) as mrc:
         if voxel_size:
             mrc.voxel_size = tuple(side * 10 for side in reversed(voxel_size))  # x, y, z in Å
         if max_value or dtype == np.int8:       # else programs must guess whether it is signed
@@ -804,8 +804,7 @@ def _create_mrc(file, shape, dtype, voxel_size, max_value, like):
 
 
 def _temporary(path):
-    folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name}.tmp")
+    return Path(path).with_name(f".{Path(path).name}.tmp")
 
 
 @contextlib.contextmanager
@@ -819,7 +818,7 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 # ==================================================================================================
