@@ -264,8 +264,7 @@ def _open_tiff(file):
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # it reports what we report
     with tifffile.TiffFile(file) as tif:
         tif.filehandle.seek(tif.pages.next_page_offset)     # else it reads as a shorter stack
-        end = bytes(tif.tiff.offsetsize)
-        if tif.filehandle.read(len(end)) != end:
+        if tif.filehandle.read(tif.tiff.offsetsize) != bytes(tif.tiff.offsetsize):
             raise InputError(f"{file}: truncated, its list of pages breaks off")
         series = tif.series[0]
         if len(tif.series) > 1 or series.is_multifile or not re.fullmatch("[^CS]?YX", series.axes):
@@ -694,8 +693,7 @@ def _slice_values(volume, z):
     else:
         values, counts = np.unique(page, return_counts=True)
     if (values % 1 != 0).any():
-        raise InputError(f"{volume.path}: z = {z} holds values that are not whole numbers; wanted "
-                         "class ids, not an image or a probability")
+        raise InputError(f"{volume.path}: z = {z} holds numbers that are not whole: no class ids")
     return values.astype(np.int64), counts
 
 
@@ -714,14 +712,12 @@ def class_of_values(path, values, n_classes, label_map=None, merge=None):
     left = sorted({*merged.values()} - {IGNORE})
     if len(left) == 2 and len({0, *values}) == 2:               # a mask
         return {v: left[v != 0] for v in values}
-    order = sorted(values, key=lambda v: (v != 0, v))
-    advice = ",".join(f"{v}={k}" for k, v in enumerate(order))
-    if len(order) > min(n_classes, 12):
-        advice = f'{order[0]}=0,*=1" or, for a mask with soft borders, "128:256=1,*=0'
+    advice = ",".join(f"{v}={k}" for k, v in enumerate(values))
+    if len(values) > min(n_classes, 12):
+        advice = f'{values[0]}=0,*=1" or, for a mask with soft borders, "128:256=1,*=0'
     raise InputError(f"{path}: label values {_listed(values)}: neither class ids 0 to "
-                     f"{n_classes - 1} nor a mask of 0 and one value; map them (--label-map, of a "
-                     f'prediction --prediction-map), for example "{advice}", name all with '
-                     "--classes, or see --ignore-label")
+                     f"{n_classes - 1} nor a mask of 0 and one value; see --classes, "
+                     f'--ignore-label and --label-map (--prediction-map), such as "{advice}"')
 
 
 def _listed(values, most=12):

@@ -271,7 +271,7 @@ def test_unsigned_bytes_of_mrc_files_without_imods_mark(tmp_path):
 def test_advice_on_values_without_background(tmp_path, raw, advice):
     raw = np.array(raw * 4, np.int16)
     for classes in {None, len(set(raw))}:       # also where classes are known, as from a checkpoint
-        with pytest.raises(emseg.InputError, match=f'for example "{advice}"'):
+        with pytest.raises(emseg.InputError, match=f'such as "{advice}"'):
             label_of(tmp_path, raw, classes=classes)
     labels, n = label_of(tmp_path, raw, label_map=emseg.parse_label_map(advice))
     assert n == len(set(raw)) and (np.diff(labels.counts.sum(0)) == 0).all()
@@ -551,7 +551,7 @@ def test_label_rules(tmp_path, dtype, raw, options, want, n):
     ([0, 1, 3, 0], {"classes": 3}, "class ids 0 to 2"),
     ([0, 2, 0, 0], {"label_map": {0: 0, 2: 3}, "classes": 3}, "values 2 no class from 0 to 2"),
     ([0, 2, 4, 6], {"label_map": {0: 0, 2: 1}}, "values 4, 6 no class"),
-    ([0, 0.5, 1, 0], {}, "not whole numbers"), ([0, np.nan, 1, 0], {}, "not whole numbers"),
+    ([0, 0.5, 1, 0], {}, "not whole"), ([0, np.nan, 1, 0], {}, "not whole"),
     ([*range(400)], {}, '400 in all.*"0=0,.=1"'),               # instances
 ])
 def test_label_errors(tmp_path, raw, options, match):
