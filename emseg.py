@@ -550,7 +550,9 @@ def parse_slices(text, depth):
     rule = re.fullmatch(r" *(n|every) *= *([1-9]\d*) *", text)
     if rule and rule[1] == "n":
         n = int(rule[2])
-        return np.unique([round((i + 0.5) * depth / n - 0.5) for i in range(n)])
+        if n > depth:
+            raise InputError(f"slices '{text}': wanted 1 to {depth}, the slices of the volume")
+        return np.array([round((i + 0.5) * depth / n - 0.5) for i in range(n)])
     parts = [f"::{rule[2]}"] if rule else text.split(",")
     return np.unique([z for part in parts for z in _parse_range(part, depth, f"slices '{text}'")])
 

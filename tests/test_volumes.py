@@ -500,7 +500,7 @@ def test_parse_slices():
     assert parse("every=5", 11) == [0, 5, 10] and parse(" every = 20 ", 11) == [0]
     assert parse("n=7", 165) == [round((i + 0.5) * 165 / 7 - 0.5) for i in range(7)]
     for text, message in (("0:21", "0 to 19"), ("20", "0 to 19"), ("3:3", "empty"),
-                          ("", "understood"), ("-1", "understood"),
+                          ("n=21", "1 to 20"), ("", "understood"), ("-1", "understood"),
                           ("n=0", "understood"), ("a", "understood"), ("0:9:0", "understood"),
                           ("1,", "understood")):
         with pytest.raises(emseg.InputError, match=message):
