@@ -590,6 +590,8 @@ def test_sparse_label_folder(tmp_path):
     drawn = write_folder(tmp_path / "drawn", masks[:, 1:7], ["102.png", "105.png", "110.png"])
     np.testing.assert_array_equal(paired(drawn, f"{folder}@0:8,1:7")[5], masks[1, 1:7])
     assert paired(label, folder, label_slices="3:6").slices.tolist() == [5]
+    np.testing.assert_array_equal(paired(f"{label}@1:", folder)[10], masks[2])
+    assert paired(f"{label}@1:", folder).slices.tolist() == [5, 10]
     # a volume in one file: the number is z
     volume = open_array(tmp_path, images).path
     with pytest.raises(emseg.InputError, match="got 102, 105, 110$"):
