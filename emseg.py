@@ -46,7 +46,6 @@ import sys
 import textwrap
 import time
 import warnings
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -82,18 +81,16 @@ class InputError(ValueError):
 # Volumes: files as lazy arrays (Z, Y, X); labels; writing
 # ==================================================================================================
 #
-# Four lazy arrays, which read a box of voxels when they are indexed: a Volume is a file, Grey its
-# grey values as uint8, Resampled one of them at another resolution, Labels its class ids. (A fifth,
-# WithContext, repeats the first and last slices: see Inference.)
+# Lazy arrays, which read a box of voxels when they are indexed: a Volume is a file, Grey its grey
+# values as uint8, Labels class ids; Downsampled and Resized show these at another resolution.
 
 TIFF_EXTENSIONS = (".tif", ".tiff")
 MRC_EXTENSIONS = (".mrc", ".mrcs", ".rec", ".map", ".st", ".ali")
 CACHE_BYTES = 256 * 2**20           # of decoded slices that a process keeps
 PLAUSIBLE_NM = (0.005, 10_000.0)    # sides outside this are header defaults, such as 72 dpi
-UNIT_NM = {"pm": 1e-3, "å": 0.1, "a": 0.1, "angstrom": 0.1, "nm": 1.0, "nanometer": 1.0,
-           "nanometre": 1.0, "um": 1e3, "µm": 1e3, "μm": 1e3, "micron": 1e3, "micrometer": 1e3,
-           "micrometre": 1e3, "mm": 1e6, "millimeter": 1e6, "cm": 1e7, "inch": 2.54e7,
-           "in": 2.54e7, "m": 1e9}
+UNIT_NM = {"å": 0.1, "a": 0.1, "angstrom": 0.1, "nm": 1.0, "nanometer": 1.0, "nanometre": 1.0,
+           "um": 1e3, "µm": 1e3, "μm": 1e3, "micron": 1e3, "micrometer": 1e3, "micrometre": 1e3,
+           "mm": 1e6, "cm": 1e7, "inch": 2.54e7}
 
 
 class LazyArray:
@@ -127,15 +124,16 @@ class LazyArray:
 class Volume(LazyArray):
     """A file, or a folder of slices, cropped; see open_volume.
 
-    format: "tiff", "mrc", "npy" or "slices". pages: range of z in the file -> those slices (Y, X).
-    crop: three slices into `file`, whose own shape is file_shape. numbers: the last integer in the
-    name of each slice of the file, or None. origin, start: of an MRC file, its origin (z, y, x) in
-    nm and nzstart, nystart, nxstart. note: what a user should know of the file, or None.
+    format: "tiff", "mrc", "npy", "png" or "folder". pages: range of z in the file -> those slices
+    (Y, X). crop: three slices into `file`, whose own shape is file_shape. numbers: the last integer
+    in the name of each file of a folder; None where a name has none or two are the same. origin,
+    start: of an MRC file, its origin (z, y, x) in nm and nzstart, nystart, nxstart. note: what a
+    user should know of the file, or None.
     """
 
     def __init__(self, file, format, shape, dtype, pages, voxel_size=None, numbers=None,
                  origin=None, start=None, note=None):
-        if dtype.kind not in "buif" or dtype.itemsize > 8 or len(shape) != 3 or min(shape) < 1:
+        if dtype.kind not in "buif" or len(shape) != 3:
             raise InputError(f"{file}: {dtype} of shape {tuple(shape)}; wanted numbers (Z, Y, X)")
         native = np.uint8 if dtype.kind == "b" else dtype.newbyteorder("=")
         low, high = PLAUSIBLE_NM
@@ -180,7 +178,12 @@ def open_volume(path):
         raise InputError(f"{path}: no such file or folder")
     with _readable(path):
         volume = _open_folder(file) if os.path.isdir(file) else _open_file(file)
-    volume = volume.cropped(_parse_crop(path, crop, volume.shape), path)
+    parts = (crop or ":").split(",")
+    box = [_parse_range(part, size, f"{path}: crop along {axis}")
+           for part, size, axis in zip([*parts, ":", ":"], volume.shape, "zyx")]
+    if len(parts) > 3 or any(part.step > 1 for part in box):
+        raise InputError(f"{path}: a crop is z0:z1,y0:y1,x0:x1, at most three axes, got '{crop}'")
+    volume = volume.cropped([slice(part.start, part.stop) for part in box], path)
     for z in (0, -1):       # a missing codec, or a file cut off, shows here, not in mid-training
         volume[z, :1, :1]
     return volume
@@ -208,16 +211,6 @@ def _split_crop(path):
     return file, crop
 
 
-def _parse_crop(path, text, shape):
-    """'z0:z1,y0:y1,x0:x1' -> three slices with start and stop, inside shape (Z, Y, X)."""
-    parts = text.split(",") if text else []
-    found = [_parse_range(part, size, f"{path}: crop along {axis}")
-             for part, size, axis in zip(parts + [":"] * 3, shape, "zyx")]
-    if len(parts) > 3 or any(part.step > 1 for part in found):
-        raise InputError(f"{path}: a crop is z0:z1,y0:y1,x0:x1, at most three axes, got '{text}'")
-    return [slice(part.start, part.stop) for part in found]
-
-
 def _parse_range(text, size, what):
     """'2:8', ':8', '2:', ':', '0:8:2' or '3' -> a range that is not empty, within 0..size - 1."""
     match = re.fullmatch(r"(\d*)(?:(:)(\d*)(?::([1-9]\d*)?)?)?", text.replace(" ", ""))
@@ -238,17 +231,16 @@ def _mapped_pages(file, dtype, offset, shape, axes, z):
     return np.memmap(file, dtype, "r", offset, shape).transpose(axes)[z.start : z.stop]
 
 
-_kept = OrderedDict()           # (decode, z) -> slice, the latest last
+_kept = {}                      # (decode, z) -> slice, the latest last
 
 
 def _decoded_pages(decode, z):
-    """Slices that must be decoded whole, by decode(z). The latest are kept, up to CACHE_BYTES."""
+    """Slices that must be decoded whole, by decode(z). The latest are kept, about CACHE_BYTES."""
     for i in z:
         if (decode, i) not in _kept:
+            while sum(page.nbytes for page in _kept.values()) > CACHE_BYTES:
+                del _kept[next(iter(_kept))]
             _kept[decode, i] = decode(i)
-            while sum(page.nbytes for page in _kept.values()) > CACHE_BYTES and len(_kept) > 1:
-                _kept.popitem(last=False)
-        _kept.move_to_end((decode, i))
         yield _kept[decode, i]
 
 
@@ -262,8 +254,7 @@ def _open_file(file):
                **dict.fromkeys(MRC_EXTENSIONS, _open_mrc), ".png": _open_png}
     extension = os.path.splitext(file)[1].lower()
     if extension not in openers:
-        raise InputError(f"{file}: cannot read files of type '{extension}'; wanted TIFF, MRC, NPY "
-                         "or PNG")
+        raise InputError(f"{file}: cannot read type '{extension}'; wanted TIFF, MRC, NPY or PNG")
     return openers[extension](file)
 
 
@@ -281,14 +272,13 @@ def _open_tiff(file):
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # it reports what we report
     with tifffile.TiffFile(file) as tif:
         tif.filehandle.seek(tif.pages.next_page_offset)     # else it reads as a shorter stack
-        end = bytes(tif.tiff.offsetsize)
-        if tif.filehandle.read(len(end)) != end:
+        if tif.filehandle.read(tif.tiff.offsetsize) != bytes(tif.tiff.offsetsize):
             raise InputError(f"{file}: truncated, its list of pages breaks off")
         series = tif.series[0]
         if len(tif.series) > 1 or series.is_multifile or not re.fullmatch("[^CS]?YX", series.axes):
             raise InputError(f"{file}: {len(tif.series)} of axes {series.axes} {series.shape}; "
-                             "wanted one stack of grey values (Fiji: Image > Type, Split Channels; "
-                             "tifffile.imwrite: metadata={'axes': 'ZYX'})")
+                             "wanted one stack of grey values (Fiji: Split Channels; tifffile: "
+                             "metadata={'axes': 'ZYX'})")
         shape = (1, *series.shape)[-3:]
         pages = partial(_decoded_pages, partial(_decode_tiff, file))
         if series.dataoffset is not None and series.keyframe.is_final:
@@ -346,8 +336,7 @@ def _open_mrc(file):
         with mrcfile.mmap(file, "r", permissive=True) as mrc:
             header, data = mrc.header, mrc.data
     if data is None:
-        raise InputError(f"{file}: MRC mode {header.mode} cannot be read (IMOD: newstack -mode), "
-                         "or the file is truncated")
+        raise InputError(f"{file}: truncated, or MRC mode {header.mode} (IMOD: newstack -mode)")
     stored, dtype, note = (math.prod(data.shape[:-2]), *data.shape[-2:]), data.dtype, None
     order = [int(header[name]) for name in ("maps", "mapr", "mapc")]
     axes = [order.index(axis) if axis in order else 3 - axis for axis in (3, 2, 1)]
@@ -377,16 +366,15 @@ def _open_png(file):
     with _png(file) as image:
         dtype, shape = np.dtype("u2" if image.mode[0] == "I" else "u1"), (1, *image.size[::-1])
     pages = partial(_decoded_pages, partial(_decode_png, file))
-    return Volume(file, "slices", shape, dtype, pages, numbers=_numbers([file]))
+    return Volume(file, "png", shape, dtype, pages)
 
 
 def _decode_png(file, z):
     """Grey values (Y, X), palette indices as they stand. White is 255 in masks of 1 bit, too."""
     with _png(file) as image:
-        page, has_alpha = np.asarray(image), image.mode in ("LA", "RGBA")
+        page, n_colours = np.asarray(image), len(image.mode.rstrip("A"))
     if page.ndim == 3:
-        colours, alpha = np.split(page, [page.shape[2] - has_alpha], axis=2)
-        if (colours != page[..., :1]).any() or (alpha < 255).any():
+        if (page[..., :n_colours] != page[..., :1]).any() or (page[..., n_colours:] < 255).any():
             raise InputError(f"{file}: colours or transparent pixels (Fiji: Image > Type > 8-bit)")
         page = page[..., 0]
     return page * np.uint8(255) if page.dtype == bool else page
@@ -394,38 +382,27 @@ def _decode_png(file, z):
 
 def _open_folder(folder):
     """The Volume of a folder of slices in natural order (2 before 10)."""
-    names = [name for name in os.listdir(folder) if not name.startswith(".")
-             and name.lower().endswith((*TIFF_EXTENSIONS, ".png"))]
+    names = tifffile.natural_sorted(name for name in os.listdir(folder) if name[0] != "."
+                                    and name.lower().endswith((*TIFF_EXTENSIONS, ".png")))
     if not names:
         raise InputError(f"{folder}: no .tif, .tiff or .png slices in this folder")
-    names.sort(key=lambda name: [int(part) if part.isdecimal() else part.lower()
-                                 for part in re.split(r"(\d+)", name)])
     slices = [_open_file(os.path.join(folder, name)) for name in names]
+    kinds = {f"{one.format} {one.shape} {one.dtype}": one.file for one in slices}
     first = slices[0]
-    for one in slices:
-        if (one.format, one.shape, one.dtype) != (first.format, (1, *first.shape[1:]), first.dtype):
-            raise InputError(f"{one.file}: {one.format} {one.shape} {one.dtype} in a folder of "
-                             f"{first.format} {first.shape} {first.dtype}; wanted slices alike")
-    numbers, note = _numbers(names), None
-    steps = np.diff(numbers or ())
-    if len(steps) and steps.max() > steps.min():
-        note = f"no slice between {numbers[steps.argmax()]} and {numbers[steps.argmax() + 1]}"
-    return Volume(folder, "slices", (len(slices), *first.shape[1:]), first.dtype,
-                  partial(_folder_pages, slices), first.voxel_size, numbers, note=note)
-
-
-def _numbers(names):
-    """The last integer in each file's name; None where a name has none or two are the same."""
-    found = [re.findall(r"\d+", os.path.splitext(os.path.basename(name))[0]) for name in names]
-    numbers = tuple(int(digits[-1]) for digits in found if digits)
-    return numbers if len(set(numbers)) == len(names) else None
+    if len(kinds) > 1 or len(first) > 1:
+        raise InputError(f"{folder}: wanted single slices, all alike, got {kinds}")
+    digits = [re.findall(r"\d+", os.path.splitext(name)[0]) for name in names]
+    numbers = tuple(int(each[-1]) for each in digits if each)
+    return Volume(folder, "folder", (len(slices), *first.shape[1:]), first.dtype,
+                  partial(_folder_pages, slices), first.voxel_size,
+                  numbers if len(set(numbers)) == len(names) else None)
 
 
 STANDARD = {"mean": 128.0, "std": 40.0}     # of normalize="volume"; beyond 3.2 deviations: clipped
 
 
-def as_uint8(volume, normalize=None):
-    """A lazy uint8 version of a Volume, each voxel of one grey value whatever is cropped.
+class Grey(LazyArray):
+    """The grey values of a Volume as uint8, each voxel of one value whatever is cropped.
 
     uint8 stays, int8 is shifted by 128, whole numbers from 0 to 255 in another type stay, too.
     Anything else is stretched linearly so that the 0.1 and 99.9 percentiles of a sample of the file
@@ -433,14 +410,8 @@ def as_uint8(volume, normalize=None):
     "equalize" equalises the histogram of every slice (Pagano 2023, section 2.1.2); "volume" gives
     the file mean 128 and standard deviation 40, measured on at most 32 slices.
     """
-    plain = volume.dtype == np.uint8 and normalize not in ("equalize", "volume")
-    return volume if plain else Grey(volume, normalize)
 
-
-class Grey(LazyArray):
-    """The grey values of a Volume as uint8: stretched, then looked up in a table; see as_uint8."""
-
-    def __init__(self, volume, normalize):
+    def __init__(self, volume, normalize=None):
         super().__init__(volume.path, volume.shape, np.uint8, volume.voxel_size)
         self.volume, self.normalize, self.tables = volume, normalize, {}
         self.whole = volume.cropped([slice(0, size) for size in volume.file_shape], volume.file)
@@ -486,7 +457,7 @@ class Grey(LazyArray):
 
 
 def grey_range(volume):
-    """The values that become 0 and 255; see as_uint8.
+    """The values that become 0 and 255; see Grey.
 
     A constant fill, such as the border of an aligned stack, is left out: the lowest or highest
     value, where it has more than 0.1 % of the voxels and lies apart from all others.
@@ -507,10 +478,7 @@ def grey_range(volume):
             low, high = np.percentile(rest, (0.1, 99.9))
             if max(low - fill, fill - high) > (high - low) / 4:
                 sample = rest
-    low, high = np.percentile(sample, (0.1, 99.9))
-    if low == high:  # a few bright voxels on a constant ground
-        low, high = sample.min(), sample.max()
-    return float(low), float(high)
+    return np.percentile(sample, (0.1, 99.9)).tolist()
 
 
 def _count_values(array):
@@ -519,90 +487,67 @@ def _count_values(array):
     return values.flatten().bincount(minlength=2 ** (8 * array.itemsize)).numpy()
 
 
-class Resampled(LazyArray):
-    """Another LazyArray on a grid of other voxels, over the same field of view.
-
-    widths: how many old voxels a new one is wide, (z, y, x). sample: (array, z, y, x) -> its new
-    voxels in that box. Labels keep their `slices`: those whose nearest slice is annotated.
-    """
-
-    def __init__(self, array, shape, widths, sample):
-        sides = array.voxel_size and tuple(a * b for a, b in zip(array.voxel_size, widths))
-        super().__init__(array.path, shape, array.dtype, sides)
-        self.array, self.sample = array, sample
-        if hasattr(array, "slices"):
-            nearest, _, _ = resampling(len(array), shape[0], linear=False)
-            self.slices = np.flatnonzero(np.isin(nearest, array.slices))
-
-    def read(self, z, y, x):
-        return self.sample(self.array, z, y, x)
-
-
-def downsample(array, factor, reduce):
+class Downsampled(LazyArray):
     """A uint8 LazyArray `factor` times smaller in Y and X: (Z, ceil(Y / factor), ceil(X / factor)).
 
     reduce="mean" for images (rounded), "majority" for class ids: the most frequent value of each
     block, the lower one at a tie, IGNORE like any other. Blocks that stick out are filled by
-    repeating the edge. Raises InputError where a slice is smaller than a block.
+    repeating the edge. slices: those of Labels.
     """
-    Z, Y, X = array.shape
-    if factor > max(Y, X):
-        raise InputError(f"--downsample {factor}: {array.path} has slices of {Y} x {X} pixels")
-    shape = (Z, math.ceil(Y / factor), math.ceil(X / factor))
-    return array if factor == 1 else Resampled(array, shape, (1, factor, factor),
-                                               partial(_read_blocks, factor, reduce))
+
+    def __init__(self, array, factor, reduce):
+        (Z, Y, X), sides = array.shape, array.voxel_size
+        super().__init__(array.path, (Z, math.ceil(Y / factor), math.ceil(X / factor)), np.uint8,
+                         sides and (sides[0], sides[1] * factor, sides[2] * factor))
+        self.array, self.factor, self.reduce = array, factor, reduce
+        self.slices = getattr(array, "slices", None)
+
+    def read(self, z, y, x):
+        n = self.factor
+        box = self.array[z, y.start * n : y.stop * n, x.start * n : x.stop * n]
+        H, W = (n * (part.stop - part.start) for part in (y, x))
+        box = np.pad(box, ((0, 0), (0, H - box.shape[1]), (0, W - box.shape[2])), mode="edge")
+
+        def sums(box):                          # far faster than over both axes at once
+            rows = sum(box[:, k::n].astype(np.int32) for k in range(n))
+            return sum(rows[..., k::n] for k in range(n))
+
+        if self.reduce == "mean":
+            return np.floor(sums(box) / n**2 + 0.5).astype(np.uint8)
+        values = np.flatnonzero(_count_values(box)).astype(np.uint8)
+        votes = [sums(box == value) for value in values]
+        return values[np.argmax(votes, axis=0)]                 # the first, lower one at a tie
 
 
-def _read_blocks(n, reduce, array, z, y, x):
-    box = array[z, y.start * n : y.stop * n, x.start * n : x.stop * n]
-    H, W = (n * (part.stop - part.start) for part in (y, x))
-    box = np.pad(box, ((0, 0), (0, H - box.shape[1]), (0, W - box.shape[2])), mode="edge")
-
-    def sums(box):                              # far faster than over both axes at once
-        rows = sum(box[:, k::n].astype(np.int32) for k in range(n))
-        return sum(rows[..., k::n] for k in range(n))
-
-    if reduce == "mean":
-        return np.floor(sums(box) / n**2 + 0.5).astype(box.dtype)
-    values = np.flatnonzero(_count_values(box)).astype(box.dtype)
-    votes = [sums(box == value) for value in values]
-    return values[np.argmax(votes, axis=0)]                     # the first, lower one at a tie
-
-
-def resize(array, shape, linear):
-    """A uint8 LazyArray of another shape (Z, Y, X) over the same field of view.
+class Resized(LazyArray):
+    """A uint8 LazyArray in another shape (Z, Y, X) over the same field of view, held in memory.
 
     linear=True interpolates between the two nearest voxels along each axis (images, rounded), else
-    the nearest voxel counts (class ids). Voxel centres are what is aligned.
+    the nearest voxel counts (class ids). Voxel centres are what is aligned. slices: of labels,
+    those in which anything is annotated.
     """
-    if array.shape == tuple(shape):
-        return array
-    places = [resampling(size, length, linear) for size, length in zip(array.shape, shape)]
-    widths = [size / length for size, length in zip(array.shape, shape)]
-    return Resampled(array, shape, widths, partial(_read_resized, places))
+
+    def __init__(self, array, shape, linear):
+        zoom = [new / old for old, new in zip(array.shape, shape)]
+        sides = array.voxel_size and tuple(a / b for a, b in zip(array.voxel_size, zoom))
+        super().__init__(array.path, shape, np.uint8, sides)
+        self.voxels = np.empty(shape, np.uint8)
+        for z, (low, high, share) in enumerate(zip(*resampling(len(array), len(self)))):
+            share = share if linear else np.floor(share + 0.5)
+            page = (1 - share) * array[low] + share * array[high]
+            page = ndimage.zoom(page, zoom[1:], order=int(linear), mode="nearest", grid_mode=True)
+            self.voxels[z] = np.rint(page)
+        self.slices = np.flatnonzero((self.voxels != IGNORE).any((1, 2)))
+
+    def read(self, z, y, x):
+        return self.voxels[z, y, x].copy()
 
 
-def resampling(size, length, linear=True):
-    """Where `length` new voxels lie among `size` old ones: (low, high, share of high), each
-    (length,); both are the nearest one where it is not linear."""
+def resampling(size, length):
+    """Where `length` new voxels lie among `size` old ones: (low, high, share of high)."""
     place = np.clip((np.arange(length) + 0.5) * size / length - 0.5, 0, size - 1)
-    place = place if linear else np.floor(place + 0.5)
     low = place.astype(int)
     return low, np.ceil(place).astype(int), (place - low).astype(np.float32)
-
-
-def _read_resized(places, array, z, y, x):
-    depth, *sides = ([values[part] for values in place] for place, part in zip(places, (z, y, x)))
-    box = [slice(low[0], high[-1] + 1) for low, high, _ in sides]
-    out = np.empty([len(low) for low, *_ in (depth, *sides)], array.dtype)
-    for i, (low, high, share) in enumerate(zip(*depth)):        # slices in between are not read
-        pair = array.read(slice(low, high + 1), *box).astype(np.float32)
-        page = pair[0] + (pair[-1] - pair[0]) * share
-        for axis, (low, high, share) in enumerate(sides):
-            below, above = (page.take(place - low[0], axis) for place in (low, high))
-            page = below + (above - below) * (share if axis else share[:, None])
-        out[i] = np.rint(page)
-    return out
 
 
 def parse_slices(text, depth):
@@ -613,16 +558,14 @@ def parse_slices(text, depth):
     the volume, that is round((i + 0.5) * depth / 7 - 0.5) for i = 0..6; n=1 is the middle slice.
     Raises InputError for text that is malformed or leaves the volume.
     """
-    rule = re.fullmatch(r"\s*(n|every)\s*=\s*([1-9]\d*)\s*", text)
-    if not rule:
-        return np.unique([z for part in text.split(",")
-                          for z in _parse_range(part, depth, f"slices '{text}'")])
-    n = int(rule[2])
-    if rule[1] == "every":
-        return np.arange(0, depth, n)
-    if n > depth:
-        raise InputError(f"slices '{text}': wanted 1 to {depth}, the slices of the volume")
-    return np.array([round((i + 0.5) * depth / n - 0.5) for i in range(n)])
+    rule = re.fullmatch(r" *(n|every) *= *([1-9]\d*) *", text)
+    if rule and rule[1] == "n":
+        n = int(rule[2])
+        if n > depth:
+            raise InputError(f"slices '{text}': wanted 1 to {depth}, the slices of the volume")
+        return np.array([round((i + 0.5) * depth / n - 0.5) for i in range(n)])
+    parts = [f"::{rule[2]}"] if rule else text.split(",")
+    return np.unique([z for part in parts for z in _parse_range(part, depth, f"slices '{text}'")])
 
 
 def parse_label_map(text):
@@ -633,40 +576,43 @@ def parse_label_map(text):
     """
     mapping = {}
     for part in text.split(","):
-        match = re.fullmatch(r"(?:(\*)|(-?\d+)(?::(-?\d+))?)=(\d+)", part.replace(" ", ""))
-        values = []
-        if match and int(match[4]) <= IGNORE:
-            start = int(match[2] or 0)
-            values = ["*"] if match[1] else range(start, int(match[3] or start + 1))
-        if not values or not mapping.keys().isdisjoint(values):
-            raise InputError(f"label map '{text}': '{part}' is not understood, or maps a value "
-                             "twice; wanted value=class or first:stop=class with classes 0 to 254, "
-                             "or 255 to ignore: '191=1,*=0'")
-        mapping |= dict.fromkeys(values, int(match[4]))
+        match = re.fullmatch(r"(\*|-?\d+)(?::(-?\d+))?=(\d+)", part.replace(" ", ""))
+        if not match or int(match[3]) > IGNORE:
+            raise InputError(f"label map '{text}': '{part}' is not understood; wanted value=class "
+                             "or first:stop=class, with classes 0 to 254, or 255 to ignore")
+        first, stop, class_id = match.groups()
+        values = ["*"] if first == "*" else range(int(first), int(stop or int(first) + 1))
+        mapping |= dict.fromkeys(values, int(class_id))
     return mapping
 
 
 class Labels(LazyArray):
     """Class ids of a volume, uint8 (Z, Y, X), IGNORE where nobody annotated; see open_labels.
 
-    raw, rows: from pair_labels. found: {z: (values, voxels of each)}. class_of: {value: class id},
-    of all values in raw, sorted. counts (Z, n_classes) int64: annotated voxels of each class in
-    each slice. slices: sorted int array of the z that have some.
+    raw, rows: from pair_labels. found: {z: (values in raw, voxels of each)}. values, ids: all
+    values in raw, sorted, and their class ids. counts (Z, n_classes) int64: annotated voxels of
+    each class in each slice. slices: sorted int array of the z that have some.
     """
 
-    def __init__(self, raw, rows, voxel_size, found, class_of, n_classes):
-        super().__init__(raw.path, (len(rows), *raw.shape[1:]), np.uint8, voxel_size)
-        self.raw, self.table = raw, None
-        self.values = np.array([*class_of], np.int64)
-        self.ids = np.array([*class_of.values()], np.uint8)
-        if raw.dtype.kind in "iu" and raw.dtype.itemsize <= 2:      # else searched: slower
-            self.table = np.full(2 ** (8 * raw.dtype.itemsize), IGNORE, np.uint8)
+    def __init__(self, path, volume, label_slices):
+        self.raw, self.rows = pair_labels(path, volume, label_slices)
+        super().__init__(self.raw.path, volume.shape, np.uint8, volume.voxel_size)
+        self.found = {z: _slice_values(self.raw, self.rows[z])
+                      for z in np.flatnonzero(self.rows >= 0)}
+        self.values = np.array(sorted({v for values, _ in self.found.values()
+                                       for v in values.tolist()}), np.int64)
+
+    def assign(self, class_of, n_classes):
+        """Give all values their class ids: class_of {value: class id}."""
+        self.ids, self.table = np.array([class_of[v] for v in self.values.tolist()], np.uint8), None
+        if self.raw.dtype.kind in "iu" and self.raw.dtype.itemsize <= 2:    # else searched: slower
+            self.table = np.full(2 ** (8 * self.raw.dtype.itemsize), IGNORE, np.uint8)
             self.table[self.values] = self.ids                      # negative ones from its end
         self.counts = np.zeros((len(self), n_classes), np.int64)
-        for z, (values, voxels) in found.items():
+        for z, (values, voxels) in self.found.items():
             ids = self.ids[np.searchsorted(self.values, values)]
             self.counts[z] = np.bincount(ids, voxels, 256)[:n_classes]
-        self.rows = np.where(self.counts.any(axis=1), rows, -1)
+        self.rows = np.where(self.counts.any(axis=1), self.rows, -1)
 
     @property
     def slices(self):
@@ -689,82 +635,67 @@ class Labels(LazyArray):
 
 
 def open_labels(label_paths, volumes, classes=None, label_map=None, ignore_label=None,
-                label_slices=None, require_foreground=True, merge=None, flag="--label-map"):
+                label_slices=None, merge=None):
     """Labels of opened Volumes: (list of Labels, number of classes).
 
     classes: how many, where that is known (from the training labels or a checkpoint). label_map:
     from parse_label_map. ignore_label: raw value, or tuple of raw values, that becomes IGNORE.
     label_slices: text for parse_slices, the annotated slices to use. merge: for each class, the one
-    as which it was drawn. flag: the option that advice on the values names. Without a map, values
-    0..K stand as they are and {0, v} is background and foreground (also where the merge leaves two
-    classes); others are an InputError that lists them. How slices are paired: see pair_labels.
+    as which it was drawn. Without a map, values 0..K stand as they are and {0, v} is background and
+    foreground (also where the merge leaves two classes); others are an InputError that lists them.
+    How slices are paired: see pair_labels.
     """
-    ignored = set(ignore_label if isinstance(ignore_label, tuple) else (ignore_label,))
-    pairs = [pair_labels(path, volume, label_slices)
-             for path, volume in zip(label_paths, volumes, strict=True)]
-    found = [{z: _slice_values(raw, rows[z]) for z in np.flatnonzero(rows >= 0)}
-             for raw, rows in pairs]
-    occur = [set().union(*(values.tolist() for values, _ in each.values())) for each in found]
-    union, paths = sorted(set().union(*occur) - ignored), ", ".join(raw.path for raw, _ in pairs)
-    n_classes = classes or max(2, len(union))
+    labels = [Labels(path, volume, label_slices)
+              for path, volume in zip(label_paths, volumes, strict=True)]
+    ignored = {*ignore_label} if isinstance(ignore_label, tuple) else {ignore_label}
+    values = sorted({v for label in labels for v in label.values.tolist()} - ignored)
+    n_classes = classes or max(2, len(values))
     if label_map:
         n_classes = classes or max([1, *(k for k in label_map.values() if k != IGNORE)]) + 1
-    labels = []
-    for (raw, rows), volume, each, own in zip(pairs, volumes, found, occur):
-        path, values = (raw.path, sorted(own - ignored)) if classes else (paths, union)
-        class_of = class_of_values(path, values, n_classes, label_map, merge, flag)
-        class_of = {v: class_of.get(v, IGNORE) for v in sorted(own)}
-        labels.append(Labels(raw, rows, volume.voxel_size, each, class_of, n_classes))
-        if not len(labels[-1].slices):
-            raise InputError(f"{raw.path}: every voxel is ignored, none is annotated")
-    if require_foreground and not any(label.counts[:, 1:].any() for label in labels):
-        raise InputError(f"{paths}: no foreground, all voxels are background or ignored (values "
-                         f"{_listed(union)}); see {flag}, --ignore-label and --label-slices")
+    paths = ", ".join(label.path for label in labels)
+    class_of = class_of_values(paths, values, n_classes, label_map, merge)
+    for label in labels:
+        label.assign(class_of | dict.fromkeys(ignored, IGNORE), n_classes)
+        if not len(label.slices):
+            raise InputError(f"{label.path}: every voxel is ignored, none is annotated")
     return labels, n_classes
 
 
 def pair_labels(path, volume, label_slices=None):
     """(Volume of labels, rows): rows[z] is the label slice of the volume's slice z, -1 for none.
 
-    Labels are paired with the slices of the volume's file by the numbers in the names of the files
-    where both are folders, or where a folder has fewer slices than the volume (whose slices, if it
+    Labels are paired with the slices of the volume by the numbers in the names of the files where
+    both are folders, or where a folder has fewer slices than the volume's file (whose slices, if it
     is one file, have the numbers 0, 1, …); else slice by slice. They are cropped as their own path
-    says; without that, each axis that is as long as the volume's file takes the volume's crop, and
-    another was drawn on the crop. Then shapes must be equal. label_slices: as in open_labels.
+    says; each axis that is still as long as the volume's file takes the volume's crop, and another
+    was drawn on the crop. Then shapes must be equal. label_slices: as in open_labels.
     """
-    path = os.fspath(path)
-    file, crop = _split_crop(path)
-    label, depth = open_volume(file), volume.file_shape[0]
-    rows = np.arange(len(label))                    # for each slice of the volume's file
-    fewer = label.format == "slices" and len(label) < depth
-    if fewer or label.numbers and volume.numbers and depth > 1:
-        names, numbers = list(volume.numbers or range(depth)), label.numbers or ["none"]
+    label, (depth, *_) = open_volume(path), volume.file_shape
+    if label.shape != label.file_shape == volume.file_shape and label.crop != volume.crop:
+        raise InputError(f"{path} is cropped elsewhere than {volume.path}; crop the volume alone")
+    box = [of_volume if size == whole else own for own, of_volume, size, whole in
+           zip(label.crop, volume.crop, label.shape, volume.file_shape)]
+    rows = np.arange(box[0].stop - box[0].start)
+    fewer = label.format == "folder" and label.file_shape[0] < depth
+    if fewer or label.numbers and volume.numbers:
+        names = list(volume.numbers or range(depth))
+        numbers = list(label.numbers or ["none"])[label.crop[0]]
         unknown = [number for number in numbers if number not in names]
         if unknown:
-            raise InputError(f"{path}: each label slice needs in its name a number of its own, "
-                             f"that of a slice of {volume.path}: {_listed(names)}; got "
-                             f"{_listed(unknown)}")
-        rows = np.full(depth, -1)
-        rows[[names.index(number) for number in numbers]] = np.arange(len(label))
-    shape = (len(rows), *label.shape[1:])
-    box = _parse_crop(path, crop, shape)
-    if crop and shape == volume.file_shape and box != [*volume.crop]:
-        raise InputError(f"{path} is cropped elsewhere than {volume.path}; crop the volume alone")
-    if not crop:
-        box = [of_volume if size == whole else own for own, of_volume, size, whole in
-               zip(box, volume.crop, shape, volume.file_shape)]
-    label, rows = label.cropped([slice(0, len(label)), *box[1:]], path), rows[box[0]]
+            raise InputError(f"{path}: each label slice needs the number of a slice of "
+                             f"{volume.path}: {_listed(names)}; got {_listed(unknown)}")
+        rows = np.array([numbers.index(number) if number in numbers else -1
+                         for number in names[volume.crop[0]]])
+        box[0] = label.crop[0]
+    label = label.cropped(box, label.path)
     shape = (len(rows), *label.shape[1:])
     if shape != volume.shape:
-        raise InputError(f"{path}: labels of shape {shape} do not fit {volume.path} of shape "
-                         f"{volume.shape}")
-    if label_slices is not None:
+        raise InputError(f"{path}: labels {shape} do not fit {volume.path} {volume.shape}")
+    if label_slices:
         chosen = parse_slices(label_slices, len(rows))
-        missing = chosen[rows[chosen] < 0]
-        if len(missing):
-            there = [volume.slice_name(z) for z in np.flatnonzero(rows >= 0)]
-            raise InputError(f"{path}: --label-slices asks for {volume.slice_name(missing[0])}, "
-                             f"which has no label; labelled are {_listed(there)}")
+        for z in chosen[rows[chosen] < 0]:
+            raise InputError(f"{path}: --label-slices asks for {volume.slice_name(z)}, which has "
+                             "no label")
         rows[np.setdiff1d(np.arange(len(rows)), chosen)] = -1
     return label, rows
 
@@ -778,35 +709,33 @@ def _slice_values(volume, z):
         counts = counts[counts > 0]
     else:
         values, counts = np.unique(page, return_counts=True)
-    if (values % 1 != 0).any() or values[-1] >= 2**63:
-        raise InputError(f"{volume.path}: {volume.slice_name(z)} holds values that are not whole "
-                         "numbers (below 2**63); wanted class ids, not an image or a probability")
+    if (values % 1 != 0).any():
+        raise InputError(f"{volume.path}: {volume.slice_name(z)} holds numbers that are not whole: "
+                         "no class ids")
     return values.astype(np.int64), counts
 
 
-def class_of_values(path, values, n_classes, label_map=None, merge=None, flag="--label-map"):
-    """{value in a file of labels: class id} by the rules of open_labels."""
+def class_of_values(path, values, n_classes, label_map=None, merge=None):
+    """{value in files of labels: class id} by the rules of open_labels."""
     merged = {**dict(enumerate(merge or range(n_classes))), IGNORE: IGNORE}
     if label_map:
         class_of = {v: merged.get(label_map.get(v, label_map.get("*"))) for v in values}
         without = [v for v, k in class_of.items() if k is None]
         if without:
-            raise InputError(f"{path}: {flag} gives values {_listed(without)} no class from 0 to "
-                             f"{n_classes - 1}; add them, or *=0 for all the rest")
+            raise InputError(f"{path}: the label map gives values {_listed(without)} no class from "
+                             f"0 to {n_classes - 1}; add them, or *=0 for all the rest")
         return class_of
     if {*values} <= {*range(min(n_classes, IGNORE))}:
         return {v: merged[v] for v in values}
     left = sorted({*merged.values()} - {IGNORE})
-    if {*values} <= {0, max([0, *values])} and left[0] == 0 and len(left) == 2:       # a mask
-        return {v: left[1] if v else 0 for v in values}
-    advice = ",".join(f"{v}={k}" for k, v in enumerate(sorted(values, key=lambda v: (v != 0, v))))
-    if len(values) > min(n_classes, 12):                # numbers of objects, say
-        advice = f"{0 if 0 in values else min(values)}=0,*=1"
-    if len(values) > 12 and 0 in values and max(values) <= 255:         # a mask with soft borders
-        advice = "128:256=1,*=0"
+    if len(left) == 2 and len({0, *values}) == 2:               # a mask
+        return {v: left[v != 0] for v in values}
+    advice = ",".join(f"{v}={k}" for k, v in enumerate(values))
+    if len(values) > min(n_classes, 12):
+        advice = f'{values[0]}=0,*=1" or, for a mask with soft borders, "128:256=1,*=0'
     raise InputError(f"{path}: label values {_listed(values)}: neither class ids 0 to "
-                     f"{n_classes - 1} nor a mask of 0 and one value; map them, for example "
-                     f'{flag}="{advice}", name all with --classes, or see --ignore-label')
+                     f"{n_classes - 1} nor a mask of 0 and one value; see --classes, "
+                     f'--ignore-label and --label-map (--prediction-map), such as "{advice}"')
 
 
 def _listed(values, most=12):
@@ -821,11 +750,9 @@ class VolumeWriter:
         self.stream, self.offset, self.shape, self.dtype = stream, offset, shape, dtype
 
     def __setitem__(self, index, slab):
-        start, stop, _ = index.indices(self.shape[0])
-        slab = np.asarray(slab, self.dtype)
-        assert slab.shape == (stop - start, *self.shape[1:]), (slab.shape, index, self.shape)
+        start, _, _ = index.indices(self.shape[0])
         self.stream.seek(self.offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize)
-        self.stream.write(slab.tobytes())
+        self.stream.write(np.asarray(slab, self.dtype).tobytes())
         self.stream.flush()
 
 
@@ -836,15 +763,14 @@ def create_volume(path, shape, dtype, voxel_size=None, max_value=None, like=None
     shape (Z, Y, X), or (Z, C, Y, X) for a TIFF of several channels; dtype uint8, uint16 or float32;
     voxel_size (z, y, x) in nm or None; max_value: the highest value, for the display of Fiji. MRC
     has no unsigned bytes: uint8 is stored as int8 where max_value <= 127, else as uint16. like: the
-    Volume that it belongs to, whose voxel size and place in an MRC's space it takes. The file is
-    renamed to path when the block ends, and removed when it ends by an exception. Several processes
-    can fill one file: the first creates it, the others call this with attach=True, it leaves last.
+    Volume that it belongs to, whose place in an MRC's space it takes. The file is renamed to path
+    when the block ends, and removed when it ends by an exception. Several processes can fill one
+    file: the first creates it, the others call this with attach=True, it leaves last.
     """
-    path, shape, dtype = os.fspath(path), tuple(shape), np.dtype(dtype)
-    is_mrc = path.lower().endswith(MRC_EXTENSIONS)
+    shape, dtype = tuple(shape), np.dtype(dtype)
+    is_mrc = Path(path).suffix.lower() in MRC_EXTENSIONS
     if is_mrc and dtype == np.uint8:
         dtype = np.dtype(np.int8 if max_value is not None and max_value <= 127 else np.uint16)
-    voxel_size = voxel_size or like and like.voxel_size
     with contextlib.nullcontext(_temporary(path)) if attach else replacing(path) as temporary:
         if is_mrc and not attach:
             _create_mrc(temporary, shape, dtype, voxel_size, max_value, like)
@@ -877,8 +803,7 @@ def _create_tiff(file, shape, dtype, voxel_size, max_value):
 
 def _create_mrc(file, shape, dtype, voxel_size, max_value, like):
     """Header and room for the voxels, which lie where `like`, a Volume, does in an MRC's space."""
-    mode = {"int8": 0, "int16": 1, "float32": 2, "uint16": 6}[dtype.name]
-    with mrcfile.new_mmap(file, shape, mrc_mode=mode, overwrite=True) as mrc:
+    with mrcfile.new_mmap(file, shape, mrcfile.utils.mode_from_dtype(dtype), overwrite=True) as mrc:
         if voxel_size:
             mrc.voxel_size = tuple(side * 10 for side in reversed(voxel_size))  # x, y, z in Å
         if max_value or dtype == np.int8:       # else programs must guess whether it is signed
@@ -893,8 +818,7 @@ def _create_mrc(file, shape, dtype, voxel_size, max_value, like):
 
 
 def _temporary(path):
-    folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name}.tmp")
+    return Path(path).with_name(f".{Path(path).name}.tmp")
 
 
 @contextlib.contextmanager
@@ -908,7 +832,7 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 # ==================================================================================================
@@ -1137,7 +1061,7 @@ def batches(patches, batch_size, start, stop, workers=0, rank=0, world=1, pin_me
 
 def measure_normalization(images, slices, mode):
     """{"mode", "mean", "std"} of the training slices: averages of each slice's mean and standard
-    deviation (Pagano 2023, authors' code) over at most 32 slices. For "volume" see as_uint8."""
+    deviation (Pagano 2023, authors' code) over at most 32 slices. For "volume" see Grey."""
     if mode == "volume":
         return {"mode": mode, **STANDARD}
     chosen = [(image, z) for image, zs in zip(images, slices) for z in zs]
@@ -2414,7 +2338,7 @@ def predict_by_slabs(predict, image, shape, context=1, pixels=2**20, rank=0, wor
 
     predict: uint8 tensor (n + context - 1, H, W) -> probabilities of the n middle slices.
     shape: of the volume whose slabs are wanted. Where it has another number of slices than the
-    image (see resize), the two nearest predictions are interpolated.
+    image (see Resized), the two nearest predictions are interpolated.
     """
     low, high, share = resampling(len(image), shape[0])
     pixels = pixels * min(1.0, math.prod(shape) / math.prod(image.shape))
@@ -3091,7 +3015,7 @@ def open_items(volumes, labels, args, slices=None, **rules):
         for z in range(len(volume) if volume.dtype.kind == "f" else 0):     # before hours of work
             if not np.isfinite(volume[z]).all():
                 raise InputError(f"{volume.path}: {volume.slice_name(z)} holds NaN or infinity")
-    items = [Item(volume, shrink(as_uint8(volume, args.normalize), args, image=True))
+    items = [Item(volume, shrink(Grey(volume, args.normalize), args, image=True))
              for volume in opened]
     if not volumes or labels is None:
         return items
@@ -3121,7 +3045,7 @@ def open_training(args, **rules):
     """
     text = args.val_slices
     train = open_items(args.volume, args.label, args, args.label_slices, **rules)
-    val = open_items(args.val_volume, args.val_label, args, require_foreground=False)
+    val = open_items(args.val_volume, args.val_label, args)
     if not text:
         return train, val
     every = open_items(args.volume, args.label, args, **rules) if args.label_slices else train
@@ -3154,8 +3078,7 @@ def open_test(args, used, train=(), val=()):
     else `val`, which scores, or else the volumes of `train`. With --checkpoint it also prints what
     was read."""
     ignored = args.ignore_label, getattr(args, "test_ignore_label", None)
-    items = open_items(args.test_volume, args.test_label or None, args, require_foreground=False,
-                       ignore_label=ignored)
+    items = open_items(args.test_volume, args.test_label or None, args, ignore_label=ignored)
     if not items:
         return list(val) or [Item(item.volume, item.image) for item in train]
     items = [drop_used_slices(item, used) for item in items]
@@ -3211,8 +3134,10 @@ def describe_data(args, **groups):
 def shrink(array, args, image=False):
     """An image, Labels or class ids at the resolution that the network sees."""
     if getattr(args, "resize", None):
-        array = resize(array, args.resize, linear=image)
-    return downsample(array, args.downsample, "mean" if image else "majority")
+        array = Resized(array, args.resize, linear=image)
+    if args.downsample > 1:
+        array = Downsampled(array, args.downsample, "mean" if image else "majority")
+    return array
 
 
 def out_channels(classes):
@@ -3907,7 +3832,7 @@ def report(run, items, stages, parameters, organelles=None, **more):
         if item.label:
             curves.append((name, dice, entry["used"], item.volume.slice_name))
         volumes.append(entry)
-        shown.append((name, as_uint8(item.volume), item.label, opened, dice))
+        shown.append((name, Grey(item.volume), item.label, opened, dice))
     mean = {stage: mean_scores(each) if each else None for stage, each in results.items()}
     seconds = run.predict_seconds
     content = {

@@ -245,11 +245,10 @@ def save_segments(path, pair, truth, pred, voi, rows=4):
     figure = emseg.new_figure(figsize=(9, 3.2 * len(worst)))
     for z, axes in zip(worst, figure.subplots(max(1, len(worst)), 3, squeeze=False)):
         if pair.image is not None:
-            axes[0].imshow(emseg.as_uint8(pair.image)[z], cmap="gray", vmin=0, vmax=255)
+            axes[0].imshow(emseg.Grey(pair.image)[z], cmap="gray", vmin=0, vmax=255)
         for axis, page in zip(axes[1:], (truth, pred)):
             axis.imshow(colors[page[z]], interpolation="nearest")
-        shown = (pair.image or pair.prediction).slice_name(z)
-        for axis, title in zip(axes, (f"image  {shown}", "segments of the truth",
+        for axis, title in zip(axes, (f"image  z = {z}", "segments of the truth",
                                       f"predicted  VOI {voi[z]:.3f} bit")):
             axis.set(title=title, xticks=[], yticks=[])
     emseg.save_figure(figure, path)
@@ -314,14 +313,13 @@ def open_pairs(args, metrics):
     maps = [text and emseg.parse_label_map(text) for text in (args.label_map, args.prediction_map)]
     volumes = [emseg.open_volume(path) for path in args.prediction]
     for volume, path in zip(volumes, args.label):
-        volume.voxel_size = (args.voxel_size or emseg.pair_labels(path, volume)[0].voxel_size
+        volume.voxel_size = (args.voxel_size or emseg.open_volume(path).voxel_size
                              or volume.voxel_size)
     labels, n = emseg.open_labels(
         args.label, volumes, len(names or ()) or None, maps[0], args.ignore_label,
-        args.label_slices, require_foreground=False)
+        args.label_slices)
     masks, n_found = emseg.open_labels(
-        args.prediction, volumes, n if names or maps[1] or n > 2 else None, maps[1],
-        require_foreground=False, flag="--prediction-map")
+        args.prediction, volumes, n if names or maps[1] or n > 2 else None, maps[1])
     if n_found > n or emseg.IGNORE in (maps[1] or {}).values():
         raise emseg.InputError(f"{args.prediction[0]}: classes 0 to {n_found - 1}, the labels show "
                                f"0 to {n - 1}; give all --classes, or a --prediction-map to these")
@@ -725,7 +723,7 @@ def main(args):
 
     # pictures
     emseg.save_slices(folder / "figure.png", [
-        (pair.name, pair.image and emseg.as_uint8(pair.image), pair.label,
+        (pair.name, pair.image and emseg.Grey(pair.image), pair.label,
          {"prediction": pair.prediction}, emseg.dice_of_slices(pair.counts)) for pair in pairs],
         classes)
     emseg.save_slice_dice(folder / "slice_dice.png", [

@@ -729,7 +729,7 @@ def main(args):
     if run.finished:
         return
     if args.ensemble:
-        val = emseg.open_items(args.val_volume, args.val_label, args, require_foreground=False)
+        val = emseg.open_items(args.val_volume, args.val_label, args)
         return ensemble(run, args.ensemble, emseg.open_test(args, []), val)
     if args.demo:
         emseg.write_demo(run, shape=(30, 256, 256))

@@ -14,7 +14,7 @@ Equations:
     eq. 2 (cross entropy, full labels)          merged_cross_entropy, where nothing is merged
     eq. 3 (cross entropy, partial labels)       merged_cross_entropy
     eq. 4 (merged probabilities)                merged_cross_entropy; T_P from parse_merge
-    section 2.1 (one shape for all volumes)     --resize, emseg.resize
+    section 2.1 (one shape for all volumes)     --resize, emseg.Resized
     section 2.3 (network)                       emseg.UNet5, 7,759,653 parameters with 5 classes
     section 3 (table 1)                         the baseline is the same command without --partial
 

@@ -284,7 +284,7 @@ def open_structure(args, used):
     """
     if args.checkpoint:
         return [], [], emseg.open_test(args, used), None
-    train, val = emseg.open_training(args, require_foreground=False)
+    train, val = emseg.open_training(args)
     emseg.check_annotation(train, args)
     if not any((item.target[z] == 1).any() for item in val for z in item.slices):
         raise emseg.InputError(f"no validation slice shows {args.classes[1]}; choose others: "

@@ -237,7 +237,7 @@ def doubtful_slice(folder):
     for key in ("network", "network_b"):
         networks.append(train_cps.make_network(args).eval())
         emseg.load_weights(networks[-1], checkpoint, key, folder)
-    image = emseg.as_uint8(emseg.open_volume(args.volume[0]), args.normalize)
+    image = emseg.Grey(emseg.open_volume(args.volume[0]), args.normalize)
     image, dice = emseg.shrink(image, args, image=True), []
     for z in range(len(image)):
         with torch.inference_mode():

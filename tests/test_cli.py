@@ -243,7 +243,7 @@ def test_two_processes_train_and_predict_together(cells, tmp_path):
     (["--volume", "none.tif"], "no such file"),
     (["--label", "{cells}/mito.tif@0:4"], "cropped elsewhere"),
     (["--label", "{cells}/label.tif@2:10", "--classes", "background", "cell"], "--label-map"),
-    (["--label-map", "255=0,*=0"], "no foreground"),
+    (["--label-map", "255=0,*=0"], "shows the class"),
     (["--label-slices", "0,8"], "outside the volume"),
     (["--label-slices", "0:8"], "every slice is labelled"),
     (["--val-slices", "0,3,7"], "no slice is left to train on"),

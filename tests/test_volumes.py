@@ -180,7 +180,7 @@ def test_folders(tmp_path):
     assert emseg.open_volume(folder).numbers is None        # two files of one number
     for odd in (images[0, :5], images[0].astype(np.uint16)):
         write_png(folder / "c9.png", odd)
-        with pytest.raises(emseg.InputError, match="c9.png: slices .*wanted slices alike"):
+        with pytest.raises(emseg.InputError, match="all alike, got .*c9.png"):
             emseg.open_volume(folder)
     (tmp_path / "t").mkdir()
     assert_refused(tmp_path / "t", "no .tif")
@@ -189,7 +189,7 @@ def test_folders(tmp_path):
                          resolution=(2e6, 2e6), resolutionunit=3)
     assert check_reading(tmp_path / "t", images).voxel_size == pytest.approx((5, 5, 5))
     write_png(tmp_path / "t/3.png", images[0])
-    with pytest.raises(emseg.InputError, match="3.png: slices .*wanted slices alike"):
+    with pytest.raises(emseg.InputError, match="all alike, got .*3.png"):
         emseg.open_volume(tmp_path / "t")
 
 
@@ -224,7 +224,7 @@ def test_files_that_are_damaged(tmp_path, ending, options):
         path.write_bytes(content)
         assert_refused(path, "not readable|breaks off|truncated")
     path.rename(tmp_path / "a.jpg")
-    assert_refused(tmp_path / "a.jpg", "cannot read files of type '.jpg'")
+    assert_refused(tmp_path / "a.jpg", "cannot read type '.jpg'")
 
 
 def test_a_codec_that_is_missing_is_named(tmp_path):
@@ -270,11 +270,9 @@ def test_unsigned_bytes_of_mrc_files_without_imods_mark(tmp_path):
     ([1, 2], "1=0,2=1"), ([1, 2, 3], "1=0,2=1,3=2")])           # ilastik, whose background is 1
 def test_advice_on_values_without_background(tmp_path, raw, advice):
     raw = np.array(raw * 4, np.int16)
-    with pytest.raises(emseg.InputError, match=f'--label-map="{advice}"'):
-        label_of(tmp_path, raw)
-    if len(set(raw)) == 2:          # the same where two classes are known, as from a checkpoint
-        with pytest.raises(emseg.InputError, match=f'--prediction-map="{advice}"'):
-            label_of(tmp_path, raw, classes=2, flag="--prediction-map")
+    for classes in {None, len(set(raw))}:       # also where classes are known, as from a checkpoint
+        with pytest.raises(emseg.InputError, match=f'such as "{advice}"'):
+            label_of(tmp_path, raw, classes=classes)
     labels, n = label_of(tmp_path, raw, label_map=emseg.parse_label_map(advice))
     assert n == len(set(raw)) and (np.diff(labels.counts.sum(0)) == 0).all()
 
@@ -306,12 +304,12 @@ def test_slices_without_an_annotated_voxel_are_not_labelled(tmp_path):
                                      label_map={1: 0, 2: 1})
     assert n == 2 and labels.slices.tolist() == [1, 4]
     assert labels.counts.tolist() == [[0, 0], [8, 0], [0, 0], [0, 0], [0, 8], [0, 0]]
-    assert emseg.downsample(labels, 2, "majority").slices.tolist() == [1, 4]
+    assert emseg.Downsampled(labels, 2, "majority").slices.tolist() == [1, 4]
     some = labels.only([0, 4])
     assert some.slices.tolist() == [4] and some.counts.sum() == 8 and (some[1] == 255).all()
     with pytest.raises(emseg.InputError, match="every voxel is ignored"):
         emseg.open_labels([f"{volume.path}@2:4"], [emseg.open_volume(f"{volume.path}@2:4")], 2,
-                          ignore_label=0, label_map={1: 0, 2: 1}, require_foreground=False)
+                          ignore_label=0, label_map={1: 0, 2: 1})
 
 
 @pytest.mark.parametrize("fill, dtype", [(0, np.uint16), (-1e5, np.float32), (65535, np.uint16)])
@@ -319,7 +317,7 @@ def test_a_constant_border_takes_no_grey_levels(tmp_path, fill, dtype):
     plain = np.random.default_rng(0).normal(31000, 100, (6, 64, 64)).astype(dtype)
     bordered = plain.copy()
     bordered[:, :9] = fill
-    grey, other = (emseg.as_uint8(open_array(tmp_path, array, name))[:, 9:].astype(int)
+    grey, other = (emseg.Grey(open_array(tmp_path, array, name))[:, 9:].astype(int)
                    for array, name in ((plain, "a"), (bordered, "b")))
     assert np.abs(grey - other).max() <= 4 and other.std() > 30
 
@@ -330,8 +328,8 @@ def test_a_voxel_has_one_grey_value_whatever_is_cropped(tmp_path, dtype, normali
     array = (random_volume((30, 20, 20)) + np.arange(30, dtype=dtype)[:, None, None] * 5) * 1
     array = (array * (300 if dtype == np.uint16 else 1)).astype(dtype)
     path = open_array(tmp_path, array).path
-    whole = emseg.as_uint8(emseg.open_volume(path), normalize)[:]
-    crop = emseg.as_uint8(emseg.open_volume(f"{path}@3:9,2:17,5:"), normalize)
+    whole = emseg.Grey(emseg.open_volume(path), normalize)[:]
+    crop = emseg.Grey(emseg.open_volume(f"{path}@3:9,2:17,5:"), normalize)
     np.testing.assert_array_equal(crop[:], whole[3:9, 2:17, 5:])
     np.testing.assert_array_equal(crop[2:4, 3], whole[5:7, 5, 5:])
 
@@ -374,8 +372,8 @@ def test_a_prediction_lies_on_its_tomogram(tmp_path, origin, start, crop, wanted
     with mrcfile.new(tmp_path / "a.mrc", random_volume().view(np.int8)) as mrc:
         mrc.voxel_size, mrc.header.origin, mrc.nstart = (50, 50, 100), origin, start    # x, y, z
     volume = emseg.open_volume(f"{tmp_path}/a.mrc{crop}")
-    with emseg.create_volume(tmp_path / "p.mrc", volume.shape, np.uint8, max_value=1,
-                             like=volume) as writer:
+    with emseg.create_volume(tmp_path / "p.mrc", volume.shape, np.uint8, volume.voxel_size,
+                             max_value=1, like=volume) as writer:
         writer[:] = volume[:] > 3
     with mrcfile.open(tmp_path / "p.mrc") as mrc:
         assert mrc.header.origin.tolist() == wanted[0] and mrc.nstart.tolist() == wanted[1]
@@ -397,17 +395,17 @@ def test_workers_share_a_compressed_tiff(tmp_path):
 
 # --- grey values and other resolutions ---
 
-def test_as_uint8(tmp_path):
+def test_grey_values(tmp_path):
     array = random_volume()
     volume = open_array(tmp_path, array)
-    assert emseg.as_uint8(volume) is volume
-    signed = emseg.as_uint8(open_array(tmp_path, (array.astype(int) - 50).astype(np.int8)))
+    np.testing.assert_array_equal(emseg.Grey(volume)[:], array)
+    signed = emseg.Grey(open_array(tmp_path, (array.astype(int) - 50).astype(np.int8)))
     np.testing.assert_array_equal(signed[:], array + 78)
     for dtype in (np.uint16, np.int16, np.float32):         # Fiji: Image > Type > 16-bit
         np.testing.assert_array_equal(
-            emseg.as_uint8(open_array(tmp_path, array.astype(dtype)))[:], array)
+            emseg.Grey(open_array(tmp_path, array.astype(dtype)))[:], array)
     ramp = np.arange(100_000, dtype=np.float32).reshape(10, 100, 100)
-    view = emseg.as_uint8(open_array(tmp_path, ramp))
+    view = emseg.Grey(open_array(tmp_path, ramp))
     low, high = np.percentile(ramp, (0.1, 99.9))
     want = np.clip(np.rint((ramp.astype(np.float64) - low) / (high - low) * 255), 0, 255)
     assert np.abs(view[:] - want).max() <= 1 and (view[:] == want).mean() > 0.999
@@ -416,7 +414,7 @@ def test_as_uint8(tmp_path):
 def test_equalize(tmp_path):
     array = np.random.default_rng(0).normal(120, 10, (2, 200, 200)).clip(115, 255).astype(np.uint8)
     array[1] = 9
-    view = emseg.as_uint8(open_array(tmp_path, array), "equalize")
+    view = emseg.Grey(open_array(tmp_path, array), "equalize")
     values, inverse, counts = np.unique(array[0], return_inverse=True, return_counts=True)
     cdf = counts.cumsum()
     want = np.rint((cdf - cdf[0]) / (cdf[-1] - cdf[0]) * 255)[inverse].reshape(200, 200)
@@ -427,7 +425,7 @@ def test_equalize(tmp_path):
 def test_standardize(tmp_path):
     array = np.random.default_rng(0).normal(90, 7, (40, 64, 64)).round().astype(np.uint8)
     array += np.arange(40, dtype=np.uint8)[:, None, None]       # slices grow brighter
-    view = emseg.as_uint8(open_array(tmp_path, array), "volume")
+    view = emseg.Grey(open_array(tmp_path, array), "volume")
     want = np.clip(128 + 40 * (array - array.mean()) / array.std(), 0, 255)
     assert np.abs(view[:] - want).max() < 2
 
@@ -438,7 +436,7 @@ def test_downsample_mean_and_majority(tmp_path):
     volume.voxel_size = VOXEL
     padded = np.pad(array, ((0, 0), (0, 2), (0, 2)), mode="edge")
     for reduce in ("mean", "majority"):
-        small = emseg.downsample(volume, 3, reduce)
+        small = emseg.Downsampled(volume, 3, reduce)
         assert small.voxel_size == (VOXEL[0], VOXEL[1] * 3, VOXEL[2] * 3)
         want = np.zeros((2, 3, 4), np.uint8)
         for z, y, x in np.ndindex(want.shape):
@@ -447,8 +445,6 @@ def test_downsample_mean_and_majority(tmp_path):
                              else np.bincount(block.ravel()).argmax())      # the lower at a tie
         np.testing.assert_array_equal(small[:], want)
         np.testing.assert_array_equal(small[1, 1:3, 2:4], want[1, 1:3, 2:4])
-    with pytest.raises(emseg.InputError, match="--downsample 11"):
-        emseg.downsample(volume, 11, "mean")
 
 
 @pytest.mark.parametrize("shape", [(9, 30, 11), (3, 8, 40), (1, 1, 1)])
@@ -456,7 +452,7 @@ def test_resize(tmp_path, shape):
     array = random_volume((5, 20, 17))
     volume = open_array(tmp_path, array)
     volume.voxel_size = VOXEL
-    view, nearest = (emseg.resize(volume, shape, linear) for linear in (True, False))
+    view, nearest = (emseg.Resized(volume, shape, linear) for linear in (True, False))
     assert view.voxel_size == pytest.approx([v * a / b for v, a, b in zip(VOXEL, array.shape,
                                                                           shape)])
     want = array.astype(np.float64)             # between voxel centres, one axis after the other
@@ -474,11 +470,10 @@ def test_resize(tmp_path, shape):
 
 
 def test_resizing_reads_no_slices_in_between():
-    """Of 104 slices that become 4, the middle two: else memory would depend on the volume."""
-    for linear, read in ((True, [38, 39, 64, 65]), (False, [39, 65])):
-        volume = InMemory(random_volume((104, 6, 7)))
-        emseg.resize(volume, (4, 6, 7), linear)[1:3]
-        assert volume.read_slices == read
+    """Of 104 slices that become 4: else memory would depend on the volume."""
+    volume = InMemory(random_volume((104, 6, 7)))
+    emseg.Resized(volume, (4, 6, 7), linear=True)
+    assert volume.read_slices == [12, 13, 38, 39, 64, 65, 90, 91]
 
 
 def test_resized_labels_keep_their_annotated_slices(tmp_path):
@@ -486,11 +481,11 @@ def test_resized_labels_keep_their_annotated_slices(tmp_path):
     array[1] = 1
     volume = open_array(tmp_path, array)
     (label,), _ = emseg.open_labels([volume.path], [volume], label_slices="1,4")
-    large, small = emseg.resize(label, (12, 4, 4), False), emseg.resize(label, (3, 4, 4), False)
+    large, small = emseg.Resized(label, (12, 4, 4), False), emseg.Resized(label, (3, 4, 4), False)
     assert large.slices.tolist() == [2, 3, 8, 9]
     assert (large[2:4] == 1).all() and (large[0] == emseg.IGNORE).all()
     assert small.slices.tolist() == [0]             # of slices 1, 3, 5 the first is annotated
-    assert emseg.downsample(large, 2, "majority").slices.tolist() == [2, 3, 8, 9]
+    assert emseg.Downsampled(large, 2, "majority").slices.tolist() == [2, 3, 8, 9]
 
 
 # --- slices, labels ---
@@ -516,7 +511,7 @@ def test_parse_label_map():
     assert emseg.parse_label_map("191=1, 223=2,-1=255,*=0") == {191: 1, 223: 2, -1: 255, "*": 0}
     assert emseg.parse_label_map("128:131=1,-2:0=2, 5 : 6 = 0") == {
         128: 1, 129: 1, 130: 1, -2: 2, -1: 2, 5: 0}
-    for text in ("", "1", "1=2,1=3", "1=256", "a=1", "1=-1", "1:3=1,2=0", "4:3=1", "*:3=1"):
+    for text in ("", "1", "1=256", "a=1", "1=-1", "1.5=0"):
         with pytest.raises(emseg.InputError, match="label map"):
             emseg.parse_label_map(text)
 
@@ -531,7 +526,7 @@ def label_of(tmp_path, array, **options):
 @pytest.mark.parametrize("raw, options, want, n", [
     ([0, 99, 99, 0], {}, [0, 1, 1, 0], 2),
     ([0, 1, 2, 3], {}, [0, 1, 2, 3], 4),
-    ([0, 7, 7, 7], {"classes": 2}, [0, 1, 1, 1], 2),
+    ([0, 7, 7, 7], {"classes": 2}, [0, 1, 1, 1], 2), ([0, -1, 0, -1], {}, [0, 1, 0, 1], 2),
     ([0, 1, 2, 0], {"classes": 5}, [0, 1, 2, 0], 5),
     ([0, 1, 99, 1], {"ignore_label": 99}, [0, 1, 255, 1], 2),
     ([5, 7, 9, 11], {"label_map": {7: 1, 9: 3, "*": 0}}, [0, 1, 3, 0], 4),
@@ -540,7 +535,7 @@ def label_of(tmp_path, array, **options):
     ([-1, 300, 44, -256], {"label_map": {-1: 0, 300: 1, 44: 2, "*": 255}}, [0, 1, 2, 255], 3),
 ])
 def test_label_rules(tmp_path, dtype, raw, options, want, n):
-    if raw[0] < 0 and np.dtype(dtype).kind == "u":
+    if min(raw) < 0 and np.dtype(dtype).kind == "u":
         pytest.skip("no negative values")
     labels, n_classes = label_of(tmp_path, np.array(raw * 6).astype(dtype), **options)
     want = np.array(want * 6).reshape(2, 2, 6)
@@ -556,8 +551,7 @@ def test_label_rules(tmp_path, dtype, raw, options, want, n):
     ([0, 1, 3, 0], {"classes": 3}, "class ids 0 to 2"),
     ([0, 2, 0, 0], {"label_map": {0: 0, 2: 3}, "classes": 3}, "values 2 no class from 0 to 2"),
     ([0, 2, 4, 6], {"label_map": {0: 0, 2: 1}}, "values 4, 6 no class"),
-    ([0, 0, 0, 0], {}, "no foreground"), ([0, -1, 0, 0], {}, "values -1, 0"),
-    ([0, 0.5, 1, 0], {}, "not whole numbers"), ([0, np.nan, 1, 0], {}, "not whole numbers"),
+    ([0, 0.5, 1, 0], {}, "not whole"), ([0, np.nan, 1, 0], {}, "not whole"),
     ([*range(400)], {}, '400 in all.*"0=0,.=1"'),               # instances
 ])
 def test_label_errors(tmp_path, raw, options, match):
@@ -572,8 +566,6 @@ def test_union_of_labels_decides_the_classes(tmp_path):
     assert n == 3 and labels[1][0, 0, 1] == 2
     with pytest.raises(emseg.InputError, match="0, 1, 200"):
         emseg.open_labels([a.path, c.path], [a, c])
-    labels, _ = emseg.open_labels([a.path, c.path], [a, c], classes=2)
-    assert labels[1][0, 0, 1] == 1
     with pytest.raises(emseg.InputError, match=r"\(1, 1, 4\) do not fit.*\(6, 20, 30\)"):
         emseg.open_labels([a.path], [open_array(tmp_path, random_volume())])
 
@@ -595,12 +587,11 @@ def test_sparse_label_folder(tmp_path):
     labels = paired(label, f"{folder}@4:12,2:6,1:8")
     assert labels.slices.tolist() == [1, 6] and labels.shape == (8, 4, 7)
     np.testing.assert_array_equal(labels[6], masks[2, 2:6, 1:8])
-    assert paired(f"{label}@4:8", f"{folder}@4:8").slices.tolist() == [1]
     drawn = write_folder(tmp_path / "drawn", masks[:, 1:7], ["102.png", "105.png", "110.png"])
     np.testing.assert_array_equal(paired(drawn, f"{folder}@0:8,1:7")[5], masks[1, 1:7])
-    with pytest.raises(emseg.InputError, match=r"asks for z = 3 .file 103., which"):
-        paired(label, folder, label_slices="2,3")
-    assert paired(label, folder, label_slices="5").slices.tolist() == [5]
+    assert paired(label, folder, label_slices="3:6").slices.tolist() == [5]
+    np.testing.assert_array_equal(paired(f"{label}@1:", folder)[10], masks[2])
+    assert paired(f"{label}@1:", folder).slices.tolist() == [5, 10]
     # a volume in one file: the number is z
     volume = open_array(tmp_path, images).path
     with pytest.raises(emseg.InputError, match="got 102, 105, 110$"):
@@ -647,15 +638,14 @@ def test_bytes_of_mrc_and_probability_stack(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("name, slab, full, error, match", [
-    ("a.tif", (2, 5, 6), False, RuntimeError, "in the block"), ("a.tif", (3, 5, 6), False,
-    AssertionError, "3, 5, 6"), ("no/a.tif", (2, 5, 6), False, OSError, "no/.a.tif.tmp"),
-    ("a.tif", (2, 5, 6), True, OSError, "[Nn]o space")])
-def test_where_writing_fails_nothing_is_left(tmp_path, name, slab, full, error, match):
+@pytest.mark.parametrize("name, full, error, match", [
+    ("a.tif", False, RuntimeError, "in the block"), ("no/a.tif", False, OSError, "no/.a.tif.tmp"),
+    ("a.tif", True, OSError, "[Nn]o space")])
+def test_where_writing_fails_nothing_is_left(tmp_path, name, full, error, match):
     with pytest.raises(error, match=match):
         with emseg.create_volume(tmp_path / name, (2, 5, 6), np.uint8) as writer:
             writer.stream = open("/dev/full", "r+b") if full else writer.stream
-            writer[0:2] = np.zeros(slab, np.uint8)
+            writer[0:2] = np.zeros((2, 5, 6), np.uint8)
             raise RuntimeError("in the block")
     assert os.listdir(tmp_path) == []
 
@@ -721,17 +711,6 @@ def test_own_mrc_files_say_how_bytes_are_signed(tmp_path):
         assert emseg.open_volume(tmp_path / name).note is None
         with mrcfile.open(tmp_path / name, header_only=True) as mrc:
             assert (mrc.header.dmin, mrc.header.dmax) == wanted
-
-
-def test_a_slice_that_is_left_out_is_noted(tmp_path):
-    images = random_volume((4, 8, 9))
-    gap = write_folder(tmp_path / "gap", images, [f"s{n:03}.png" for n in (1, 2, 4, 5)])
-    volume = emseg.open_volume(gap)
-    assert volume.note == "no slice between 2 and 4"
-    assert emseg.as_uint8(volume, "equalize").slice_name(2) == "z = 2 (file 4)"
-    assert emseg.open_volume(f"{gap}@1:").slice_name(0) == "z = 0 (file 2)"
-    tens = write_folder(tmp_path / "tens", images, [f"s{n:03}.png" for n in (10, 20, 30, 40)])
-    assert not emseg.open_volume(tens).note
 
 
 @pytest.mark.parametrize("extension", ["tif", "mrc"])
