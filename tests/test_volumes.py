@@ -589,7 +589,9 @@ def test_sparse_label_folder(tmp_path):
     np.testing.assert_array_equal(labels[6], masks[2, 2:6, 1:8])
     drawn = write_folder(tmp_path / "drawn", masks[:, 1:7], ["102.png", "105.png", "110.png"])
     np.testing.assert_array_equal(paired(drawn, f"{folder}@0:8,1:7")[5], masks[1, 1:7])
-    assert paired(label, folder, label_slices="3:6").slices.tolist() == [5]
+    assert paired(label, folder, label_slices="5").slices.tolist() == [5]
+    with pytest.raises(emseg.InputError, match=r"asks for z = 3 \(file 103\), which has no label"):
+        paired(label, folder, label_slices="3:6")
     np.testing.assert_array_equal(paired(f"{label}@1:", folder)[10], masks[2])
     assert paired(f"{label}@1:", folder).slices.tolist() == [5, 10]
     # a volume in one file: the number is z
