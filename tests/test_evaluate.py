@@ -422,14 +422,6 @@ def test_scores_of_slices_that_were_trained_on_are_marked(trained, cells, tmp_pa
     assert metrics(tmp_path / "out")["volumes"][0]["ignored"] == 0
 
 
-def test_a_training_is_never_overwritten(trained, cells, capsys):
-    before = {path: path.read_bytes() for path in trained.iterdir()}
-    for more in ((), ("--overwrite",)):
-        refused(evaluate, capsys, "--prediction", trained / "prediction.tif", "--label",
-                cells / "mito.tif", "--out-dir", trained, *more)
-    assert before == {path: path.read_bytes() for path in trained.iterdir()}
-
-
 # -- folder and pictures ---------------------------------------------------------------------------
 
 

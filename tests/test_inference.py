@@ -362,14 +362,6 @@ def test_ranks_share_the_annotated_slices_and_add_their_counts(monkeypatch):
 # -- metrics
 
 
-def test_confusion_on_an_overlap_built_by_hand():
-    truth = np.array([[[0, 0, 1, 1], [2, 2, IGNORE, IGNORE]], [[IGNORE] * 4] * 2], np.uint8)
-    pred = np.array([[[0, 1, 1, 2], [2, 0, 2, 0]], [[0, 1, 2, 0]] * 2], np.uint8)
-    found = emseg.confusion(pred, truth, 3)
-    assert found.dtype == np.int64
-    assert found.tolist() == [[[1, 1, 0], [0, 1, 1], [1, 0, 1]], [[0] * 3] * 3]
-
-
 TRUTH = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, IGNORE, IGNORE], [IGNORE] * 4,
                   [1, 1, 1, 1]], np.uint8)[:, None]
 PRED = np.array([[1, 0, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1],

@@ -199,12 +199,6 @@ def test_partial_labels_alone_and_resized_volumes(cells, tmp_path):
     assert {float(row["loss_full"]) for row in log_without_seconds(tmp_path / "run")} == {0}
 
 
-def test_a_checkpoint_predicts_as_its_run_did(trained, cells, tmp_path):
-    run("--checkpoint", trained, "--test-volume", cells / "image.tif", "--test-label",
-        cells / "label.tif", "--out-dir", tmp_path / "again", "--device", "cpu")
-    assert metrics(tmp_path / "again")["mean"] == metrics(trained)["mean"]
-
-
 def test_interrupted_and_resumed_is_bit_identical(trained, cells, tmp_path, monkeypatch, capsys):
     conftest.interrupt_after(monkeypatch, 4)
     with pytest.raises(SystemExit) as stopped:

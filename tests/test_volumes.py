@@ -17,7 +17,6 @@ from matplotlib.image import PIL
 from torch.utils.data import DataLoader
 
 import emseg
-from conftest import InMemory
 
 VOXEL = (50.0, 4.6, 4.7)
 TYPES = "u1 u2 u4 u8 i1 i2 i4 i8 f2 f4 f8".split()
@@ -467,13 +466,6 @@ def test_resize(tmp_path, shape):
     box = tuple(slice(side // 3, side // 3 + (side + 1) // 2) for side in shape)
     for one in (view, nearest):
         np.testing.assert_array_equal(one[box], one[:][box])
-
-
-def test_resizing_reads_no_slices_in_between():
-    """Of 104 slices that become 4: else memory would depend on the volume."""
-    volume = InMemory(random_volume((104, 6, 7)))
-    emseg.Resized(volume, (4, 6, 7), linear=True)
-    assert volume.read_slices == [12, 13, 38, 39, 64, 65, 90, 91]
 
 
 def test_resized_labels_keep_their_annotated_slices(tmp_path):
