@@ -983,7 +983,7 @@ class Patches(torch.utils.data.Dataset):
     one crops again until there is some (Pagano 2023, authors' code). A class so rare that TRIES
     crops miss it gets one around a voxel of it.
 
-    Item i is `image` or `(image, label)`, tensors of the patch's shape; with numbered=True the
+    Item i is `(image,)` or `(image, label)`, tensors of the patch's shape; with numbered=True the
     number of the volume follows. It depends on (seed, i) alone: the number of workers and a resumed
     run change nothing. Raises InputError where a patch is larger than a volume.
     """
@@ -1022,8 +1022,8 @@ class Patches(torch.utils.data.Dataset):
             v, z = self.slices[rng.integers(len(self.slices))]
             window = self._window(rng, v, z)
         item = [torch.from_numpy(arrays[v][window]).reshape(self.patch_size)
-                for arrays in (self.images, self.labels) if arrays] + [v] * self.numbered
-        return tuple(item) if len(item) > 1 else item[0]
+                for arrays in (self.images, self.labels) if arrays]
+        return *item, *[v] * self.numbered
 
     def _foreground_window(self, rng):
         """A volume and a window of it that holds some of a foreground class."""
@@ -3417,10 +3417,7 @@ class Run:
         cuda = self.device.type == "cuda"
         for batch in batches(patches, batch_size, self.step, self.total, self.args.workers,
                              self.rank, self.world, pin_memory=cuda):
-            if isinstance(batch, torch.Tensor):
-                yield batch.to(self.device, non_blocking=True)
-            else:
-                yield [crop.to(self.device, non_blocking=True) for crop in batch]
+            yield [crop.to(self.device, non_blocking=True) for crop in batch]
 
     # -- training
 

@@ -408,7 +408,8 @@ def main(args):
             loss_sup = sum(loss_function(heads, label_l) for heads in heads_l)
             loss, terms = loss_sup, {}
             if cps:
-                image_u, _ = emseg.augment(next(batches_u), None, run.normalization, **AUGMENTATION)
+                image_u, _ = emseg.augment(*next(batches_u), None, run.normalization,
+                                           **AUGMENTATION)
                 weight = cps_weight(step / run.steps_per_epoch, args.cps_warmup, args.cps_weight)
                 loss_cps = torch.zeros_like(loss_sup)
                 if weight and args.cutmix:

@@ -84,14 +84,10 @@ def test_image_and_label_are_cut_at_the_same_place_of_the_same_volume(size, fore
     assert {*volumes} == {0, 1}
 
 
-def test_without_labels_an_item_is_the_image_alone():
-    assert isinstance(emseg.Patches([InMemory(random_volume())], None, (4, 4))[0], torch.Tensor)
-
-
 def test_every_place_is_drawn_equally_often_up_to_the_borders():
     image = random_volume((2, 9, 10))
     patches = emseg.Patches([InMemory(image)], None, (6, 7))
-    drawn = [places(crop, image)[0] for crop in draw(patches, 1500)]
+    drawn = [places(crop, image)[0] for crop, in draw(patches, 1500)]       # the image alone
     counts = [drawn.count((z, y, x)) for z in range(2) for y in range(4) for x in range(4)]
     assert sum(counts) == 1500 and stats.chisquare(counts).pvalue > 1e-3
 
@@ -99,7 +95,7 @@ def test_every_place_is_drawn_equally_often_up_to_the_borders():
 def test_volumes_share_the_crops_by_their_slices():
     images = [InMemory(np.full((n, 8, 8), n, np.uint8)) for n in (2, 6)]
     patches = emseg.Patches(images, None, (4, 4))
-    values = np.array([int(crop[0, 0]) for crop in draw(patches, 1000)])
+    values = np.array([int(crop[0, 0]) for crop, in draw(patches, 1000)])
     assert (values == 6).mean() == pytest.approx(0.75, abs=0.05)
 
 
@@ -125,7 +121,7 @@ def test_foreground_of_other_slices_is_not_sought():
 def test_3d_crop_holds_the_slice_that_it_was_drawn_for():
     z = np.arange(10, dtype=np.uint8)[:, None, None] * np.ones((1, 6, 6), np.uint8)
     patches = emseg.Patches([InMemory(z)], None, (3, 4, 4), [[5]])
-    firsts = {int(crop[0, 0, 0]) for crop in draw(patches, 100)}
+    firsts = {int(crop[0, 0, 0]) for crop, in draw(patches, 100)}
     assert firsts == {3, 4, 5}
 
 
@@ -194,12 +190,12 @@ def test_ranks_and_steps_share_all_indices_without_repeats():
 
 def test_workers_and_the_first_step_do_not_change_the_batches():
     patches = emseg.Patches([InMemory(random_volume())], None, (4, 5), seed=(1, 2))
-    whole = list(emseg.batches(patches, 2, 0, 6))
+    whole = [image for image, in emseg.batches(patches, 2, 0, 6)]
     assert len(whole) == 6
     for again, wanted in ((emseg.batches(patches, 2, 0, 6, workers=2), whole),
                           (emseg.batches(patches, 2, 3, 6), whole[3:]),
                           (emseg.batches(patches, 2, 3, 6, workers=2), whole[3:])):
-        again = list(again)
+        again = [image for image, in again]
         assert len(again) == len(wanted) and all(map(torch.equal, again, wanted))
 
 
