@@ -390,12 +390,16 @@ def _open_folder(folder):
     kinds = {f"{one.format} {one.shape} {one.dtype}": one.file for one in slices}
     first = slices[0]
     if len(kinds) > 1 or len(first) > 1:
-        raise InputError(f"{folder}: wanted single slices, all alike, got {kinds}")
+        found = [f"{kind} in {file}" for kind, file in kinds.items()]
+        raise InputError(f"{folder}: wanted single slices, all alike, got {_listed(found, 2)}")
     digits = [re.findall(r"\d+", os.path.splitext(name)[0]) for name in names]
     numbers = tuple(int(each[-1]) for each in digits if each)
+    numbers = numbers if len(set(numbers)) == len(names) else None
+    steps, note = np.diff(numbers or ()), None
+    if len(steps) and steps.max() > steps.min():
+        note = f"no slice between {numbers[steps.argmax()]} and {numbers[steps.argmax() + 1]}"
     return Volume(folder, "folder", (len(slices), *first.shape[1:]), first.dtype,
-                  partial(_folder_pages, slices), first.voxel_size,
-                  numbers if len(set(numbers)) == len(names) else None)
+                  partial(_folder_pages, slices), first.voxel_size, numbers, note=note)
 
 
 STANDARD = {"mean": 128.0, "std": 40.0}     # of normalize="volume"; beyond 3.2 deviations: clipped
@@ -576,12 +580,12 @@ def parse_label_map(text):
     """
     mapping = {}
     for part in text.split(","):
-        match = re.fullmatch(r"(\*|-?\d+)(?::(-?\d+))?=(\d+)", part.replace(" ", ""))
-        if not match or int(match[3]) > IGNORE:
+        match = re.fullmatch(r"(?:\*|(-?\d+)(?::(-?\d+))?)=(\d+)", part.replace(" ", ""))
+        first, stop, class_id = match.groups() if match else ("0", "0", "0")
+        values = range(int(first), int(stop or int(first) + 1)) if first else ["*"]
+        if not values or int(class_id) > IGNORE:
             raise InputError(f"label map '{text}': '{part}' is not understood; wanted value=class "
                              "or first:stop=class, with classes 0 to 254, or 255 to ignore")
-        first, stop, class_id = match.groups()
-        values = ["*"] if first == "*" else range(int(first), int(stop or int(first) + 1))
         mapping |= dict.fromkeys(values, int(class_id))
     return mapping
 
@@ -589,9 +593,10 @@ def parse_label_map(text):
 class Labels(LazyArray):
     """Class ids of a volume, uint8 (Z, Y, X), IGNORE where nobody annotated; see open_labels.
 
-    raw, rows: from pair_labels. found: {z: (values in raw, voxels of each)}. values, ids: all
-    values in raw, sorted, and their class ids. counts (Z, n_classes) int64: annotated voxels of
-    each class in each slice. slices: sorted int array of the z that have some.
+    raw, rows: from pair_labels. found: {z: (values in raw, voxels of each)}, until these are
+    assigned. values, ids: all values in raw, sorted, and their class ids. counts (Z, n_classes)
+    int64: annotated voxels of each class in each slice. slices: sorted int array of the z that
+    have some.
     """
 
     def __init__(self, path, volume, label_slices):
@@ -612,7 +617,7 @@ class Labels(LazyArray):
         for z, (values, voxels) in self.found.items():
             ids = self.ids[np.searchsorted(self.values, values)]
             self.counts[z] = np.bincount(ids, voxels, 256)[:n_classes]
-        self.rows = np.where(self.counts.any(axis=1), self.rows, -1)
+        self.rows, self.found = np.where(self.counts.any(axis=1), self.rows, -1), None
 
     @property
     def slices(self):
@@ -667,16 +672,18 @@ def pair_labels(path, volume, label_slices=None):
     Labels are paired with the slices of the volume by the numbers in the names of the files where
     both are folders, or where a folder has fewer slices than the volume's file (whose slices, if it
     is one file, have the numbers 0, 1, …); else slice by slice. They are cropped as their own path
-    says; each axis that is still as long as the volume's file takes the volume's crop, and another
-    was drawn on the crop. Then shapes must be equal. label_slices: as in open_labels.
+    says; an axis that it leaves whole, as long as the volume's file, takes the volume's crop, and
+    another was drawn on the crop. Then shapes must be equal. label_slices: as in open_labels.
     """
     label, (depth, *_) = open_volume(path), volume.file_shape
     if label.shape != label.file_shape == volume.file_shape and label.crop != volume.crop:
         raise InputError(f"{path} is cropped elsewhere than {volume.path}; crop the volume alone")
-    box = [of_volume if size == whole else own for own, of_volume, size, whole in
-           zip(label.crop, volume.crop, label.shape, volume.file_shape)]
+    box = [of_volume if own == slice(0, whole) else own for own, of_volume, whole in
+           zip(label.crop, volume.crop, volume.file_shape)]
     rows = np.arange(box[0].stop - box[0].start)
     fewer = label.format == "folder" and label.file_shape[0] < depth
+    if fewer and label.shape[0] < label.file_shape[0]:
+        raise InputError(f"{path} has fewer slices than {volume.path}; crop the volume alone")
     if fewer or label.numbers and volume.numbers:
         names = list(volume.numbers or range(depth))
         numbers = list(label.numbers or ["none"])[label.crop[0]]
@@ -691,7 +698,7 @@ def pair_labels(path, volume, label_slices=None):
     shape = (len(rows), *label.shape[1:])
     if shape != volume.shape:
         raise InputError(f"{path}: labels {shape} do not fit {volume.path} {volume.shape}")
-    if label_slices:
+    if label_slices is not None:
         chosen = parse_slices(label_slices, len(rows))
         for z in chosen[rows[chosen] < 0]:
             raise InputError(f"{path}: --label-slices asks for {volume.slice_name(z)}, which has "
@@ -730,9 +737,11 @@ def class_of_values(path, values, n_classes, label_map=None, merge=None):
     left = sorted({*merged.values()} - {IGNORE})
     if len(left) == 2 and len({0, *values}) == 2:               # a mask
         return {v: left[v != 0] for v in values}
-    advice = ",".join(f"{v}={k}" for k, v in enumerate(values))
+    first = 0 if 0 in values else values[0]                     # the background's, probably
+    others = [v for v in values if v != first]
+    advice = ",".join(f"{v}={k}" for k, v in enumerate([first, *others]))
     if len(values) > min(n_classes, 12):
-        advice = f'{values[0]}=0,*=1" or, for a mask with soft borders, "128:256=1,*=0'
+        advice = f'{first}=0,*=1" or, for a mask with soft borders, "128:256=1,*=0'
     raise InputError(f"{path}: label values {_listed(values)}: neither class ids 0 to "
                      f"{n_classes - 1} nor a mask of 0 and one value; see --classes, "
                      f'--ignore-label and --label-map (--prediction-map), such as "{advice}"')
@@ -950,7 +959,7 @@ def phantom(shape, voxel_size=(20, 8, 8), seed=0):
     """
     rng = np.random.default_rng(seed)
     shape, voxel_size = tuple(shape), np.array(voxel_size, np.float32)
-    noise = functools.partial(smooth_noise, shape, voxel_size, rng)
+    noise = partial(smooth_noise, shape, voxel_size, rng)
     extent = shape * voxel_size
     soma, radius = extent * rng.uniform(0.3, 0.7, 3), 0.21 * extent[1:].min()
     tissue = grow_cells(shape, voxel_size, soma, radius, noise, rng)
@@ -1023,7 +1032,7 @@ class Patches(torch.utils.data.Dataset):
             window = self._window(rng, v, z)
         item = [torch.from_numpy(arrays[v][window]).reshape(self.patch_size)
                 for arrays in (self.images, self.labels) if arrays]
-        return *item, *[v] * self.numbered
+        return (*item, v) if self.numbered else tuple(item)
 
     def _foreground_window(self, rng):
         """A volume and a window of it that holds some of a foreground class."""
@@ -1771,7 +1780,7 @@ class CEECUnit(nn.Module):
     def __init__(self, c, heads):
         super().__init__()
         half, quarter = c // 2, c // 4
-        block = functools.partial(conv_block, norm="group", groups=heads)
+        block = partial(conv_block, norm="group", groups=heads)
         self.enter_ce, self.enter_ec = [group_conv(c, half, groups=heads) for _ in range(2)]
         self.compress_ce = nn.Sequential(block((half, c), stride=2), block((c, c)))
         self.expand_ce, self.skip_ce = block((c, half)), block((half, half))
@@ -2375,7 +2384,7 @@ def predict_by_windows(predict, image, depth, rank=0, world=1):
             rest = prob[end - start :].clone()
 
 
-def predict_volume(stream, writer, decide, shape, downsample=1, probability=None, *, progress):
+def predict_volume(stream, writer, decide, shape, progress, downsample=1, probability=None):
     """Write a stream of predictions: memory depends on its slabs, not on the volume.
 
     stream: yields (slab, probabilities (n, C, H, W)), which are enlarged linearly by `downsample`
@@ -2556,7 +2565,7 @@ def new_figure(dpi=120, **options):
 def save_figure(figure, path):
     """Write a figure as a PNG file that is always whole; see replacing."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", bbox_inches="tight")
 
 
 def overlay(image, ids, colors=CLASS_COLORS):
@@ -2610,7 +2619,7 @@ def save_slices(path, items, classes, rows=4, max_side=768):
             if title in shown:
                 axis.imshow(shown[title], interpolation="antialiased")
             if title in shown and inset:
-                zoom = axis.inset_axes((0.55, 0.55, 0.43, 0.43), xticks=[], yticks=[], **inset)
+                zoom = axis.inset_axes((0.55, 0.02, 0.43, 0.43), xticks=[], yticks=[], **inset)
                 zoom.imshow(shown[title])
                 axis.indicate_inset_zoom(zoom, edgecolor="white", alpha=1)
         row[0].text(0.02, 0.97, name, transform=row[0].transAxes, fontsize=7, va="top",
@@ -2685,24 +2694,26 @@ def save_surfaces(path, rows, classes, max_side=200):
     """A picture of structures in 3D as shaded reliefs from three sides, all and each by itself.
 
     rows: {title: lazy class ids (Z, Y, X)} of one volume, such as its truth and its prediction,
-    which are shown side by side, as cubes, max_side along the longest side of the volume.
+    one below the other, as cubes, max_side along the longest side of the volume.
     """
     shown = {name: [k] for k, name in enumerate(classes[1:])}
     if len(shown) > 1:
         shown = {"all": range(len(shown)), **shown}
-    grids = {title: _cubes(volume, max_side) for title, volume in rows.items()}
-    columns = [(title, side, _first_hits(ids, len(classes), view))
-               for view in VIEWS for title, (ids, side) in grids.items()]
-    height = max(depth.shape[1] / depth.shape[2] for *_, depth in columns)
-    figure = new_figure(figsize=(2.8 * len(columns), 2.8 * height * len(shown)))
-    axes = figure.subplots(len(shown), len(columns), squeeze=False)
-    for (title, side, depth), column in zip(columns, axes.T):
-        for axis, (name, chosen) in zip(column, shown.items()):
+    depths = {}
+    for title, volume in rows.items():
+        ids, side = _cubes(volume, max_side)
+        depths[title] = [_first_hits(ids, len(classes), view) for view in VIEWS]
+    height = max(depth.shape[1] / depth.shape[2] for views in depths.values() for depth in views)
+    panels = list(itertools.product(shown.items(), depths.items()))
+    figure = new_figure(figsize=(4 * len(VIEWS), 4 * height * len(panels)))
+    axes = figure.subplots(len(panels), len(VIEWS), squeeze=False)
+    for row, ((name, chosen), (title, views)) in zip(axes, panels):
+        for axis, depth in zip(row, views):
             colors = [CLASS_COLORS[k % len(CLASS_COLORS)] for k in chosen]
             axis.imshow(_relief(depth[chosen], colors), interpolation="bilinear")
             axis.set_axis_off()
-            axis.set_title(f"{title}: {name}", fontsize=8)
-        _scale_bar(column[0], side)
+        row[0].set_title(f"{title}: {name}", fontsize=10, loc="left")
+        _scale_bar(row[0], side)
     save_figure(figure, path)
 
 
@@ -2735,7 +2746,8 @@ def _relief(depth, colors):
     smooth = ndimage.gaussian_filter(np.where(hit, nearest, 0), 1) / np.maximum(weight, 1e-6)
     light = matplotlib.colors.LightSource(315, 50).hillshade(np.where(hit, smooth, 0))
     rgb = np.array([matplotlib.colors.to_rgb(color) for color in colors])[depth.argmax(0)]
-    return np.where(hit[..., None], rgb * (0.3 + 0.7 * light[..., None]), 1)
+    alpha = (hit * np.minimum(1, 2 * weight - 0.5))[..., None]          # soft edges
+    return 1 - alpha + alpha * rgb * (0.3 + 0.7 * light[..., None])
 
 
 def save_slice_dice(path, items, classes):
@@ -2759,7 +2771,8 @@ def save_slice_dice(path, items, classes):
         axis.xaxis.get_major_locator().set_params(integer=True)
         ticks = [int(z) for z in axis.get_xticks() if 0 <= z < len(dice)]
         axis.set_xticks(ticks, [slice_name(z).replace(" (", "\n(") for z in ticks])
-        axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
@@ -2905,7 +2918,8 @@ def add_common_args(parser, models, sources):
     training("--workers", type=number(int, 0), metavar="N", help="processes that read crops",
              default=4 if torch.cuda.is_available() else 0)
     group = parser.add_argument_group("run")
-    run, again = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    run = group.add_argument
+    again, kinds = [group.add_mutually_exclusive_group().add_argument for _ in range(2)]
     run("--out-dir", metavar="D", help="run folder; default runs/SCRIPT-MODEL-seedSEED")
     again("--overwrite", action="store_true", help="replace an earlier run in its folder")
     again("--resume", action="store_true", help="continue an interrupted run in its folder")
@@ -2918,8 +2932,8 @@ def add_common_args(parser, models, sources):
     run("--compile", action="store_true", help="torch.compile the networks")
     run("--save-probability", action="store_true", help="also write the probabilities")
     run("--tta", action=flag, default=False, help="average predictions over eight views")
-    run("--demo", action="store_true", help="synthetic data, minutes on two CPU cores")
-    run("--quick", action="store_true", help="a first result on own slices of 256 pixels or more "
+    kinds("--demo", action="store_true", help="synthetic data, minutes on two CPU cores")
+    kinds("--quick", action="store_true", help="a first result on own slices of 256 pixels or more "
         "in some two minutes on two CPU cores: a small network, few steps, see the script")
     for action in parser._actions:
         if action.dest in sources:
@@ -2954,22 +2968,22 @@ def parse(parser, argv, demo, quick, settings=lambda args: {}, of_prediction=())
         kind = "-prediction" if args.checkpoint else "-demo" if args.demo else ""
         args.out_dir = args.out_dir or (
             f"runs/{Path(parser.prog).stem}-{args.model}-seed{args.seed}{kind}")
-        saved = read_config(Path(args.out_dir), parser.prog)["args"] if args.resume else {}
+        begun = read_config(Path(args.out_dir), parser.prog)["args"] if args.resume else {}
     except InputError as error:
         parser.error(str(error))
-    for name in saved.keys() - {"out_dir", "overwrite", "resume"} - (OF_THIS_CALL & typed.keys()):
-        if typed.get(name, saved[name]) != saved[name]:
-            parser.error(f"--resume: {flag_name(name)} was {saved[name]} and is now {typed[name]}; "
+    for name in begun.keys() - {"out_dir", "overwrite", "resume"} - (OF_THIS_CALL & typed.keys()):
+        if typed.get(name, begun[name]) != begun[name]:
+            parser.error(f"--resume: {flag_name(name)} was {begun[name]} and is now {typed[name]}; "
                          f"leave it out, or start a new run in another --out-dir")
-        setattr(args, name, saved[name])
+        setattr(args, name, begun[name])
     if args.demo and {"volume", "label", "test_volume", "test_label"} & typed.keys():
         parser.error("--demo makes its own data; leave --volume and --label out")
     if not (args.volume or args.demo or args.checkpoint or getattr(args, "partial", None)):
         parser.error("--volume and --label name the training data; or try --demo")
     if args.checkpoint and not args.test_volume:
         parser.error("--checkpoint needs --test-volume: the volumes to predict")
-    if len(args.classes or "ab") < 2:
-        parser.error("--classes needs two names at least, the background's first")
+    if args.classes and not 1 < len(args.classes) == len({*args.classes}):
+        parser.error("--classes needs two names at least, the background's first, all different")
     return args
 
 
@@ -2997,7 +3011,7 @@ class Item:
     image: LazyArray
     label: Labels = None
     target: LazyArray = None
-    slices: np.ndarray = None
+    slices: np.ndarray = ()
 
 
 def open_items(volumes, labels, args, slices=None, **rules):
@@ -3007,16 +3021,18 @@ def open_items(volumes, labels, args, slices=None, **rules):
     for parse_slices, the annotated slices to use; rules: of open_labels.
     """
     if labels is not None and len(labels) != len(volumes):
-        raise InputError(f"{len(volumes)} volumes ({', '.join(volumes)}) and {len(labels)} labels; "
-                         f"give one label for each volume")
-    opened = [open_volume(path) for path in volumes]
+        raise InputError(f"{len(volumes)} volumes and {len(labels)} labels "
+                         f"({', '.join([*volumes, *labels])}); give one label for each volume")
+    items, opened = [], [open_volume(path) for path in volumes]
     for volume in opened:
         volume.voxel_size = tuple(args.voxel_size or ()) or volume.voxel_size
         for z in range(len(volume) if volume.dtype.kind == "f" else 0):     # before hours of work
             if not np.isfinite(volume[z]).all():
                 raise InputError(f"{volume.path}: {volume.slice_name(z)} holds NaN or infinity")
-    items = [Item(volume, shrink(Grey(volume, args.normalize), args, image=True))
-             for volume in opened]
+        grey = Grey(volume, args.normalize)
+        items.append(Item(volume, shrink(grey, args, image=True)))
+        if volume.dtype != np.uint8:
+            volume.note = volume.note or f"{grey.low:g} to {grey.high:g} become 0 to 255"
     if not volumes or labels is None:
         return items
     rules = {"label_map": args.label_map, "ignore_label": args.ignore_label, **rules}
@@ -3056,7 +3072,8 @@ def open_training(args, **rules):
         kept = rest[parse_slices(text, len(rest))] if "=" in text else parse_slices(
             text, len(item.label))
         for z in np.setdiff1d(kept, annotated):
-            raise InputError(f"--val-slices: nothing is annotated in {item.label.path} at z = {z}")
+            raise InputError(f"--val-slices: nothing is annotated in {item.label.path} at "
+                             f"{item.volume.slice_name(z)}")
         val.append(labelled(item, whole.label.only(kept), args))
         train[i] = labelled(item, item.label.only(np.setdiff1d(trained, kept)), args)
     return train, val
@@ -3098,8 +3115,8 @@ def check_annotation(train, args):
     seen, drawn = sum(counts), sum(item.label.counts.sum(0) for item in train)
     for name, new, old in zip(args.classes[1:], seen[1:] / seen.sum(), drawn[1:] / drawn.sum()):
         if not new:
-            raise InputError(f"no slice to train on shows the class {name}{at}; annotate "
-                             f"some, choose other slices, or leave it out with --label-map")
+            raise InputError(f"no slice to train on shows the class {name}{at if old else ''}; "
+                             "annotate some, choose other slices, or leave it out with --label-map")
         if new < old / 2:
             print0(f"note: {name} shrinks from {100 * old:.2g} to {100 * new:.2g} % of all voxels"
                    f"{at}")
@@ -3118,14 +3135,16 @@ def describe_data(args, **groups):
             parts = [f"{kind}: {volume.path}, {format_shape(volume.shape)} voxels"]
             if volume.voxel_size:
                 parts.append(f"{format_shape(f'{side:g}' for side in volume.voxel_size)} nm")
+            zs = item.slices if label is None else label.slices
+            shown = [volume.slice_name(z).removeprefix("z = ") for z in zs]
             if label is not None and len(label.slices):
-                shown = [volume.slice_name(z).removeprefix("z = ") for z in label.slices]
                 parts.append(f"labelled slices {_listed(shown)}")
                 share = 100 * label.counts.sum(0) / label.counts.sum()
-                parts += [f"{_listed(label.values[label.ids == k], 4)} = {name}, {share[k]:.3g} %"
-                          for k, name in enumerate(args.classes)]
-            elif item.slices is not None:
-                parts.append(f"slices {_listed(item.slices)}")
+                values = [_listed(label.values[label.ids == k], 4) for k in range(len(share))]
+                parts += [f"{value or 'nothing'} = {name}, {part:.3g} %"
+                          for value, name, part in zip(values, args.classes, share)]
+            elif shown:
+                parts.append(f"slices {_listed(shown)}")
             print0("; ".join(parts))
             if volume.note:
                 print0(f"note: {volume.path}: {volume.note}")
@@ -3147,20 +3166,24 @@ def out_channels(classes):
 
 def used_slices(items):
     """What a run trains and validates on, for its checkpoints: for each volume its file, the y and
-    x it is cropped to, and the annotated z, counted in the file."""
+    x it is cropped to, and the annotated slices, by their numbers in a folder, which may grow."""
     return [{"file": os.path.realpath(item.volume.file),
              "yx": [[c.start, c.stop] for c in item.volume.crop[1:]],
-             "z": [int(z) + item.volume.crop[0].start for z in item.label.slices]}
-            for item in items]
+             "z": [numbers_of(item.volume)[z] for z in item.label.slices]} for item in items]
+
+
+def numbers_of(volume):
+    """The numbers of the slices of a volume in its file: those in the names of a folder, or z."""
+    return (volume.numbers or range(volume.file_shape[0]))[volume.crop[0]]
 
 
 def used_in(volume, used):
     """The z of a volume that were trained or validated on, in order; see used_slices."""
-    file, (depth, *sides) = os.path.realpath(volume.file), volume.crop
-    zs = {z - depth.start for other in used for z in other["z"]
-          if other["file"] == file and all(own.start < end and start < own.stop
-                                           for own, (start, end) in zip(sides, other["yx"]))}
-    return sorted(z for z in zs if 0 <= z < len(volume))
+    file, sides = os.path.realpath(volume.file), volume.crop[1:]
+    numbers = {number for other in used for number in other["z"]
+               if other["file"] == file and all(own.start < end and start < own.stop
+                                                for own, (start, end) in zip(sides, other["yx"]))}
+    return [z for z, number in enumerate(numbers_of(volume)) if number in numbers]
 
 
 def drop_used_slices(item, used):
@@ -3203,7 +3226,7 @@ def write_demo(run, shape, voxel_size=(20.0, 8.0, 8.0)):
         paths = [str(run.path(f"demo/{kind or 'train_'}{part}.{ending}"))
                  for part in ("volume", "label")]
         vars(run.args).update({f"{kind}volume": paths[:1], f"{kind}label": paths[1:]})
-        if run.rank == 0 and not run.args.resume:
+        if run.rank == 0 and not (run.args.resume and all(map(os.path.exists, paths))):
             image, label = phantom(shape, voxel_size, seed=1000 * run.args.seed + number)
             if ending == "mrc":
                 image = (image.astype(np.int16) - 128).astype(np.int8)
@@ -3298,8 +3321,8 @@ def command(main):
 # -- run -------------------------------------------------------------------------------------------
 
 # The files by which a run is known and resumed: --overwrite removes these, and replaces others.
-RUN_FILES = ("log.csv", "last.pt", "best.pt", "metrics.json", "stages/*_coarse.tif",
-             "stages/*_mpp.tif", "config.json")
+RUN_FILES = ("log.csv", "last.pt", "best.pt", "metrics.json", "stages/[0-9]*_coarse.tif",
+             "stages/[0-9]*_mpp.tif")
 PROGRESS = ("step", "seconds", "best", "rows", "sums")          # of a Run, in its checkpoints
 
 
@@ -3316,7 +3339,7 @@ class Run:
             run.end_epoch(validate(run, predict, val))
 
     normalization and used (see used_slices) go into its checkpoints. checkpoint: what it starts
-    from, --checkpoint or --init. finished: a resumed run has nothing left to do.
+    from, --checkpoint, --init or --coarse. finished: a resumed run has nothing left to do.
     """
 
     def __init__(self, args, script):
@@ -3384,14 +3407,15 @@ class Run:
 
     def args_of(self, name, **changes):
         """The arguments of a run in the subfolder `name`, which is resumed if it has begun."""
-        folder = self.path(name)
-        self.config["runs"] = sorted({name, *self.config["runs"]})      # start_folder reads it
+        folder, begun = self.path(name), self.config.get("runs", [])    # start_folder reads it
+        self.config["runs"] = sorted({name, *begun})
         self.write_config()
         init = Path((self.args.init or "").removesuffix("best.pt"), name)
         if self.args.init and init.is_dir():
             changes["init"] = str(init)
         return argparse.Namespace(**{**vars(self.args), "demo": False, "out_dir": str(folder),
-                                     "overwrite": False, "resume": True, **changes})
+                                     "overwrite": name not in begun, "resume": name in begun,
+                                     **changes})
 
     # -- networks
 
@@ -3403,7 +3427,7 @@ class Run:
         return network
 
     def load(self, network, key="network"):
-        """Prepare a network with the weights of --checkpoint."""
+        """Prepare a network with the weights of the checkpoint."""
         load_weights(network, self.checkpoint, key, self.args.checkpoint)
         return self.prepare(network)
 
@@ -3558,18 +3582,19 @@ class Run:
     def save(self, name):
         """last.pt: everything; best.pt: the networks, without optimisers. Raises InputError where
         a weight is not finite: such a network must not replace a good one."""
+        path = self.path(name)                  # in all processes
         if self.rank:
             return
-        networks = {key: module.state_dict() for key, module in self.modules.items()
-                    if isinstance(module, nn.Module)}
-        if not all(value.isfinite().all() for each in networks.values() for value in each.values()):
+        states = {key: module.state_dict() for key, module in self.modules.items()
+                  if name == "last.pt" or isinstance(module, nn.Module)}
+        networks = [states[key] for key, module in self.modules.items()
+                    if isinstance(module, nn.Module)]
+        if not all(value.isfinite().all() for state in networks for value in state.values()):
             raise InputError(f"the weights are not finite after step {self.step}; try a lower --lr "
                              f"or --no-amp; the last good checkpoint is kept")
-        others = {key: module.state_dict() for key, module in self.modules.items()
-                  if name == "last.pt"}
         content = {"script": self.script.name, "args": vars(self.args), "used": self.used,
-                   "normalization": self.normalization, "modules": {**others, **networks}}
-        with replacing(self.path(name)) as temporary:
+                   "normalization": self.normalization, "modules": states}
+        with replacing(path) as temporary:
             torch.save({**content, **{key: getattr(self, key) for key in PROGRESS}}, temporary)
 
     def use_best(self, **networks):
@@ -3604,22 +3629,23 @@ def check_folder(args, script):
         return
     read_config(folder, script)
     if not args.overwrite:
-        raise InputError(f"--out-dir {folder} holds a run; give --overwrite or another folder, or "
-                         f"--resume")
-    for name, value in vars(args).items():
-        for text in map(str, np.ravel(value if name != "out_dir" else [])):     # of lists of lists
-            for path, _ in map(_split_crop, (text, text.partition("=")[2])):
-                if os.path.exists(path) and Path(path).resolve().is_relative_to(folder.resolve()):
-                    raise InputError(f"--overwrite {folder}: this run reads {path}, which lies in "
-                                     f"it; choose another --out-dir")
+        others = ", or --resume" if "resume" in args else ""
+        raise InputError(f"--out-dir {folder} holds a run; give --overwrite or another folder"
+                         f"{others}")
+    named = [text for name, value in vars(args).items() if name != "out_dir"
+             for text in np.ravel(value).astype(str)]           # some are lists of lists
+    for path, _ in map(_split_crop, [*named, *(text.partition("=")[2] for text in named)]):
+        if os.path.exists(path) and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"--overwrite {folder}: this run reads {path}, which lies in it; "
+                             f"choose another --out-dir")
 
 
 def start_folder(folder):
     """Make a run folder (a Path), without the RUN_FILES of an earlier run and of its runs in
     subfolders. All else stays until it is replaced."""
     config = folder / "config.json"
-    names = json.loads(config.read_text()).get("runs", []) if config.exists() else []
-    for run in (*names, "."):
+    runs = json.loads(config.read_text()).get("runs", []) if config.exists() else []
+    for run in (*runs, "."):
         for pattern in RUN_FILES:
             for file in (folder / run).glob(pattern):
                 file.unlink()
@@ -3634,7 +3660,8 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         assert {"script", "args", "modules", "used"} <= content.keys()
     except Exception as error:     # torch.load raises what it likes on damaged or malicious files
-        raise InputError(f"{path}: no checkpoint of emseg ({type(error).__name__})")
+        found = type(error).__name__ if path.exists() else "no such file"
+        raise InputError(f"{path}: no checkpoint of emseg ({found})")
     return content
 
 
@@ -3751,7 +3778,7 @@ def result_name(item, items):
 
 def write_prediction(run, predict, item, name, context=1, depth=None, channels=None, decide=None):
     """Write the prediction of an Item into the run's file `name`; returns its path. With
-    --save-probability, "probability…" is written beside "prediction…".
+    --save-probability, "probability…" is written beside "prediction…"; other files have none.
 
     predict: uint8 slices (B, H, W) -> probabilities (B, C, H, W). All processes share the work.
     context: see predict_by_slabs; depth: of the windows of a 3D network. channels: of the
@@ -3760,7 +3787,7 @@ def write_prediction(run, predict, item, name, context=1, depth=None, channels=N
     """
     started, shape = time.monotonic(), item.volume.shape
     channels = channels or out_channels(run.args.classes)
-    decide = decide or functools.partial(class_ids, threshold=getattr(run.args, "threshold", 0.5))
+    decide = decide or partial(class_ids, threshold=getattr(run.args, "threshold", 0.5))
     outputs = [(run.path(name), shape, np.uint8)]
     if run.args.save_probability and name.startswith("prediction"):
         other = Path(name).with_suffix(".tif").name.replace("prediction", "probability", 1)
@@ -3779,8 +3806,8 @@ def write_prediction(run, predict, item, name, context=1, depth=None, channels=N
                   flush=True)
 
     with writers_of(run, item, outputs) as writers:
-        predict_volume(stream, writers[0], decide, shape, run.args.downsample, *writers[1:],
-                       progress=progress)
+        predict_volume(stream, writers[0], decide, shape, progress, run.args.downsample,
+                       *writers[1:])
     run.predicted_voxels += math.prod(shape)
     run.predict_seconds += time.monotonic() - started
     return run.folder / name
@@ -3794,7 +3821,7 @@ def predict_all(run, predict, items, **options):
 
 def predict_and_score(run, network, items):
     """Predict all Items with a network of 2D slices, score and draw the predictions."""
-    paths = predict_all(run, functools.partial(see, run, network), items)
+    paths = predict_all(run, partial(see, run, network), items)
     report(run, items, paths, count_parameters(network))
 
 
@@ -3818,10 +3845,9 @@ def report(run, items, stages, parameters, organelles=None, **more):
                  "prediction": [*opened.values()][-1].path, "used": used_in(item.volume, run.used)}
         for stage, prediction in opened.items() if item.label else ():
             counts = confusion_volume(prediction, item.label, classes)
-            dice, result = dice_of_slices(counts), volume_scores(counts, item.label, classes,
-                                                                 organelles)
+            result = volume_scores(counts, item.label, classes, organelles)
             results[stage].append(result)
-            entry |= result
+            dice, entry = dice_of_slices(counts), entry | result            # of the last stage
             for class_name, score in result["per_class"].items():
                 print0(f"{Path(prediction.path).relative_to(run.folder)}  {class_name}: "
                        + "  ".join(f"{key} {math.nan if score[key] is None else score[key]:.4f}"

@@ -246,9 +246,10 @@ def save_segments(path, pair, truth, pred, voi, rows=4):
     for z, axes in zip(worst, figure.subplots(max(1, len(worst)), 3, squeeze=False)):
         if pair.image is not None:
             axes[0].imshow(emseg.Grey(pair.image)[z], cmap="gray", vmin=0, vmax=255)
+        name = (pair.image or pair.prediction).slice_name(z)
         for axis, page in zip(axes[1:], (truth, pred)):
             axis.imshow(colors[page[z]], interpolation="nearest")
-        for axis, title in zip(axes, (f"image  z = {z}", "segments of the truth",
+        for axis, title in zip(axes, (f"image  {name}", "segments of the truth",
                                       f"predicted  VOI {voi[z]:.3f} bit")):
             axis.set(title=title, xticks=[], yticks=[])
     emseg.save_figure(figure, path)
@@ -312,6 +313,10 @@ def open_pairs(args, metrics):
     names = args.classes or (None if args.prediction_map else metrics.get("classes"))
     maps = [text and emseg.parse_label_map(text) for text in (args.label_map, args.prediction_map)]
     volumes = [emseg.open_volume(path) for path in args.prediction]
+    images = [emseg.open_volume(path) for path in args.volume] or [None] * len(volumes)
+    for volume, image in zip(volumes, images):
+        if image and len(image) == volume.file_shape[0]:
+            volume.numbers = emseg.numbers_of(image)        # for labels in a folder
     for volume, path in zip(volumes, args.label):
         volume.voxel_size = (args.voxel_size or emseg.open_volume(path).voxel_size
                              or volume.voxel_size)
@@ -324,7 +329,6 @@ def open_pairs(args, metrics):
         raise emseg.InputError(f"{args.prediction[0]}: classes 0 to {n_found - 1}, the labels show "
                                f"0 to {n - 1}; give all --classes, or a --prediction-map to these")
     classes, pairs = emseg.class_names(names, n), []
-    images = [emseg.open_volume(path) for path in args.volume] or [None] * len(volumes)
     for name, volume, label, mask, image in zip(
             emseg.unique_names(args.prediction), volumes, labels, masks, images):
         if image:
@@ -455,8 +459,8 @@ def read_run(folder):
     return [Result(str(folder), {"script": training["script"], "model": content["model"] or "",
                                  "method": training["args"].get("method", ""), "stage": stage},
                    settings, tuple(content["classes"]), scored_on,
-                   flat_scores(mean, content, validation), slices)
-            for stage, mean in content.get("stages", {"": mean}).items()]
+                   flat_scores(block, content, validation), slices if block == mean else {})
+            for stage, block in content.get("stages", {"": mean}).items()]      # last: mean
 
 
 def peak_validation(log):
@@ -603,6 +607,9 @@ def tabulate(args):
             results += read_run(run)
         except emseg.InputError as error:
             print(f"skipped {run}: {error}")
+        else:
+            if Path(run).resolve() == folder.resolve():
+                raise emseg.InputError(f"--out-dir {folder} is one of the runs; choose another")
     there = {key for r in results for key, _ in r.scores}
     unknown = [key for key in args.scores if key not in there]
     if not results or (unknown and args.scores != DEFAULT_SCORES):
@@ -700,6 +707,9 @@ def main(args):
     # scores
     entries = []
     for pair in pairs:
+        if not pair.label.voxel_size:
+            print(f"note: {pair.label.path} has no voxel size: no distances, no sizes and places "
+                  f"in nm, cubes in 3D; give --voxel-size Z Y X")
         entries.append(score_pair(pair, classes, args))
         print(f"\n{pair.prediction.path} against {pair.label.path}: "
               f"{emseg.format_shape(pair.label.shape)} voxels, {entries[-1]['ignored']:,} ignored\n"
@@ -730,9 +740,6 @@ def main(args):
         (pair.name, emseg.dice_of_slices(pair.counts), [],
          (pair.image or pair.prediction).slice_name) for pair in pairs], classes)
     for pair in pairs if args.render else ():
-        if not pair.label.voxel_size:
-            print(f"note: {pair.label.path} has no voxel size: its voxels are drawn as cubes; give "
-                  f"--voxel-size Z Y X")
         emseg.save_surfaces(folder / f"render_{pair.name}.png", {
             "truth": pair.whole, "prediction": pair.prediction}, classes)
     print(f"wrote {folder}/")

@@ -359,8 +359,9 @@ def main(args):
         return emseg.predict_and_score(run, network, emseg.open_test(args, run.used))
 
     # data
+    cps = args.method == "cps"
     train, val = emseg.open_training(args)
-    unlabelled = emseg.open_unlabelled(args, train, val)
+    unlabelled = emseg.open_unlabelled(args, train, val) if cps else []
     run.used += emseg.used_slices(train + val)
     test = emseg.open_test(args, run.used, train)
     emseg.describe_data(args, train=train, validate=val, unlabelled=unlabelled, test=test)
@@ -369,7 +370,6 @@ def main(args):
     run.normalization = emseg.measure_normalization(images, slices, args.normalize)
     labelled = emseg.Patches(images, targets, args.patch_size, slices, args.foreground,
                              seed=(args.seed, 0))
-    cps = args.method == "cps"
     if cps and not unlabelled:
         raise emseg.InputError("--method cps: every slice is labelled; give --label-slices or "
                                "--unlabeled-volume, or --method supervised")

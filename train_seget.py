@@ -250,9 +250,9 @@ def structures_of(args):
     background, *names = args.classes or [
         "background", *dict.fromkeys(name for name, _ in labels["label"])]
     if None in names or given != {None} and not given <= {*names}:
-        raise emseg.InputError(f"labels of which structure? Give all as NAME=PATH, where NAME is "
-                               f"{' or '.join(filter(None, names)) or 'that of the structure'}, or "
-                               f"all without a name, and --classes")
+        known = " or ".join(filter(None, names)) or "the name of its structure"
+        raise emseg.InputError(f"of which structure is each label? Write NAME=PATH for all, NAME "
+                               f"being {known}; or no NAME, and --classes")
     structures = {}
     for k, name in enumerate(names, 1):
         own = {kind: [path for other, path in pairs if other in (None, name)]

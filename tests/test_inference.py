@@ -146,7 +146,7 @@ def write(predict, image, writer, shape, probability=None, downsample=1, thresho
     """Predict slab by slab into a writer."""
     stream = emseg.predict_by_slabs(predict, InMemory(image), shape, **options)
     emseg.predict_volume(stream, writer, functools.partial(emseg.class_ids, threshold=threshold),
-                         shape, downsample, probability, progress=progress)
+                         shape, progress, downsample, probability)
 
 
 @pytest.mark.parametrize("pixels", [1, 200, 700, 10**6])

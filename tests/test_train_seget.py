@@ -181,9 +181,9 @@ def test_labels_are_sorted_by_structure_and_volume_and_class_ids_become_masks():
 @pytest.mark.parametrize("arguments, message", [
     (["--label", "a=1", "a=2", "b=3", "b=4", "--test-volume", "t", "--test-label", "masks"],
      "which structure.*NAME=PATH.*a or b"),
-    (["--label", "a=1", "a=2", "--test-volume", "t", "--test-label", "b=5"], "NAME is a"),
+    (["--label", "a=1", "a=2", "--test-volume", "t", "--test-label", "b=5"], "NAME being a"),
     (["--label", "a=1", "a=2", "b=3"], "--label has 1 paths for b.* 2 volumes"),
-    (["--label", "1", "2"], "labels of which structure"),
+    (["--label", "1", "2"], "which structure is each label"),
 ])
 def test_labels_of_no_or_the_wrong_structure(arguments, message):
     with pytest.raises(emseg.InputError, match=message):
