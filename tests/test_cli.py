@@ -254,7 +254,6 @@ def test_two_processes_train_and_predict_together(cells, tmp_path):
     (["--patch-size", "32"], "two sides, Y X"),
     (["--downsample", "64"], "--downsample"),
     (["--classes", "cell"], "two names at least"),
-    (["--classes", "a", "b", "c"], "classes"),
     (["--batch-size", "6"], "multiple of 4"),
     (["--lr", "0"], "not between"),
     (["--cps-warmup", "3", "1"], "START must be below END"),

@@ -596,6 +596,14 @@ def test_sparse_label_folder(tmp_path):
         paired(write_folder(tmp_path / "u", masks, ["a.png", "b.png", "c.png"]), volume)
 
 
+def test_used_slices_are_known_by_their_numbers_when_a_folder_grows(tmp_path):
+    folder = write_folder(tmp_path / "em", random_volume((3, 8, 9)), ["10.png", "12.png", "13.png"])
+    volume = emseg.open_volume(f"{folder}@1:")
+    used = emseg.used_slices([emseg.Item(volume, None, label=type("", (), {"slices": [0]}))])
+    write_png(folder / "11.png", random_volume((8, 9)))
+    assert emseg.used_in(emseg.open_volume(folder), used) == [2]
+
+
 # --- writing ---
 
 @pytest.mark.parametrize("extension", ["tif", "mrc"])
