@@ -232,7 +232,7 @@ def cps_loss(heads_of, networks, loss_function, heads_l, image_u):
     """Cross pseudo supervision (eq. 2): each network learns what the other one predicts.
 
     heads_of: network, image (B, 1, H, W) -> list of logits (B, C, H, W); heads_l: those of both
-    networks for the labelled images; image_u (B, 1, H, W): unlabelled ones. Eq. 2 is over both.
+    networks for the labelled images; image_u (B, 1, H, W): unlabelled ones. Both are learnt from.
     """
     heads_u = [heads_of(network, image_u) for network in networks]
     heads_a, heads_b = [[torch.cat([head_l, head_u]) for head_l, head_u in zip(own_l, own_u)]
@@ -377,7 +377,7 @@ def main(args):
     # networks
     networks = [run.prepare(make_network(args)) for _ in range(2 if cps else 1)]
     emseg.check_patch_size(networks[0], args.patch_size, args.model)
-    predict = functools.partial(emseg.see, run, networks[0])    # slices -> its probabilities
+    predict = functools.partial(emseg.see, run, networks[0])    # alone, as the authors do
 
     def heads_of(network, image):
         """All logits that a network is trained by, a list of (B, C, H, W)."""
