@@ -737,7 +737,8 @@ def main(args):
          {"prediction": pair.prediction}, emseg.dice_of_slices(pair.counts)) for pair in pairs],
         classes)
     emseg.save_slice_dice(folder / "slice_dice.png", [
-        (pair.name, emseg.dice_of_slices(pair.counts), [],
+        (pair.name, emseg.dice_of_slices(pair.counts),
+         np.setdiff1d(pair.whole.slices, pair.label.slices),            # trained or validated on
          (pair.image or pair.prediction).slice_name) for pair in pairs], classes)
     for pair in pairs if args.render else ():
         emseg.save_surfaces(folder / f"render_{pair.name}.png", {

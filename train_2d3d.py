@@ -55,7 +55,7 @@ Expect:
     CPU    two instances, test MIoU(all) 0.452 and 0.530, their ensemble 0.511; 3 minutes, one core
     Rivals and ablations on fly neuropil: python tests/replicate.py 2d3d ensemble; there the mean of
     four small U-Nets has a test IoU of mitochondria of 0.723 +- 0.027 (3 seeds), the best one 0.685
-    +- 0.033; six minutes on one thread
+    +- 0.033; 8 minutes on one thread
 """
 
 import argparse
