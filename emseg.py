@@ -3410,7 +3410,7 @@ class Run:
 
     def args_of(self, name, **changes):
         """The arguments of a run in the subfolder `name`, which is resumed if it has begun."""
-        folder, begun = self.path(name), self.config.get("runs", [])    # start_folder reads it
+        folder, begun = self.path(name), self.config["runs"]            # start_folder reads it
         self.config["runs"] = sorted({name, *begun})
         self.write_config()
         init = Path((self.args.init or "").removesuffix("best.pt"), name)

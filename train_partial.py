@@ -66,8 +66,9 @@ def parse_merge(text, n_classes):
     for pair in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*=\s*(\d+)\s*", pair)
         if not match or max(map(int, match.groups())) >= n_classes:
-            raise emseg.InputError(f"--partial: {text} is no merge of classes 0 to {n_classes - 1}; "
-                                   f"wanted class=class it was drawn as, such as 3=1,4=1")
+            raise emseg.InputError(f"--partial: {text} is no merge of classes 0 to "
+                                   f"{n_classes - 1}; wanted class=class it was drawn as, such as "
+                                   f"3=1,4=1")
         merge[int(match[1])] = int(match[2])
     if any(merge[target] != target for target in merge):
         raise emseg.InputError(f"--partial: {text} merges a class into one that is merged itself; "

@@ -95,7 +95,7 @@ EXPERIMENTS = {
     "cps-long": Experiment(
         CPS_SOURCE, "CutMix is ahead of plain CPS in longer trainings",
         CPS_LUCCHI, ONE_SLICE,
-        {**CPS_CPU, "steps": 200, "minutes": 56}, {**CPS_GPU, "steps": 360, "minutes": 16},
+        {**CPS_CPU, "steps": 200, "minutes": 90}, {**CPS_GPU, "steps": 360, "minutes": 16},
         "iou", (0,), {}),
     "cps-rare": Experiment(
         CPS_SOURCE, "rare structures (postsynaptic densities) gain most from unlabelled slices",
