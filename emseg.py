@@ -2571,13 +2571,13 @@ def save_figure(figure, path):
         figure.savefig(temporary, format="png", bbox_inches="tight")
 
 
-def overlay(image, ids, colors=CLASS_COLORS):
+def overlay(image, ids, colors=CLASS_COLORS, opacity=0.45):
     """RGB float (Y, X, 3) of a grey uint8 image (Y, X) with ids 1, 2, … coloured and outlined."""
     import matplotlib.colors
     rgb = np.repeat(image[..., None] / 255.0, 3, axis=2)
     for k in np.setdiff1d(ids, [0, IGNORE]):
         mask, color = ids == k, np.array(matplotlib.colors.to_rgb(colors[(k - 1) % len(colors)]))
-        rgb[mask] = 0.55 * rgb[mask] + 0.45 * color
+        rgb[mask] = (1 - opacity) * rgb[mask] + opacity * color
         rgb[mask & ~ndimage.binary_erosion(mask, border_value=1)] = color
     return rgb
 
@@ -2591,8 +2591,9 @@ def error_overlay(image, label, pred):
     return overlay(image, errors, [*ERROR_COLORS.values()])
 
 
-def save_slices(path, items, classes, rows=4, max_side=768):
-    """figure.png: slices as image | truth | prediction | errors, without truth image | prediction.
+def save_slices(path, items, classes, maps=False, rows=4, max_side=768):
+    """figure.png: slices as image | truth | prediction | errors, without truth image | prediction;
+    with maps, maps.png: image | truth | prediction as colours on black, what is ignored grey.
 
     items: list of (name, image or None, label or None, {stage: prediction}, Dice (Z, K) or None),
     lazy volumes, Dice see dice_of_slices. The rows are shared among them: the annotated slices with
@@ -2607,7 +2608,7 @@ def save_slices(path, items, classes, rows=4, max_side=768):
         for z, score in _slices_to_show(like, label, dice, max(1, rows // len(items))):
             title = f"{name}  {like.slice_name(z)}"
             title += "" if np.isnan(score) else f"  Dice {score:.3f}"
-            panels.append((title, like, step, _panels(z, image, label, predictions, step)))
+            panels.append((title, like, step, _panels(z, image, label, predictions, step, maps)))
     titles = max((list(shown) for *_, shown in panels), key=len)
     heights = [3.1 * np.clip(like.shape[1] / like.shape[2], 0.2, 1.6) + 0.25
                for _, like, *_ in panels]
@@ -2629,7 +2630,7 @@ def save_slices(path, items, classes, rows=4, max_side=768):
                     color="white", bbox={"color": "black", "alpha": 0.6, "pad": 1.5})
         _scale_bar(row[0], like.voxel_size and like.voxel_size[2] * step)
     colors = dict(zip(classes[1:], itertools.cycle(CLASS_COLORS)))
-    colors |= ERROR_COLORS if "truth" in titles else {}
+    colors |= ERROR_COLORS if "truth" in titles and not maps else {}
     figure.legend([Patch(facecolor=color, edgecolor="0.6") for color in colors.values()], colors,
                   loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     save_figure(figure, path)
@@ -2645,19 +2646,22 @@ def _slices_to_show(image, label, dice, count):
     return [(z, mean[z]) for z in zs[mean[zs].argsort(kind="stable")][:count]]      # NaN last
 
 
-def _panels(z, image, label, predictions, step):
+def _panels(z, image, label, predictions, step, maps):
     """{title: RGB} of slice z, every step-th pixel; see save_slices."""
     preds = {name: prediction[z][::step, ::step] for name, prediction in predictions.items()}
     grey = (np.full_like([*preds.values()][0], 255, np.uint8) if image is None else
             image[z][::step, ::step])
     shown = {} if image is None else {"image": overlay(grey, 0 * grey)}
-    if label is not None:
-        truth = label[z][::step, ::step]
-        shown["truth"] = overlay(grey, truth)
+    truth = None if label is None else label[z][::step, ::step]
+    paint = partial(overlay, grey)
+    if maps:
+        paint = partial(overlay, 128 * np.uint8(truth == IGNORE) + 0 * grey, opacity=1.0)
+    if truth is not None:
+        shown["truth"] = paint(truth)
     for name, pred in preds.items():
-        if label is None or len(preds) == 1:
-            shown[name] = overlay(grey, pred)
-        if label is not None:
+        if truth is None or maps or len(preds) == 1:
+            shown[name] = paint(pred)
+        if truth is not None and not maps:
             title = "errors" if len(preds) == 1 else f"{name}: errors"
             shown[title] = error_overlay(grey, truth, pred)
     return shown
@@ -3829,8 +3833,8 @@ def predict_and_score(run, network, items):
 
 
 def report(run, items, stages, parameters, organelles=None, **more):
-    """Score predictions; write metrics.json, figure.png, slice_dice.png and curves.png; print the
-    scores and what was written. Returns the content of metrics.json, in the first process.
+    """Score predictions; write metrics.json, figure.png, maps.png, slice_dice.png and curves.png;
+    print the scores and what was written. Returns the content of metrics.json, in the first process.
 
     stages: paths of the predictions of the Items, or {name: paths} of the stages of a method, the
     last of which counts. parameters: of the networks. more: for metrics.json, too.
@@ -3871,6 +3875,7 @@ def report(run, items, stages, parameters, organelles=None, **more):
         "peak_memory_gib": peak_memory_gib(run.device), "parameters": parameters, **more}
     if shown:
         save_slices(run.path("figure.png"), shown, classes)
+        save_slices(run.path("maps.png"), shown, classes, maps=True)
     if curves:
         save_slice_dice(run.path("slice_dice.png"), curves, classes)
     if run.rows:

@@ -21,6 +21,7 @@ Equations:
     section 3.1 (patches)                       SlidingWindows
     section 3.2 (weights, copies, settings)     foreground_weight, SlidingWindows, PRESETS
     section 3.2 (integrated score maps)         merge_scores
+    figure 4 (classes in colours)               maps.png, emseg.save_slices
     section 3.3 (rival networks)                unet; emseg.FCN8s, SegNet, DeepLabV3Plus
 
 Widths that the paper leaves open: the third convolution of an encoder block halves the channels,

@@ -90,14 +90,17 @@ def test_without_truth_slices_are_spread_evenly_over_the_volumes(tmp_path):
     assert [volume.read_slices for _, volume, *_ in items] == [[5, 25], [1, 5]]
 
 
-def test_the_errors_of_stages_stand_side_by_side(tmp_path, figures):
+@pytest.mark.parametrize("maps, first, second", [(False, "first: errors", "second: errors"),
+                                                 (True, "first", "second")])
+def test_stages_stand_side_by_side(tmp_path, figures, maps, first, second):
     name, image, label, preds, _ = item((1, 40, 40))
-    stages = {"first": preds["prediction"], "second": label}
-    emseg.save_slices(tmp_path / "figure.png", [(name, image, label, stages, None)], CLASSES)
+    image.array[:], stages = 51, {"first": preds["prediction"], "second": label}
+    emseg.save_slices(tmp_path / "s.png", [(name, image, label, stages, None)], CLASSES, maps)
     axes = figures[0].axes
-    assert [axis.get_title() for axis in axes] == ["image", "truth", "first: errors",
-                                                   "second: errors"]
+    assert [axis.get_title() for axis in axes] == ["image", "truth", first, second]
     assert not np.allclose(picture(axes[2]), picture(axes[3]))
+    assert np.allclose(picture(axes[1]), picture(axes[3])) == maps          # classes, not errors
+    assert picture(axes[1])[0, -1].tolist() == [0 if maps else 51 / 255] * 3    # background
 
 
 def test_small_objects_are_shown_enlarged(tmp_path, figures):
