@@ -1058,28 +1058,15 @@ class Patches(torch.utils.data.Dataset):
         return tuple(window)
 
 
-def batches(patches, batch_size, start, stop, workers=0, rank=0, world=1, pin_memory=False):
-    """Yield the batches of training steps start..stop-1: uint8 tensors (B, Y, X) or (B, Z, Y, X).
-
-    The batch of a step is the same wherever the run (re)starts; ranks draw different crops.
-    """
-    windows = (range((step * world + rank) * batch_size, (step * world + rank + 1) * batch_size)
-               for step in range(start, stop))
-    # A generator of its own: the loader must not draw from the one that seeds the augmentation.
-    return iter(torch.utils.data.DataLoader(
-        patches, batch_sampler=windows, num_workers=workers, pin_memory=pin_memory,
-        generator=torch.Generator()))
-
-
-def measure_normalization(images, slices, mode):
-    """{"mode", "mean", "std"} of the training slices: averages of each slice's mean and standard
-    deviation (Pagano 2023, authors' code) over at most 32 slices. For "volume" see Grey."""
+def measure_normalization(items, mode):
+    """{"mean", "std"} of the `slices` of the `image` of Items: averages of each slice's mean and
+    standard deviation (Pagano 2023, authors' code), at most 32 slices. For "volume" see Grey."""
     if mode == "volume":
-        return {"mode": mode, **STANDARD}
-    chosen = [(image, z) for image, zs in zip(images, slices) for z in zs]
+        return STANDARD
+    chosen = [(item.image, z) for item in items for z in item.slices]
     pages = (image[z] for image, z in chosen[:: math.ceil(len(chosen) / 32)])
     mean, std = np.mean([(page.mean(), page.std()) for page in pages], axis=0)
-    return {"mode": mode, "mean": float(mean), "std": float(max(std, 1e-3))}
+    return {"mean": float(mean), "std": float(max(std, 1e-3))}
 
 
 def normalize(image, normalization):
@@ -2802,21 +2789,19 @@ def save_histogram(path, panels, score):
     save_figure(figure, path)
 
 
-def save_curves(path, log):
-    """curves.png: loss terms and validation scores against the epoch, from the path of log.csv."""
-    with open(log, newline="") as file:
-        rows = list(csv.DictReader(file))
+def save_curves(path, rows):
+    """curves.png: loss terms and validation scores against the epoch, from the rows of log.csv."""
     terms = [key for key in rows[0] if key.startswith("loss_")]     # the total moves with weights
     scores = [key for key in ("val_dice", "val_iou", "val_miou", "val_miou_org") if key in rows[0]]
     groups = {"loss": terms or ["loss"], **({"validation": scores} if scores else {})}
     figure = new_figure(figsize=(5 * len(groups), 3.5))
-    epochs = [int(row["epoch"]) for row in rows]
+    epochs = range(len(rows))
     for axis, (title, keys) in zip(figure.subplots(1, len(groups), squeeze=False)[0],
                                    groups.items()):
         for key in keys:
-            axis.plot(epochs, [float(row[key] or "nan") for row in rows], marker=".", label=key)
+            axis.plot(epochs, np.array([row[key] for row in rows], float), marker=".", label=key)
         if "cps_weight" in rows[0]:                     # of train_cps.py: the loss has more terms
-            axis.fill_between(epochs, [float(row["cps_weight"]) for row in rows], color="0.9",
+            axis.fill_between(epochs, [row["cps_weight"] for row in rows], color="0.9",
                               transform=axis.get_xaxis_transform(), label="weight of CPS")
         axis.set(xlabel="epoch", ylabel=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -3047,10 +3032,10 @@ def open_items(volumes, labels, args, slices=None, **rules):
     truths, n_classes = open_labels(labels, opened, len(args.classes or []) or None,
                                     label_slices=slices, **rules)
     args.classes = class_names(args.classes, n_classes)
-    return [labelled(item, label, args) for item, label in zip(items, truths)]
+    return [with_label(item, label, args) for item, label in zip(items, truths)]
 
 
-def labelled(item, label, args):
+def with_label(item, label, args):
     """The Item with other Labels."""
     target = shrink(label, args)
     slices = target.slices
@@ -3081,8 +3066,8 @@ def open_training(args, **rules):
         for z in np.setdiff1d(kept, annotated):
             raise InputError(f"--val-slices: nothing is annotated in {item.label.path} at "
                              f"{item.volume.slice_name(z)}")
-        val.append(labelled(item, whole.label.only(kept), args))
-        train[i] = labelled(item, item.label.only(np.setdiff1d(trained, kept)), args)
+        val.append(with_label(item, whole.label.only(kept), args))
+        train[i] = with_label(item, item.label.only(np.setdiff1d(trained, kept)), args)
     return train, val
 
 
@@ -3413,7 +3398,8 @@ class Run:
         return self.folder / name
 
     def args_of(self, name, **changes):
-        """The arguments of a run in the subfolder `name`, which is resumed if it has begun."""
+        """The arguments of a run in the subfolder `name`, which is resumed if it has begun; --init
+        RUN starts it from RUN/name, if there is one."""
         folder, begun = self.path(name), self.config["runs"]            # start_folder reads it
         self.config["runs"] = sorted({name, *begun})
         self.write_config()
@@ -3444,10 +3430,14 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def batches(self, patches, batch_size):
-        """Batches of crops from the current step to the last, on the device."""
-        cuda = self.device.type == "cuda"
-        for batch in batches(patches, batch_size, self.step, self.total, self.args.workers,
-                             self.rank, self.world, pin_memory=cuda):
+        """The batches of the steps from the current one on, on the device. That of a step is the
+        same wherever the run (re)starts; processes draw different crops."""
+        numbers = range(self.step * self.world + self.rank, self.total * self.world, self.world)
+        # A generator of its own: the loader must not draw from the one that seeds the augmentation.
+        for batch in torch.utils.data.DataLoader(
+                patches, num_workers=self.args.workers, generator=torch.Generator(),
+                batch_sampler=(range(n * batch_size, (n + 1) * batch_size) for n in numbers),
+                pin_memory=self.device.type == "cuda"):
             yield [crop.to(self.device, non_blocking=True) for crop in batch]
 
     # -- training
@@ -3604,12 +3594,11 @@ class Run:
         with replacing(path) as temporary:
             torch.save({**content, **{key: getattr(self, key) for key in PROGRESS}}, temporary)
 
-    def use_best(self, **networks):
+    def use_best(self, network):
         """Load the weights to predict with."""
         self.barrier()
-        checkpoint = load_checkpoint(self.folder / "best.pt")
-        for key, network in networks.items():
-            load_weights(network, checkpoint, key, self.folder / "best.pt")
+        path = self.folder / "best.pt"
+        load_weights(network, load_checkpoint(path), "network", path)
 
     def barrier(self):
         """Wait for all processes."""
@@ -3635,7 +3624,7 @@ def check_folder(args, script):
     if not folder.is_dir() or all(file.name.startswith(".") for file in folder.iterdir()):
         return
     read_config(folder, script)
-    if not args.overwrite:
+    if not args.overwrite and {file.name for file in folder.iterdir()} != {"config.json"}:
         others = ", or --resume" if "resume" in args else ""
         raise InputError(f"--out-dir {folder} holds a run; give --overwrite or another folder"
                          f"{others}")
@@ -3717,7 +3706,7 @@ def provenance(script):
 
 
 @torch.inference_mode()
-def see(run, network, image, prepare=None, tile=None):
+def predict(run, network, image, prepare=None, tile=None):
     """Run a network on uint8 slices (B, H, W): probabilities (B, C, H, W), in tiles and eight views
     as asked.
 
@@ -3828,13 +3817,13 @@ def predict_all(run, predict, items, **options):
 
 def predict_and_score(run, network, items):
     """Predict all Items with a network of 2D slices, score and draw the predictions."""
-    paths = predict_all(run, partial(see, run, network), items)
+    paths = predict_all(run, partial(predict, run, network), items)
     report(run, items, paths, count_parameters(network))
 
 
 def report(run, items, stages, parameters, organelles=None, **more):
     """Score predictions; write metrics.json, figure.png, maps.png, slice_dice.png and curves.png;
-    print the scores and what was written. Returns the content of metrics.json, in the first process.
+    print the scores and what was written. Returns metrics.json's content, in the first process.
 
     stages: paths of the predictions of the Items, or {name: paths} of the stages of a method, the
     last of which counts. parameters: of the networks. more: for metrics.json, too.
@@ -3879,7 +3868,7 @@ def report(run, items, stages, parameters, organelles=None, **more):
     if curves:
         save_slice_dice(run.path("slice_dice.png"), curves, classes)
     if run.rows:
-        save_curves(run.path("curves.png"), run.path("log.csv"))
+        save_curves(run.path("curves.png"), run.rows)
     write_json(run.path("metrics.json"), content)
     print0(f"wrote {run.folder}/: {', '.join(sorted(run.written))}")
     run.barrier()

@@ -363,8 +363,6 @@ def score_pair(pair, classes, args):
 
 # -- text ------------------------------------------------------------------------------------------
 
-LOWER_IS_BETTER = ("hd95_nm", "assd_nm", "voi", "voi_split", "voi_merge", "adapted_rand_error")
-
 
 def format_score(value):
     """A score for people: counts whole, large numbers without decimals, others with four."""
@@ -413,6 +411,8 @@ NO_SETTING = emseg.OF_THIS_CALL | {
     "seed", "checkpoint", "demo", "save_probability", "test_volume", "test_label", "classes",
     "voxel_size", "model", "method", "distances", "objects", "min_voxels", "segments",
     "segments_2d", "render", "runs", "scores"}
+LOWER_IS_BETTER = ("hd95_nm", "assd_nm", "voi", "voi_split", "voi_merge", "adapted_rand_error",
+                   "fp", "fn", "parameters", "train_seconds", "predict_seconds", "peak_memory_gib")
 DEFAULT_SCORES = ("dice", "iou", "miou", "miou_org", "val_miou", "val_miou_org", "parameters",
                   "train_seconds")
 

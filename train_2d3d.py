@@ -462,11 +462,11 @@ def augment(batch, windows, field, normalization, args):
 # -- instances -------------------------------------------------------------------------------------
 
 
-def see_with(run, args, network, normalization, image):
+def predict_with(run, args, network, normalization, image):
     """uint8 slices, or the window of a 3D network -> probabilities (B, C, H, W) of a network, that
     was trained with these arguments."""
     sides = [side - 2 * network.margin for side in args.patch_size[-2:]]
-    return emseg.see(run, network, image, partial(emseg.normalize, normalization=normalization),
+    return emseg.predict(run, network, image, partial(emseg.normalize, normalization=normalization),
                      tile=getattr(network, "tile", sides))
 
 
@@ -507,7 +507,7 @@ class Member:
         return network
 
     def predict(self, image):
-        return see_with(self.run, self.args, self.network, self.normalization, image)
+        return predict_with(self.run, self.args, self.network, self.normalization, image)
 
 
 def mean_prediction(members, image):
@@ -634,13 +634,19 @@ def parse_args(argv=None):
     count = len(args.ensemble) or args.instances
     if args.top_k and args.top_k > count:
         parser.error(f"--top-k {args.top_k}: there are {count} instances")
+    if args.top_k and not (args.ensemble or args.val_volume or args.val_slices):
+        parser.error("--top-k needs --val-volume or --val-slices, which tell the better instances")
     return args
 
 
 def open_data(run):
     """(train, val, test): Items of the command line, noted in the run."""
     args = run.args
+    if args.demo:
+        emseg.write_demo(run, shape=(30, 256, 256))
     train, val = emseg.open_training(args)
+    with torch.device("meta"):
+        Windows(train, make_network(args), args)    # raises what is wrong before a folder is made
     run.used += emseg.used_slices(train + val)
     test = emseg.open_test(args, run.used, train)
     emseg.check_annotation(train, args)
@@ -656,8 +662,6 @@ def train_instance(args):
     run = emseg.Run(args, __file__)
     if run.finished:
         return
-    if args.demo:
-        emseg.write_demo(run, shape=(30, 256, 256))
     if args.checkpoint:
         network = run.load(make_network(args))
         return finish(run, network, emseg.open_test(args, run.used))
@@ -665,13 +669,12 @@ def train_instance(args):
     # data
     train, val, test = open_data(run)
     emseg.describe_data(args, train=train, validate=val, test=test)
-    run.normalization = emseg.measure_normalization(
-        [item.image for item in train], [item.slices for item in train], args.normalize)
+    run.normalization = emseg.measure_normalization(train, args.normalize)
 
     # networks
     network = run.prepare(make_network(args))
     windows = Windows(train, network, args)
-    predict = partial(see_with, run, args, network, run.normalization)
+    predict = partial(predict_with, run, args, network, run.normalization)
     at_once = slices_at_once(SimpleNamespace(network=network, args=args))
 
     # optimiser
@@ -711,14 +714,14 @@ def train_instance(args):
                       metric="val_miou")
 
     # predict and evaluate
-    run.use_best(network=network)
+    run.use_best(network)
     finish(run, network, test)
 
 
 def finish(run, network, test):
     """Predict the test volumes and score the predictions."""
     member = SimpleNamespace(network=network, args=run.args)
-    predict = partial(see_with, run, run.args, network, run.normalization)
+    predict = partial(predict_with, run, run.args, network, run.normalization)
     paths = emseg.predict_all(run, predict, test, **slices_at_once(member))
     emseg.report(run, test, paths, emseg.count_parameters(network), organelles=run.args.organelles)
 
@@ -733,8 +736,6 @@ def main(args):
     if args.ensemble:
         val = emseg.open_items(args.val_volume, args.val_label, args)
         return ensemble(run, args.ensemble, emseg.open_test(args, []), val)
-    if args.demo:
-        emseg.write_demo(run, shape=(30, 256, 256))
     _, val, test = open_data(run)
     folders = []
     for seed in range(args.seed, args.seed + args.instances):

@@ -34,7 +34,7 @@ Differences from the paper:
        by three quarters and count alike.
     7. Slices are equalised (section 2.1.2) only with --normalize equalize.
     8. Several foreground classes are one softmax; the authors train one network for each, as
-       --label-map "2=1,*=0" does. Their distances and boundaries are sigmoids (a softmax over
+       --label-map "2=1,*=0" does. Heads of distances and boundaries are sigmoids (a softmax over
        classes in Diakogiannis's code); boundaries are found by comparing neighbours, not by
        Canny's filter.
     9. All encoders start from random weights; whether the authors' started from ImageNet's is not
@@ -63,12 +63,12 @@ import emseg                            # before torch, see there
 import torch
 import torch.nn.functional as F
 
-MODELS = {**emseg.NETWORKS}
+MODELS = emseg.NETWORKS
 AUGMENTATION = {"flip": True, "rot90": True}        # section 2.2
 
 # How the authors trained (their code), or, where marked, how we do. plateau: the rate falls to a
 # tenth, at most twice, after 16 epochs without improvement; linear: a warm-up, then a decay to 0.
-# Rates of plateau: the authors' times batch / 256.
+# The plateau's rates are the authors' times batch / 256.
 PLATEAU = dict(schedule="plateau", weight_decay=0.0, clip=0.0, epochs=500)
 LINEAR = dict(schedule="linear", weight_decay=0.0, clip=1.0, epochs=500)
 TRANSFORMER = dict(schedule="linear", lr=6e-5, batch_size=8, epochs=750, weight_decay=0.01,
@@ -165,7 +165,8 @@ def distance_to(mask):
 
 
 def loss_of(model, drops=0):
-    """The loss (heads, label) -> scalar that a network is trained with; drops: of its rate."""
+    """The loss (heads, label) -> scalar that a network is trained with; drops: how often the rate
+    has fallen."""
     if model in ("fractalresnet", "ceecnet"):
         return functools.partial(tanimoto_loss, depth=10 * drops)
     return ensemble_loss if model == "senformer" else dice_loss
@@ -197,7 +198,7 @@ def learning_rate(args, step, total, drops):
 def rate_drops(rows, patience=15, most=2):
     """How often the rate has dropped, from the rows of log.csv: after `patience` + 1 epochs without
     a better validation Dice (without validation, a lower supervised loss), `most` times at most.
-    Each drop starts anew, its best value too, since the Tanimoto loss then becomes steeper
+    After a drop the best value is sought anew, since the Tanimoto loss then becomes steeper
     (authors' code)."""
     drops, best, waited = 0, math.inf, 0
     for row in rows:
@@ -341,7 +342,7 @@ def parse_args(argv=None):
 
 
 def make_network(args):
-    """A network of the command line, or of a checkpoint's."""
+    """The network that the arguments describe."""
     options = {"average_branches": True} if args.average_branches else {}
     return MODELS[args.model](1, emseg.out_channels(args.classes), args.width, **options)
 
@@ -367,9 +368,11 @@ def main(args):
     emseg.describe_data(args, train=train, validate=val, unlabelled=unlabelled, test=test)
     emseg.check_annotation(train, args)
     images, targets, slices = zip(*[(item.image, item.target, item.slices) for item in train])
-    run.normalization = emseg.measure_normalization(images, slices, args.normalize)
-    labelled = emseg.Patches(images, targets, args.patch_size, slices, args.foreground,
-                             seed=(args.seed, 0))
+    run.normalization = emseg.measure_normalization(train, args.normalize)
+    patches_l = emseg.Patches(images, targets, args.patch_size, slices, args.foreground,
+                              seed=(args.seed, 0))
+    patches_u = emseg.Patches([item.image for item in unlabelled], None, args.patch_size,
+                              [item.slices for item in unlabelled], seed=(args.seed, 1))
     if cps and not unlabelled:
         raise emseg.InputError("--method cps: every slice is labelled; give --label-slices or "
                                "--unlabeled-volume, or --method supervised")
@@ -377,10 +380,11 @@ def main(args):
     # networks
     networks = [run.prepare(make_network(args)) for _ in range(2 if cps else 1)]
     emseg.check_patch_size(networks[0], args.patch_size, args.model)
-    predict = functools.partial(emseg.see, run, networks[0])    # alone, as the authors do
+    predict = functools.partial(emseg.predict, run, networks[0])    # alone, as the authors do
 
     def heads_of(network, image):
-        """All logits that a network is trained by, a list of (B, C, H, W)."""
+        """All logits that a network is trained by, a list of (B, C, H, W); `combine` makes of
+        several those that it predicts with."""
         with run.autocast():
             return network(image, heads=True) if hasattr(network, "combine") else [network(image)]
 
@@ -389,13 +393,10 @@ def main(args):
 
     # train
     count = args.batch_size // 2 if cps else args.batch_size
-    run.begin(args.steps_per_epoch or math.ceil(64 * len(labelled.slices) / count),
+    run.begin(args.steps_per_epoch or math.ceil(64 * len(patches_l.slices) / count),
               **dict(zip(("network", "network_b"), networks)),
               **dict(zip(("optimizer", "optimizer_b"), optimizers)))
-    batches_l = run.batches(labelled, count)
-    batches_u = run.batches(emseg.Patches(
-        [item.image for item in unlabelled], None, args.patch_size,
-        [item.slices for item in unlabelled], seed=(args.seed, 1)), count) if cps else None
+    batches_l, batches_u = run.batches(patches_l, count), run.batches(patches_u, count)
     for epoch in run.epochs():
         for network in networks:
             network.train()
@@ -424,7 +425,7 @@ def main(args):
         run.end_epoch(emseg.validate(run, predict, val))
 
     # predict and evaluate
-    run.use_best(network=networks[0])
+    run.use_best(networks[0])
     emseg.predict_and_score(run, networks[0], test)
 
 

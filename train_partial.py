@@ -53,7 +53,7 @@ import re
 import emseg                            # before torch, see there
 import torch
 
-MODELS = {**emseg.NETWORKS}
+MODELS = emseg.NETWORKS
 AUGMENTATION = {"rotation": 180.0, "scale": 0.2}        # section 3
 
 
@@ -143,7 +143,7 @@ def parse_args(argv=None):
 
 
 def make_network(args):
-    """A network of the command line, or of a checkpoint's."""
+    """The network that the arguments describe."""
     return MODELS[args.model](1, emseg.out_channels(args.classes), args.width)
 
 
@@ -177,14 +177,14 @@ def main(args):
     emseg.describe_data(args, train=train, validate=val, test=test)
     emseg.check_annotation(train, args)
     images, targets, slices = zip(*[(item.image, item.target, item.slices) for item in train])
-    run.normalization = emseg.measure_normalization(images, slices, args.normalize)
+    run.normalization = emseg.measure_normalization(train, args.normalize)
     patches = emseg.Patches(images, targets, args.patch_size, slices, seed=(args.seed, 0),
                             numbered=True)
 
     # networks
     network = run.prepare(make_network(args))
     emseg.check_patch_size(network, args.patch_size, args.model)
-    predict = functools.partial(emseg.see, run, network)        # slices -> probabilities
+    predict = functools.partial(emseg.predict, run, network)        # slices -> probabilities
 
     # optimiser
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
@@ -209,7 +209,7 @@ def main(args):
         run.end_epoch(emseg.validate(run, predict, val))
 
     # predict and evaluate
-    run.use_best(network=network)
+    run.use_best(network)
     emseg.predict_and_score(run, network, test)
 
 

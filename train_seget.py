@@ -410,12 +410,11 @@ def train_structure(run, train, val, test, patches):
     # data
     run.used += emseg.used_slices(train + val)
     emseg.describe_data(args, train=train, validate=val, test=test)
-    run.normalization = emseg.measure_normalization(
-        patches.images, [item.slices for item in train], args.normalize)
+    run.normalization = emseg.measure_normalization(train, args.normalize)
 
     # networks
     network = run.prepare(make_network(args).apply(emseg.glorot_initialization))
-    predict = functools.partial(emseg.see, run, network)        # slices -> probabilities
+    predict = functools.partial(emseg.predict, run, network)        # slices -> probabilities
 
     # optimiser
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
@@ -450,7 +449,7 @@ def train_structure(run, train, val, test, patches):
         run.end_epoch(emseg.validate(run, predict, val), metric="val_miou")
 
     # predict and evaluate
-    run.use_best(network=network)
+    run.use_best(network)
     emseg.predict_and_score(run, network, test)
 
 
@@ -476,7 +475,7 @@ def merge_runs(run, runs, tests):
 
     def predict(image):
         """uint8 slices (B, H, W) -> probabilities (B, K, H, W) of all structures."""
-        return torch.cat([emseg.see(runs[name], networks[name], image) for name in runs], dim=1)
+        return torch.cat([emseg.predict(runs[name], networks[name], image) for name in runs], dim=1)
 
     predictions = emseg.predict_all(run, predict, test, channels=len(runs), decide=merge_scores)
     reports = {name: json.loads((each.folder / "metrics.json").read_text())

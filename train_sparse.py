@@ -14,7 +14,7 @@ Equations:
     eqs. 2, 3 (false pos., negatives)   refine
     section 2.2 (piecewise affine)      piecewise_affine_displacement; --deform
     section 2.3 (stage 2)               postprocess
-    section 2.4 (stage 3)               neighbour_masks; soft labels from postprocess
+    section 2.4 (stage 3)               neighbour_masks; its labels from postprocess
     section 3.1 (training)              train_stage, with emseg.soft_dice_loss
     figure 2 (neighbours)               --coarse RUN --context N
     table 2 (ablation)                  metrics.json scores each stage; --deform none
@@ -34,7 +34,7 @@ Differences from the paper:
     8. Several foreground classes go through the same stages: each class by itself in stage 2, and a
        set of masks for each class as input of stage 3.
 
-A run holds the trainings of stages 1 and 3 in coarse/ and scm/, what passes between in stages/.
+A run holds the trainings of stages 1 and 3 in coarse/ and scm/, what lies between in stages/.
 
 Run:
     GPU    python train_sparse.py --volume stack.tif --label drawn.tif --label-slices 0:165:5
@@ -60,7 +60,7 @@ import torch
 from scipy import ndimage
 
 MODELS = {**emseg.NETWORKS, **emseg.NETWORKS_3D}
-FAULTS = (1, 2)                     # of so many slices are mended by eqs. 2 and 3
+FAULTS = (1, 2)                     # lengths, in slices, of what eqs. 2 and 3 mend
 HALO = 2 * sum(FAULTS)              # slices to either side that count: for eq. 2, then for eq. 3
 
 
@@ -110,7 +110,7 @@ def augment_slices(run, image, label):
 
 
 def remove_small(mask, min_size):
-    """A mask (Y, X) bool without its 4-connected objects of less than min_size pixels."""
+    """A mask (Y, X) bool without its 4-connected objects of fewer than min_size pixels."""
     objects, _ = ndimage.label(mask)
     return mask & (np.bincount(objects.ravel()) >= min_size)[objects]
 
@@ -186,15 +186,16 @@ def neighbour_masks(ids, classes):
     return torch.cat([ids == k for k in range(1, len(classes))], dim=1).float()
 
 
-def augment_masks(run, coarse, soft):
-    """Masks and soft labels, class ids (B, context, H, W) uint8 -> network input and the middle
-    label (B, H, W) int64; flipped in z, y and x, turned and deformed, all alike (section 3.1)."""
+def augment_masks(run, coarse, refined):
+    """Class ids (B, context, H, W) uint8 of stages 1 and 2 -> network input and the middle label
+    (B, H, W) int64; flipped in z, y and x, turned and deformed, all alike (section 3.1)."""
     grid = emseg.sampling_grid(len(coarse), coarse.shape[-2:], coarse.device, flip=True, rot90=True,
                                displacement=deformation(coarse, run.args.deform))
     flip = torch.rand(len(coarse), 1, 1, 1, device=coarse.device) < 0.5
-    coarse, soft = [emseg.warp(stack, grid, "nearest") for stack in (coarse, soft)]
+    coarse = emseg.warp(coarse, grid, "nearest")
     coarse = torch.where(flip, coarse.flip(1), coarse)
-    return neighbour_masks(coarse, run.args.classes), soft[:, soft.shape[1] // 2].long()
+    middle = emseg.warp(refined[:, refined.shape[1] // 2], grid, "nearest")
+    return neighbour_masks(coarse, run.args.classes), middle.long()
 
 
 def parse_args(argv=None):
@@ -228,7 +229,8 @@ def parse_args(argv=None):
            help="probability above which a pixel is foreground, of two classes")
     method("--foreground", type=emseg.share, default=0.5, metavar="P",
            help="share of crops that must hold foreground (not in paper)")
-    parser.set_defaults(model="unet", epochs=100, batch_size=16, lr=5e-4, tta=True)
+    parser.set_defaults(model="unet", epochs=100, batch_size=16, lr=5e-4, tta=True,
+                        average_branches=False)
     demo = dict(width=8, epochs=16, scm_epochs=14, steps_per_epoch=20, batch_size=8,
                 patch_size=[128, 128], downsample=2, label_slices="0:30:5", lr=1e-3, min_size=30,
                 erosions=6, normalize="equalize", label_map="3=1,2=2,*=0",
@@ -241,6 +243,8 @@ def parse_args(argv=None):
     }, of_prediction=("threshold", "mpp", "scm", "min_size"))
     if args.context % 2 == 0:
         parser.error(f"--context {args.context} has no middle slice; give an odd number")
+    if args.coarse and args.init:
+        parser.error("--coarse and --init both bring a network of stage 1; give one of them")
     args.scm = args.scm and args.mpp
     args.depth = args.patch_size[0] if len(args.patch_size) == 3 else None      # of 3D windows
     return args
@@ -249,21 +253,22 @@ def parse_args(argv=None):
 def make_networks(args):
     """The networks by their names in checkpoints: `network` of stage 1, `scm` of stage 3."""
     channels = emseg.out_channels(args.classes)
-    networks = {"network": MODELS[args.model](1, channels, args.width)}
+    options = {"average_branches": True} if args.average_branches else {}   # see --coarse
+    networks = {"network": MODELS[args.model](1, channels, args.width, **options)}
     if args.scm:
         networks["scm"] = emseg.UNet(args.context * (len(args.classes) - 1), channels, args.width)
     return networks
 
 
-def predict_coarse(run, image):
-    """uint8 slices (B, H, W), or a window of unet3d -> probabilities (B, C, H, W) of stage 1."""
-    return emseg.see(run, run.modules["network"], image)
+def predictor(run, key):
+    """What predicts with the network `key` of a Run: uint8 slices (B, H, W), or a window of unet3d;
+    in stage 3 class ids (B + context - 1, H, W) -> probabilities (B, C, H, W)."""
+    def masks(ids):
+        ids = ids.unfold(0, run.args.context, 1).permute(0, 3, 1, 2)
+        return neighbour_masks(ids, run.args.classes)
 
-
-def predict_masks(run, ids):
-    """Class ids (B + context - 1, H, W) uint8 -> probabilities (B, C, H, W) of stage 3."""
-    return emseg.see(run, run.modules["scm"], ids, prepare=lambda ids: neighbour_masks(
-        ids.unfold(0, run.args.context, 1).permute(0, 3, 1, 2), run.args.classes))
+    return functools.partial(emseg.predict, run, run.modules[key],
+                             prepare=masks if key == "scm" else None)
 
 
 def stage_file(args, item, stage):
@@ -276,8 +281,7 @@ def write_coarse(run, item):
     """Stage 1 of an Item into a file unless it is there: lazy class ids (Z, Y, X)."""
     name = stage_file(run.args, item, "coarse")
     if not run.path(name).exists():
-        emseg.write_prediction(run, functools.partial(predict_coarse, run), item, name,
-                               depth=run.args.depth)
+        emseg.write_prediction(run, predictor(run, "network"), item, name, depth=run.args.depth)
     return emseg.open_volume(run.path(name))
 
 
@@ -321,9 +325,10 @@ def main(args):
     emseg.describe_data(args, train=train, validate=val, unlabelled=unlabelled, test=test)
     emseg.check_annotation(train, args)
     images, targets, slices = zip(*[(item.image, item.target, item.slices) for item in train])
-    run.normalization = emseg.measure_normalization(images, slices, args.normalize)
+    run.normalization = emseg.measure_normalization(train, args.normalize)
     patches = emseg.Patches(images, targets, args.patch_size, slices, args.foreground,
                             seed=(args.seed, 0))
+    emseg.Patches([item.image for item in unlabelled], None, args.patch_size[-2:])  # do these fit?
 
     # networks
     run.modules = {key: run.prepare(each) for key, each in make_networks(args).items()}
@@ -333,24 +338,23 @@ def main(args):
 
     # stage 1
     if args.coarse:
-        checkpoint = emseg.load_checkpoint(args.coarse)
-        emseg.load_weights(run.modules["network"], checkpoint, "network", args.coarse)
-        run.normalization = checkpoint["normalization"]
+        emseg.load_weights(run.modules["network"], run.checkpoint, "network", args.coarse)
+        run.normalization = run.checkpoint["normalization"]
     else:
         train_stage(run.args_of("coarse", mpp=False, scm=False), run, "network", patches,
-                    48 * len(patches.slices) // (args.depth or 1), augment_slices, predict_coarse,
-                    val, depth=args.depth)
+                    48 * len(patches.slices) // (args.depth or 1), augment_slices, val,
+                    depth=args.depth)
 
     # stages 2 and 3
     if args.scm:
         stack = with_masks(run, train + unlabelled)
         masks = [emseg.WithContext(item.image, args.context) for item in stack]
-        soft = [emseg.shrink(write_refined(run, item, item.label), args) for item in stack]
-        soft = [emseg.WithContext(ids, args.context) for ids in soft]
-        patches = emseg.Patches(masks, soft, [args.context, *args.patch_size[-2:]],
+        refined = [emseg.shrink(write_refined(run, item, item.label), args) for item in stack]
+        refined = [emseg.WithContext(ids, args.context) for ids in refined]
+        patches = emseg.Patches(masks, refined, [args.context, *args.patch_size[-2:]],
                                 foreground=args.foreground, seed=(args.seed, 1))
         train_stage(run.args_of("scm", epochs=args.scm_epochs, init=None), run, "scm", patches,
-                    16 * sum(len(item.volume) for item in stack), augment_masks, predict_masks,
+                    16 * sum(len(item.volume) for item in stack), augment_masks,
                     with_masks(run, val), context=args.context)
 
     # predict and evaluate
@@ -358,14 +362,15 @@ def main(args):
     finish(run, test, train)
 
 
-def train_stage(args, parent, key, patches, crops, augment, predict, val, **options):
+def train_stage(args, parent, key, patches, crops, augment, val, **options):
     """The training of a stage (section 3.1), a complete run: network `key` of the Run `parent`.
 
-    crops: of an epoch; augment, predict: functions of this script; options: of emseg.validate.
+    crops: of an epoch; augment: a function of this script; options: of emseg.validate.
     """
     # run folder, seed, device
     run = emseg.Run(args, __file__)
-    run.normalization, run.used, network = parent.normalization, parent.used, parent.modules[key]
+    run.normalization, run.used = parent.normalization, parent.used
+    network, predict = parent.modules[key], predictor(parent, key)
 
     # optimiser
     optimizer = torch.optim.RMSprop(network.parameters(), lr=args.lr)
@@ -383,10 +388,10 @@ def train_stage(args, parent, key, patches, crops, augment, predict, val, **opti
             loss = emseg.soft_dice_loss(logits, label, smooth=1.0)      # as the authors smooth it
             run.update(loss, args.lr, (network, optimizer))
             run.log(lr=args.lr, loss=loss)
-        run.end_epoch(emseg.validate(run, functools.partial(predict, parent), val, **options))
+        run.end_epoch(emseg.validate(run, predict, val, **options))
 
     # evaluate
-    run.use_best(network=network)
+    run.use_best(network)
     emseg.report(run, [], [], emseg.count_parameters(network))      # the parent predicts
     parent.best, parent.seconds = run.best, parent.seconds + run.seconds
 
@@ -395,15 +400,14 @@ def finish(run, test, train=()):
     """Predict the test volumes and score all stages. train: Items whose labels stage 2 uses."""
     args, labels = run.args, {item.volume.path: item.label for item in train}
     if not args.mpp:
-        stages = emseg.predict_all(run, functools.partial(predict_coarse, run), test,
-                                   depth=args.depth)
+        stages = emseg.predict_all(run, predictor(run, "network"), test, depth=args.depth)
     else:
         stages = {"coarse": [write_coarse(run, item).path for item in test], "mpp": [
             write_refined(run, item, labels.get(item.volume.path), None if args.scm else
                           emseg.result_name(item, test)).path for item in test]}
     if args.scm:
-        stages["scm"] = emseg.predict_all(run, functools.partial(predict_masks, run),
-                                          with_masks(run, test), context=args.context)
+        stages["scm"] = emseg.predict_all(run, predictor(run, "scm"), with_masks(run, test),
+                                          context=args.context)
     emseg.report(run, test, stages, sum(map(emseg.count_parameters, run.modules.values())))
 
 

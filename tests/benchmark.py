@@ -60,7 +60,8 @@ class Step:
         image, label = emseg.phantom((16, patch[-2] + 32, patch[-1] + 32))
         volume, truth = InMemory(image), InMemory((label == 3).astype(np.uint8))
         patches = emseg.Patches([volume], [truth], patch, foreground=0.99)
-        self.batches = emseg.batches(patches, batch_size, 0, 10**4)
+        self.batches = iter(torch.utils.data.DataLoader(patches, batch_sampler=[
+            range(i, i + batch_size) for i in range(0, 10**4 * batch_size, batch_size)]))
         self.load()
 
     def load(self):

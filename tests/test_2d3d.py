@@ -255,7 +255,7 @@ def test_every_window_holds_an_annotated_slice(slices):
 # -- augmentation
 
 PLAIN = dict(reflect=False, brightness=0.0, contrast=0.0)
-NORMALIZATION = {"mode": "volume", "mean": 100.0, "std": 50.0}
+NORMALIZATION = {"mean": 100.0, "std": 50.0}
 
 
 def batch_of(size, margin, reach, images, corner=None):

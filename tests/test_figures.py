@@ -1,5 +1,4 @@
 """Figures: what pictures show, read from what was drawn. No warning of matplotlib passes."""
-import csv
 
 import numpy as np
 import pytest
@@ -164,20 +163,16 @@ def test_surfaces_show_all_and_each_class_of_truth_and_prediction(tmp_path, figu
 # -- curves
 
 
-def write_log(path, rows):
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows(rows)
-
-
 def test_curves_with_gaps_where_nothing_was_measured(tmp_path, figures):
-    write_log(tmp_path / "log.csv", [["epoch", "loss", "loss_x", "val_dice"], [0, 3.0, 1, 0.1],
-                                     [1, 2.0, 2, ""]])
-    emseg.save_curves(tmp_path / "curves.png", tmp_path / "log.csv")
+    emseg.save_curves(tmp_path / "curves.png", [
+        {"loss": 3.0, "loss_x": 1.0, "val_dice": 0.1}, {"loss": 2.0, "loss_x": 0.0,
+                                                        "val_dice": None}])
     losses, dice = [axis.lines for axis in figures[0].axes]
     assert [line.get_label() for line in losses] == ["loss_x"]                  # not the total
+    np.testing.assert_array_equal(losses[0].get_xydata(), [[0, 1], [1, 0]])
     np.testing.assert_array_equal(dice[0].get_xydata(), [[0, 0.1], [1, np.nan]])
-    write_log(tmp_path / "log.csv", [["epoch", "loss", "cps_weight"], [0, 3.0, 0], [1, 2.0, 0.5]])
-    emseg.save_curves(tmp_path / "curves.png", tmp_path / "log.csv")
+    emseg.save_curves(tmp_path / "curves.png", [{"loss": 3.0, "cps_weight": 0.0},
+                                                {"loss": 2.0, "cps_weight": 0.5}])
     (area,) = figures[1].axes[0].collections
     assert area.get_paths()[0].vertices[:, 1].max() == 0.5
 

@@ -1,6 +1,7 @@
 """Patches and augmentation: what is drawn, from where, and what geometry does to it."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import ndimage, stats
 import emseg
 from conftest import InMemory
 
-RAW = {"mode": "zscore", "mean": 0.0, "std": 1.0}      # augment keeps grey levels as they are
+RAW = {"mean": 0.0, "std": 1.0}      # augment keeps grey levels as they are
 CPU = torch.device("cpu")
 
 
@@ -63,7 +64,7 @@ def test_numbered_crops_name_their_volume_and_are_the_same_crops():
                       for numbered in (True, False)]
     for (image, label, number), (same, _) in zip(draw(patches, 30), draw(plain, 30)):
         assert (image == 10 * (number + 1)).all() and torch.equal(image, same)
-    batch = next(emseg.batches(patches, 8, 0, 1))
+    batch = next(batches(patches, 8, 0, 1))
     assert batch[2].dtype == torch.int64 and batch[2].tolist() == [patches[i][2] for i in range(8)]
 
 
@@ -177,8 +178,14 @@ class Indices(torch.utils.data.Dataset):
         return index
 
 
+def batches(patches, batch_size, step, total, workers=0, rank=0, world=1):
+    run = SimpleNamespace(step=step, total=total, args=SimpleNamespace(workers=workers), rank=rank,
+                          world=world, device=torch.device("cpu"))
+    return emseg.Run.batches(run, patches, batch_size)
+
+
 def indices(*args, **options):
-    return [batch.tolist() for batch in emseg.batches(Indices(), *args, **options)]
+    return [list(map(int, batch)) for batch in batches(Indices(), *args, **options)]
 
 
 def test_ranks_and_steps_share_all_indices_without_repeats():
@@ -190,11 +197,11 @@ def test_ranks_and_steps_share_all_indices_without_repeats():
 
 def test_workers_and_the_first_step_do_not_change_the_batches():
     patches = emseg.Patches([InMemory(random_volume())], None, (4, 5), seed=(1, 2))
-    whole = [image for image, in emseg.batches(patches, 2, 0, 6)]
+    whole = [image for image, in batches(patches, 2, 0, 6)]
     assert len(whole) == 6
-    for again, wanted in ((emseg.batches(patches, 2, 0, 6, workers=2), whole),
-                          (emseg.batches(patches, 2, 3, 6), whole[3:]),
-                          (emseg.batches(patches, 2, 3, 6, workers=2), whole[3:])):
+    for again, wanted in ((batches(patches, 2, 0, 6, workers=2), whole),
+                          (batches(patches, 2, 3, 6), whole[3:]),
+                          (batches(patches, 2, 3, 6, workers=2), whole[3:])):
         again = [image for image, in again]
         assert len(again) == len(wanted) and all(map(torch.equal, again, wanted))
 
@@ -202,26 +209,30 @@ def test_workers_and_the_first_step_do_not_change_the_batches():
 # -- normalisation
 
 
+def normalization(*volumes, mode="zscore"):
+    return emseg.measure_normalization([SimpleNamespace(image=volume, slices=volume.slices)
+                                        for volume in volumes], mode)
+
+
 def test_zscore_averages_the_statistics_of_the_given_slices():
     a = random_volume((3, 8, 9))
     b = (random_volume((2, 10, 10), seed=1) // 4) + 3
     used = [a[0], a[2], b[1]]
-    found = emseg.measure_normalization([InMemory(a), InMemory(b)], [[0, 2], [1]], "zscore")
-    assert found == {"mode": "zscore", "mean": pytest.approx(np.mean([s.mean() for s in used])),
+    found = normalization(InMemory(a, [0, 2]), InMemory(b, [1]))
+    assert found == {"mean": pytest.approx(np.mean([s.mean() for s in used])),
                      "std": pytest.approx(np.mean([s.std() for s in used]))}
 
 
 def test_zscore_samples_many_slices_evenly():
     volume = InMemory(np.arange(200, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8))
-    found = emseg.measure_normalization([volume], [range(200)], "equalize")
+    found = normalization(volume, mode="equalize")
     read = volume.read_slices
     assert 16 <= len(read) <= 32 and np.ptp(np.diff(read)) <= 1
-    assert found["mode"] == "equalize" and found["mean"] == pytest.approx(99.5, abs=5)
+    assert found["mean"] == pytest.approx(99.5, abs=5)
 
 
 def test_constant_slices_do_not_divide_by_zero():
-    found = emseg.measure_normalization([InMemory(np.full((2, 4, 4), 9, np.uint8))], [[0]],
-                                        "zscore")
+    found = normalization(InMemory(np.full((2, 4, 4), 9, np.uint8), [0]))
     image = emseg.normalize(torch.full((1, 4, 4), 9, dtype=torch.uint8), found)
     assert found["std"] > 0 and torch.equal(image, torch.zeros(1, 1, 4, 4))
 

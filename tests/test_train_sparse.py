@@ -193,7 +193,7 @@ def test_augmented_masks_stay_class_ids_and_pairs():
 
 def test_a_run_writes_all_stages(trained, cells):
     assert {path.name for path in trained.iterdir()} == {
-        "config.json", "best.pt", "prediction.tif", "metrics.json", "figure.png",
+        "config.json", "best.pt", "prediction.tif", "metrics.json", "figure.png", "maps.png",
         "slice_dice.png", "coarse", "scm", "stages"}
     assert {"log.csv", "best.pt", "metrics.json"} < {p.name for p in (trained / "scm").iterdir()}
     result, truth = metrics(trained), mitochondria(cells, "8:12") == 1
