@@ -36,8 +36,7 @@ from pathlib import Path
 import emseg                            # before torch, see there
 import numpy as np
 import torch
-from scipy import ndimage, sparse, stats
-from scipy.spatial import cKDTree
+from scipy import ndimage, sparse, spatial, stats
 
 SLAB = 2**23                # voxels that are read together
 BYTES_PER_VOXEL = 18        # of memory for objects or segments, measured
@@ -86,7 +85,7 @@ def surface_distances(pair, n_classes):
     result = []
     for sides in list(zip(*surfaces))[1:]:
         truth, pred = [np.concatenate(voxels) * pair.label.voxel_size for voxels in sides]
-        distances = [cKDTree(other, balanced_tree=False).query(own, workers=-1)[0]
+        distances = [spatial.cKDTree(other, balanced_tree=False).query(own, workers=-1)[0]
                      for own, other in ((truth, pred), (pred, truth)) if len(own) and len(other)]
         result.append({
             "hd95_nm": max((float(np.percentile(each, 95)) for each in distances), default=None),
@@ -179,9 +178,8 @@ def object_rows(pair, classes, min_voxels):
 def overlap_table(truth, pred, shape):
     """Voxels that a part of the truth (row) shares with a part of the prediction (column): sparse
     of this shape, row 0 empty. truth, pred: numbers (Y, X), 0 for no part."""
-    inside = truth > 0
-    ones = np.ones(np.count_nonzero(inside), np.int64)
-    return sparse.coo_matrix((ones, (truth[inside], pred[inside])), shape).tocsr()
+    places = truth[truth > 0], pred[truth > 0]
+    return sparse.coo_matrix((np.ones(len(places[0]), np.int64), places), shape).tocsr()
 
 
 def find_segments(pair, membrane, in_2d):
@@ -238,8 +236,8 @@ def score_segments(truth, pred):
 def save_segments(path, pair, truth, pred, voi, rows=4):
     """segments_NAME.png: segments of truth and prediction in random colours, of the slices with the
     highest variation of information; what separates them is black."""
-    worst = sorted((z for z, value in enumerate(voi) if value is not None), key=lambda z: -voi[z])
-    worst = worst[:rows]
+    worst = sorted([z for z, value in enumerate(voi) if value is not None],
+                   key=lambda z: -voi[z])[:rows]
     colors = np.random.default_rng(0).uniform(0.2, 1, (max(truth.max(), pred.max()) + 1, 3))
     colors[0] = 0
     figure = emseg.new_figure(figsize=(9, 3.2 * len(worst)))
@@ -374,9 +372,8 @@ def format_score(value):
 def spread(values):
     """(mean, standard deviation over n - 1 or None, how many) of those that are not None."""
     known = [value for value in values if value is not None]
-    if not known:
-        return None, None, 0
-    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known)
+    return (statistics.fmean(known) if known else None,
+            statistics.stdev(known) if len(known) > 1 else None, len(known))
 
 
 def markdown(rows):
@@ -587,9 +584,13 @@ def draw_runs(folder, tables):
             panels[", ".join(volumes)] = {row: each for row, each in peaks.items() if each}
         for column in dict.fromkeys(c for each in rows.values() for r in each for c in r.slices):
             dice = dice_along_z(rows, column)
-            empty = np.full(max(map(len, dice.values())), np.nan)
-            curves.append((f"{column[1]}, {volumes[column[0]]}", np.stack(
-                [empty, *(dice.get(row, empty) for row in names)], 1), [], "z = {}".format))
+            empty, volume = np.full(max(map(len, dice.values())), np.nan), volumes[column[0]]
+            try:
+                slice_name = emseg.open_volume(volume).slice_name
+            except emseg.InputError:                    # moved, or the run was elsewhere
+                slice_name = "z = {}".format
+            curves.append((f"{column[1]}, {volume}", np.stack(
+                [empty, *(dice.get(row, empty) for row in names)], 1), [], slice_name))
     if panels:
         emseg.save_histogram(folder / "histogram.png", panels, "peak validation mIoU")
     if curves:
@@ -668,8 +669,7 @@ def parse_args(argv=None):
            "itself, for thick slices")
     scores("--render", action="store_true", help="surfaces in 3D")
     runs = parser.add_argument_group("table of runs").add_argument
-    runs("--runs", nargs="+", metavar="RUN", default=[], help="run folders, in place of volumes: "
-         "tables of their scores")
+    runs("--runs", nargs="+", metavar="RUN", default=[], help="run folders: tables of their scores")
     runs("--scores", nargs="+", metavar="KEY", default=DEFAULT_SCORES, help="columns: keys of "
          "metrics.json (dice, miou, hd95_nm, voi, …), val_miou and the like at its best epoch")
     run = parser.add_argument_group("run").add_argument

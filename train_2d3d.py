@@ -649,6 +649,7 @@ def open_data(run):
         Windows(train, make_network(args), args)    # raises what is wrong before a folder is made
     run.used += emseg.used_slices(train + val)
     test = emseg.open_test(args, run.used, train)
+    emseg.describe_data(args, train=train, validate=val, test=test)
     emseg.check_annotation(train, args)
     if args.organelles and max(args.organelles) >= len(args.classes):
         raise emseg.InputError(f"--organelles {max(args.organelles)}: class ids run from 0 to "
@@ -668,7 +669,6 @@ def train_instance(args):
 
     # data
     train, val, test = open_data(run)
-    emseg.describe_data(args, train=train, validate=val, test=test)
     run.normalization = emseg.measure_normalization(train, args.normalize)
 
     # networks

@@ -286,6 +286,8 @@ def open_structure(args, used):
     if args.checkpoint:
         return [], [], emseg.open_test(args, used), None
     train, val = emseg.open_training(args)
+    test = emseg.open_test(args, used + emseg.used_slices(train + val), train, val)
+    emseg.describe_data(args, train=train, validate=val, test=test)
     emseg.check_annotation(train, args)
     if not any((item.target[z] == 1).any() for item in val for z in item.slices):
         raise emseg.InputError(f"no validation slice shows {args.classes[1]}; choose others: "
@@ -293,8 +295,7 @@ def open_structure(args, used):
     images, targets, slices = zip(*[(item.image, item.target, item.slices) for item in train])
     patches = SlidingWindows(images, targets, args.patch_size, args.stride, slices, args.copies,
                              args.seed)
-    used = used + emseg.used_slices(train + val)            # its Run does not exist yet
-    return train, val, emseg.open_test(args, used, train, val), patches
+    return train, val, test, patches
 
 
 def merge_scores(prob):
@@ -409,7 +410,6 @@ def train_structure(run, train, val, test, patches):
 
     # data
     run.used += emseg.used_slices(train + val)
-    emseg.describe_data(args, train=train, validate=val, test=test)
     run.normalization = emseg.measure_normalization(train, args.normalize)
 
     # networks

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import tifffile
 
 import conftest
 import emseg
@@ -160,16 +161,20 @@ def test_rows_are_ranked_over_data_sets(tmp_path, capsys):
 
 def test_one_data_set_is_ranked_over_its_slices_and_drawn_along_z(tmp_path, drawn):
     """Pagano et al. 2023, figure 5. Slices where a row has no Dice do not rank."""
-    dice = [[0.2, 0.5, None, 0.9], [0.4, 0.5, None, 0.7]]
-    runs = [made(tmp_path / f"{seed}", 0.5, seed, slices={"mito": each})
+    dice, stack = [[0.2, 0.5, None, 0.9], [0.4, 0.5, None, 0.7]], tmp_path / "stack"
+    stack.mkdir()
+    for number in range(10, 14):
+        tifffile.imwrite(stack / f"{number}.tif", np.zeros((4, 4), np.uint8))
+    runs = [made(tmp_path / f"{seed}", 0.5, seed, volume=str(stack), slices={"mito": each})
             for seed, each in enumerate(dice)]
-    runs.append(made(tmp_path / "other", 0.5, model="resunet",
+    runs.append(made(tmp_path / "other", 0.5, model="resunet", volume=str(stack),
                      slices={"mito": [0.1, 0.6, 0.5, 0.9]}))
     rows = tabulate(tmp_path, *runs)["Over 3 slices"]
     assert [row["average rank"] for row in rows] == ["1.6667", "1.3333"]
     assert rows[0]["average dice"] == f"{np.mean([0.3, 0.5, 0.8]):.4f}"
-    _, [(title, curves, *_)], names = drawn["save_slice_dice"]
-    assert names[1:] == ["unet", "resunet"] and title == "mito, image.tif"
+    _, [(title, curves, _, slice_name)], names = drawn["save_slice_dice"]
+    assert names[1:] == ["unet", "resunet"] and title == f"mito, {stack}"
+    assert slice_name(3) == "z = 3 (file 13)"
     np.testing.assert_allclose(curves[:, 1], [0.3, 0.5, np.nan, 0.8])
     np.testing.assert_allclose(curves[:, 2], [0.1, 0.6, 0.5, 0.9])
 

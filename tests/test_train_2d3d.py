@@ -205,6 +205,7 @@ def test_every_rival_trains_and_predicts(cells, tmp_path, model):
     (["--top-k", "2"], "--top-k 2: there are 1 instances"),
     (["--patch-size", "6", "28", "28"], "windows that predict 6 x 24 x 24 voxels do not fit"),
     (["--patch-size", "3", "40", "60"], "nearest to 40: 36 or 44"),
+    (["--patch-size", "3", "40", "60", "--instances", "2"], "nearest to 40: 36 or 44"),
     (["--unlabeled-volume", "a.tif"], "unrecognized arguments")])
 def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, change, message):
     out = tmp_path / "out"
@@ -218,6 +219,7 @@ def test_ensembles_of_runs_with_other_classes_are_refused(trained, cells, tmp_pa
     found = refused(train_2d3d, capsys, "--ensemble", trained / "seed5", other,
                     *volumes(cells, None, None)[:2], "--out-dir", tmp_path / "out")
     assert "--classes" in found and not (tmp_path / "out").exists()
+    assert "--top-k needs" in refused(train_2d3d, capsys, *volumes(cells, val=None), "--top-k", "1")
 
 
 def test_the_demo_trains_two_instances(tmp_path, monkeypatch):

@@ -312,19 +312,23 @@ def test_a_3d_network_can_be_stage_1_alone(cells, tmp_path):
     (["--context", "4"], "no middle slice"),
     (["--patch-size", "30", "32"], "nearest to 30: 24 or 32"),
     (["--model", "unet3d"], "unet3d takes three sides, Z Y X"),
+    (["--unlabeled-volume", "CELLS/image.tif@:,0:20"], "do not fit into 12 x 20"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, change, message):
-    out = tmp_path / "out"
+    out, change = tmp_path / "out", [text.replace("CELLS", str(cells)) for text in change]
     assert message in refused(capsys, *training_data(cells), "--out-dir", out, *TINY, *change)
     assert not out.exists()
 
 
 def test_a_finished_run_can_be_stage_1(cells, trained, tmp_path, capsys):
     """--coarse: its network and settings, not trained again; also from train_cps.py."""
-    conftest.run(train_cps, *conftest.tiny_cps(cells, tmp_path / "cps", "--method", "supervised",
-                                               "--steps-per-epoch", 1))
+    conftest.run(train_cps, *conftest.tiny_cps(
+        cells, tmp_path / "cps", "--method", "supervised", "--steps-per-epoch", 1, "--model",
+        "unet++", "--average-branches"))
     for coarse in trained, tmp_path / "cps":
         out = tmp_path / f"{coarse.name}-3"
+        assert "give one of them" in refused(capsys, *training_data(cells), "--coarse", coarse,
+                                             "--init", trained)
         run(*training_data(cells), *new_data(cells), "--out-dir", out, "--coarse", coarse,
             "--context", 3, *TINY_TRAINING)
         assert torch.equal(weights(out / "best.pt", "network"), weights(coarse / "best.pt",
