@@ -3864,6 +3864,7 @@ def report(run, items, stages, parameters, organelles=None, **more):
         "peak_memory_gib": peak_memory_gib(run.device), "parameters": parameters, **more}
     if shown:
         save_slices(run.path("figure.png"), shown, classes)
+    if shown and (len(classes) > 2 or len(stages) > 1):
         save_slices(run.path("maps.png"), shown, classes, maps=True)
     if curves:
         save_slice_dice(run.path("slice_dice.png"), curves, classes)

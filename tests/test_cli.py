@@ -29,8 +29,8 @@ from conftest import ROOT, TINY, log_without_seconds, metrics, run, tiny_cps, we
 def test_what_a_run_writes(trained):
     config = json.loads((trained / "config.json").read_text())
     assert sorted(os.listdir(trained)) == [
-        "best.pt", "config.json", "curves.png", "figure.png", "last.pt", "log.csv", "maps.png",
-        "metrics.json", "prediction.tif", "slice_dice.png"]
+        "best.pt", "config.json", "curves.png", "figure.png", "last.pt", "log.csv", "metrics.json",
+        "prediction.tif", "slice_dice.png"]
     assert config["args"]["width"] == 4 and len(config["sha256"]["emseg.py"]) == 64
     assert {"schema", "script", "model", "seed", "selected_on", "classes", "volumes", "mean",
             "train_seconds", "predict_seconds", "predict_voxels_per_second", "peak_memory_gib",
