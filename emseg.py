@@ -3656,7 +3656,7 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         assert {"script", "args", "modules", "used"} <= content.keys()
     except Exception as error:     # torch.load raises what it likes on damaged or malicious files
-        found = type(error).__name__ if path.exists() else "no such file"
+        found = type(error).__name__ if path.exists() else "no such file, or in a subfolder"
         raise InputError(f"{path}: no checkpoint of emseg ({found})")
     return content
 

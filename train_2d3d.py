@@ -338,15 +338,15 @@ def error_weights(train, args, device):
 class Windows(torch.utils.data.Dataset):
     """Windows whose corners are jittered in the bins of a grid, shuffled, again and again.
 
-    train: Items. size: of the network's output (Z, Y, X), on which the corners lie; margin: what
-    its input has more on each side, (z, yx); reach: pixels more in y and x, for elastic
+    train: Items. size: of the network's output (Z, Y, X), on which the corners lie; margin: voxels
+    by which its input is larger on each side, (z, yx); reach: pixels more in y and x, for elastic
     deformation. args.spacing: sides of a bin, in each of which one window of an epoch begins. A
     window without an annotated slice moves so that the nearest one is at a random place in it.
     Beyond a volume windows are mirrored.
 
     Item i is `image, label, weight, corner`: uint8 (Z + 2 z, Y + 2 yx + 2 reach, X + ...), uint8
     and float32 without the margin in z, and the int64 corner (y, x) in the output. It depends on
-    (seed, i) alone; each run of len() items is one pass. weights: W of each volume, set before
+    (seed, i) alone; every len() items in a row are one pass. weights: W of each volume, set before
     items are drawn. Raises InputError where a window does not fit.
     """
 
@@ -383,7 +383,7 @@ class Windows(torch.utils.data.Dataset):
 
     def corners(self, number):
         """(len, 5) of a pass: volume, z, y, x, in the order in which they are drawn, and the place
-        in the window of a slice to which it has to move."""
+        in the window that the nearest annotated slice takes if the window has to move."""
         if self.drawn[0] != number:
             rng = np.random.default_rng((self.seed, number))
             bins = rng.permutation(self.bins)
@@ -463,7 +463,7 @@ def augment(batch, windows, field, normalization, args):
 
 
 def predict_with(run, args, network, normalization, image):
-    """uint8 slices, or the window of a 3D network -> probabilities (B, C, H, W) of a network, that
+    """uint8 slices, or the window of a 3D network -> probabilities (B, C, H, W) of a network that
     was trained with these arguments."""
     sides = [side - 2 * network.margin for side in args.patch_size[-2:]]
     return emseg.predict(run, network, image, partial(emseg.normalize, normalization=normalization),
@@ -735,7 +735,7 @@ def main(args):
         return
     if args.ensemble:
         val = emseg.open_items(args.val_volume, args.val_label, args)
-        return ensemble(run, args.ensemble, emseg.open_test(args, []), val)
+        return ensemble(run, args.ensemble, emseg.open_test(args, []), val)      # drops used slices
     _, val, test = open_data(run)
     folders = []
     for seed in range(args.seed, args.seed + args.instances):

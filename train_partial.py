@@ -82,7 +82,7 @@ def merged_cross_entropy(logits, label, merge):
     logits (B, L, H, W), or (B, 1, H, W) for two classes; label (B, H, W) int64, each crop in its
     own label set; merge (B, L) int64: T_P, the label as which a crop's annotator drew each class.
     The log of a sum of probabilities is a difference of two log-sum-exps of logits, which is stable
-    for p near 0. IGNORE may be any class: all are merged, their probability is 1, its log 0.
+    for p near 0. An IGNORE pixel may be of any class: all are merged, so its loss is 0.
     """
     logits = logits.float()
     if logits.shape[1] == 1:                            # sigmoid(x) is softmax(0, x)

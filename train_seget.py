@@ -191,7 +191,7 @@ class SlidingWindows(emseg.Patches):
 
     stride (Y, X); slices: z of each volume; for all else see emseg.Patches. The last window of a
     row or column ends at the border. Patches that hold the structure occur 1 + copies times
-    (section 3.2). Each run of len() items shows every patch once.
+    (section 3.2). Every len() items in a row show every patch once.
     """
 
     def __init__(self, images, labels, patch_size, stride, slices, copies=0, seed=0):

@@ -223,14 +223,6 @@ def test_zscore_averages_the_statistics_of_the_given_slices():
                      "std": pytest.approx(np.mean([s.std() for s in used]))}
 
 
-def test_zscore_samples_many_slices_evenly():
-    volume = InMemory(np.arange(200, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8))
-    found = normalization(volume, mode="equalize")
-    read = volume.read_slices
-    assert 16 <= len(read) <= 32 and np.ptp(np.diff(read)) <= 1
-    assert found["mean"] == pytest.approx(99.5, abs=5)
-
-
 def test_constant_slices_do_not_divide_by_zero():
     found = normalization(InMemory(np.full((2, 4, 4), 9, np.uint8), [0]))
     image = emseg.normalize(torch.full((1, 4, 4), 9, dtype=torch.uint8), found)
@@ -426,8 +418,3 @@ def test_elastic_statistics_at_the_knots():
     std = 10 / math.sqrt(3) * math.sqrt((kernel**2).sum())
     assert knots[:, 3, 3].std() == pytest.approx(std, rel=0.06)
     assert np.abs(knots).max() < 10
-    neighbour = (kernel * np.roll(kernel, 1, axis=0)).sum() / (kernel**2).sum()
-    for other in knots[:, 3, 4], knots[:, 4, 3]:
-        found = np.corrcoef(knots[:, 3, 3].ravel(), other.ravel())[0, 1]
-        assert found == pytest.approx(neighbour, abs=0.08)
-    assert abs(np.corrcoef(knots[:, 3, 3, 0], knots[:, 3, 3, 1])[0, 1]) < 0.12

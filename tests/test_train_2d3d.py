@@ -15,8 +15,6 @@ TINY = ["--width", "2", "--patch-size", "3", "28", "28", "--spacing", "2", "16",
 CORNER = "0:64,0:72"                    # of every slice
 
 
-
-
 @pytest.fixture(autouse=True, scope="module")
 def no_pictures():
     """They take half of the time of a run."""
