@@ -2403,28 +2403,6 @@ def predict_volume(stream, writer, decide, shape, progress, downsample=1, probab
         writing.result()
 
 
-def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=0, world=1,
-                 depth=None):
-    """Confusion counts (N, K, K) of the N annotated slices of a lazy image and its Labels.
-
-    predict: uint8 tensor (context, H, W) around a slice -> its probabilities (1, C, H, W).
-    depth: of the windows of a 3D network, blended as in a prediction, see predict_by_windows.
-    """
-    counts = np.zeros((len(label.slices), len(classes), len(classes)), dtype=np.int64)
-    padded = WithContext(image, context)
-    stream = predict_by_windows(predict, image, depth, rank, world) if depth else (
-        (slice(z, z + 1), predict(torch.from_numpy(padded[z : z + context])))
-        for z in label.slices[rank::world])
-    for slab, prob in stream:
-        for row, z in enumerate(label.slices):
-            if slab.start <= z < slab.stop:
-                pred = class_ids(prob[z - slab.start][None], threshold).to(torch.uint8)
-                counts[row] = confusion(pred.cpu().numpy(), label[z][None], len(classes))[0]
-    if world > 1:
-        torch.distributed.all_reduce(torch.from_numpy(counts))      # in place
-    return counts
-
-
 # ==================================================================================================
 # Metrics: streaming confusion counts and the scores that follow from them
 # ==================================================================================================
@@ -3732,6 +3710,29 @@ def predict(run, network, image, prepare=None, tile=None):
     return prob if network.dims == 2 else prob[0].transpose(0, 1)[:n]
 
 
+def score_slices(run, predict, item, context=1, depth=None):
+    """Confusion counts (N, K, K) of the N annotated slices of an Item. All processes share them.
+
+    predict: uint8 tensor (context, H, W) around a slice -> its probabilities (1, C, H, W).
+    depth: of the windows of a 3D network, blended as in a prediction, see predict_by_windows.
+    """
+    image, target, n = item.image, item.target, len(run.args.classes)
+    counts = np.zeros((len(target.slices), n, n), dtype=np.int64)
+    padded = WithContext(image, context)
+    stream = predict_by_windows(predict, image, depth, run.rank, run.world) if depth else (
+        (slice(z, z + 1), predict(torch.from_numpy(padded[z : z + context])))
+        for z in target.slices[run.rank :: run.world])
+    for slab, prob in stream:
+        for row, z in enumerate(target.slices):
+            if slab.start <= z < slab.stop:
+                pred = class_ids(prob[z - slab.start][None], getattr(run.args, "threshold", 0.5))
+                pred = pred.to(torch.uint8).cpu().numpy()
+                counts[row] = confusion(pred, target[z][None], n)[0]
+    if run.world > 1:
+        torch.distributed.all_reduce(torch.from_numpy(counts))      # in place
+    return counts
+
+
 def validate(run, predict, items, context=1, depth=None, organelles=None):
     """val_dice and val_iou, means over foreground classes and volumes, val_miou over all classes,
     val_miou_org over `organelles`, and the Dice of each class, val_dice_NAME; {} without items.
@@ -3740,10 +3741,8 @@ def validate(run, predict, items, context=1, depth=None, organelles=None):
     """
     if not items:
         return {}
-    threshold = getattr(run.args, "threshold", 0.5)
-    mean = mean_scores([scores(score_slices(
-        predict, item.image, item.target, run.args.classes, context, threshold, run.rank, run.world,
-        depth), run.args.classes, organelles) for item in items])
+    mean = mean_scores([scores(score_slices(run, predict, item, context, depth), run.args.classes,
+                               organelles) for item in items])
     return {**{f"val_{key}": mean[key] for key in ("dice", "iou", "miou", "miou_org")
                if key in mean},
             **{f"val_dice_{name}": score["dice"] for name, score in mean["per_class"].items()}}

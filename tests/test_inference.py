@@ -1,6 +1,7 @@
 """Inference and metrics: tiles against whole slices, scores by hand."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -316,11 +317,16 @@ def confusion_by_loops(pred, label, n):
 ANNOTATED = [1, 4, 5, 8, 9, 11, 14]
 
 
+def score_slices(predict, image, label, classes, context=1, threshold=0.5, rank=0, world=1):
+    args = SimpleNamespace(classes=classes, threshold=threshold)
+    return emseg.score_slices(SimpleNamespace(args=args, rank=rank, world=world), predict,
+                              SimpleNamespace(image=image, target=label), context)
+
+
 def test_score_slices_counts_the_annotated_slices_alone():
     image, sizes = InMemory(random_ids((16, 9, 8), 256)), []
     label = InMemory(random_ids((16, 9, 8), 3, ignore=0.2, seed=1), slices=ANNOTATED)
-    found = emseg.score_slices(lambda x: sizes.append(len(x)) or predict_three(x), image, label,
-                               CLASSES)
+    found = score_slices(lambda x: sizes.append(len(x)) or predict_three(x), image, label, CLASSES)
     pred = emseg.class_ids(predict_three(torch.from_numpy(image.array))).numpy()
     assert found.dtype == np.int64
     np.testing.assert_array_equal(
@@ -334,7 +340,7 @@ def test_score_slices_of_a_network_that_sees_the_neighbours(context):
     image = InMemory(random_ids((16, 9, 8), 256))
     zs = [0, 4, 5, 15]
     label = InMemory(random_ids((16, 9, 8), 2, ignore=0.2, seed=1), slices=zs)
-    found = emseg.score_slices(predict, image, label, CLASSES[:2], context)
+    found = score_slices(predict, image, label, CLASSES[:2], context)
     assert sizes == [context] * 4
     padded = torch.from_numpy(padded_by_numpy(image.array, context))
     pred = emseg.class_ids(predict(padded)).numpy()[zs]
@@ -343,7 +349,7 @@ def test_score_slices_of_a_network_that_sees_the_neighbours(context):
 
 def test_score_slices_at_another_threshold():
     image, label = InMemory(random_ids((4, 9, 8), 256)), InMemory(random_ids((4, 9, 8), 2))
-    found = emseg.score_slices(predict_grey, image, label, CLASSES[:2], threshold=0.2)
+    found = score_slices(predict_grey, image, label, CLASSES[:2], threshold=0.2)
     np.testing.assert_array_equal(
         found, confusion_by_loops((image.array > 51).astype(int), label.array, 2))
 
@@ -352,10 +358,10 @@ def test_ranks_share_the_annotated_slices_and_add_their_counts(monkeypatch):
     zs, image = list(range(1, 20, 2)), InMemory(random_ids((20, 9, 8), 256))
     label = InMemory(random_ids((20, 9, 8), 3, ignore=0.2, seed=1), slices=zs)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(7))
-    parts = [emseg.score_slices(predict_three, image, label, CLASSES, rank=rank, world=3)
+    parts = [score_slices(predict_three, image, label, CLASSES, rank=rank, world=3)
              for rank in range(3)]
     assert sorted(image.read_slices) == zs and all(part.any() for part in parts)
-    whole = emseg.score_slices(predict_three, image, label, CLASSES)
+    whole = score_slices(predict_three, image, label, CLASSES)
     np.testing.assert_array_equal(sum(parts), 7 * whole)
 
 

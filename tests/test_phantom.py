@@ -1,30 +1,16 @@
-"""Tests of the synthetic EM volume: exact labels, plausible, not trivial."""
+"""Tests of the synthetic EM volume: exact labels in nm."""
+
 import numpy as np
 import pytest
 
-from emseg import MITOCHONDRION, PHANTOM_CLASSES, VESICLE, phantom
+from emseg import MITOCHONDRION, VESICLE, phantom
 
 
-@pytest.fixture(scope="module")
-def volumes():
-    return [phantom((16, 160, 160), seed=seed) for seed in range(3)]
-
-
-def dice(a, b):
-    return 2 * (a & b).sum() / (a.sum() + b.sum())
-
-
-def test_same_seed_same_bits_other_seed_other_volume(volumes):
-    again = phantom((16, 160, 160), seed=0)
-    assert all(np.array_equal(a, b) for a, b in zip(again, volumes[0]))
-    assert dice(volumes[0][1] == MITOCHONDRION, volumes[1][1] == MITOCHONDRION) < 0.5
-
-
-def test_every_class_has_a_plausible_share(volumes):
-    for _, label in volumes:
-        share = np.bincount(label.ravel(), minlength=len(PHANTOM_CLASSES)) / label.size
-        assert ((0, 0.06, 0.04, 0.06, 0.008) < share).all()
-        assert (share < (0.8, 0.16, 0.25, 0.14, 0.02)).all()
+def test_same_seed_same_bits_other_seed_other_volume():
+    one, again, other = [phantom((16, 160, 160), seed=seed) for seed in (0, 0, 1)]
+    assert all(np.array_equal(a, b) for a, b in zip(one, again))
+    a, b = [label == MITOCHONDRION for _, label in (one, other)]
+    assert 0 < 2 * (a & b).sum() / (a.sum() + b.sum()) < 0.5
 
 
 @pytest.mark.parametrize("voxel_size", [(45, 5, 5), (40, 10, 10)])
