@@ -3290,9 +3290,9 @@ def command(main):
 
 # -- run -------------------------------------------------------------------------------------------
 
-# The files by which a run is known and resumed: --overwrite removes these, and replaces others.
-RUN_FILES = ("log.csv", "last.pt", "best.pt", "metrics.json", "stages/[0-9]*_coarse.tif",
-             "stages/[0-9]*_mpp.tif")
+# Files by which a run is known and resumed, or that not every run writes: --overwrite removes them.
+RUN_FILES = ("log.csv", "last.pt", "best.pt", "metrics.json", "maps.png",
+             "stages/[0-9]*_coarse.tif", "stages/[0-9]*_mpp.tif")
 PROGRESS = ("step", "seconds", "best", "rows", "sums")          # of a Run, in its checkpoints
 
 
@@ -3602,7 +3602,7 @@ def check_folder(args, script):
     if not folder.is_dir() or all(file.name.startswith(".") for file in folder.iterdir()):
         return
     read_config(folder, script)
-    if not args.overwrite and {file.name for file in folder.iterdir()} != {"config.json"}:
+    if not args.overwrite:
         others = ", or --resume" if "resume" in args else ""
         raise InputError(f"--out-dir {folder} holds a run; give --overwrite or another folder"
                          f"{others}")

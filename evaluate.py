@@ -25,6 +25,7 @@ Run:
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -584,12 +585,11 @@ def draw_runs(folder, tables):
             panels[", ".join(volumes)] = {row: each for row, each in peaks.items() if each}
         for column in dict.fromkeys(c for each in rows.values() for r in each for c in r.slices):
             dice = dice_along_z(rows, column)
-            empty, volume = np.full(max(map(len, dice.values())), np.nan), volumes[column[0]]
-            try:
-                slice_name = emseg.open_volume(volume).slice_name
-            except emseg.InputError:                    # moved, or the run was elsewhere
-                slice_name = "z = {}".format
-            curves.append((f"{column[1]}, {volume}", np.stack(
+            empty, slice_name = np.full(max(map(len, dice.values())), np.nan), "z = {}".format
+            with contextlib.suppress(emseg.InputError):             # moved since
+                volume = emseg.open_volume(volumes[column[0]])
+                slice_name = volume.slice_name if len(volume) == len(empty) else slice_name
+            curves.append((f"{column[1]}, {volumes[column[0]]}", np.stack(
                 [empty, *(dice.get(row, empty) for row in names)], 1), [], slice_name))
     if panels:
         emseg.save_histogram(folder / "histogram.png", panels, "peak validation mIoU")

@@ -634,7 +634,7 @@ def parse_args(argv=None):
     count = len(args.ensemble) or args.instances
     if args.top_k and args.top_k > count:
         parser.error(f"--top-k {args.top_k}: there are {count} instances")
-    if args.top_k and not (args.ensemble or args.val_volume or args.val_slices):
+    if args.top_k and not (args.checkpoint or args.val_volume or args.val_slices):
         parser.error("--top-k needs --val-volume or --val-slices, which tell the better instances")
     return args
 
@@ -645,12 +645,12 @@ def open_data(run):
     if args.demo:
         emseg.write_demo(run, shape=(30, 256, 256))
     train, val = emseg.open_training(args)
-    with torch.device("meta"):
-        Windows(train, make_network(args), args)    # raises what is wrong before a folder is made
     run.used += emseg.used_slices(train + val)
     test = emseg.open_test(args, run.used, train)
     emseg.describe_data(args, train=train, validate=val, test=test)
     emseg.check_annotation(train, args)
+    with torch.device("meta"):
+        Windows(train, make_network(args), args)    # raises what is wrong before a folder is made
     if args.organelles and max(args.organelles) >= len(args.classes):
         raise emseg.InputError(f"--organelles {max(args.organelles)}: class ids run from 0 to "
                                f"{len(args.classes) - 1}")

@@ -328,13 +328,13 @@ def main(args):
     run.normalization = emseg.measure_normalization(train, args.normalize)
     patches = emseg.Patches(images, targets, args.patch_size, slices, args.foreground,
                             seed=(args.seed, 0))
-    emseg.Patches([item.image for item in unlabelled], None, args.patch_size[-2:])  # do these fit?
 
     # networks
     run.modules = {key: run.prepare(each) for key, each in make_networks(args).items()}
     emseg.check_patch_size(run.modules["network"], args.patch_size, args.model)
     if args.scm:
         emseg.check_patch_size(run.modules["scm"], args.patch_size[-2:], "stage 3")
+        emseg.Patches([item.image for item in unlabelled], None, args.patch_size[-2:])  # do fit
 
     # stage 1
     if args.coarse:

@@ -55,12 +55,6 @@ def test_overwrite_replaces_what_the_run_wrote_and_nothing_else(trained, cells, 
     assert metrics(out)["selected_on"] == "validation"
 
 
-def test_a_run_that_failed_before_its_first_step_may_begin_again(cells, tmp_path):
-    for _ in range(2):
-        args = train_cps.parse_args([*map(str, tiny_cps(cells, tmp_path / "run"))])
-        emseg.Run(args, train_cps.__file__).write_config()
-
-
 def test_overwriting_begins_anew_in_subfolders_too(cells, tmp_path, monkeypatch):
     """Also where it is interrupted and resumed before it has come to them."""
     def begin(*more):

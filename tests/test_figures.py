@@ -99,7 +99,11 @@ def test_stages_stand_side_by_side(tmp_path, figures, maps, first, second):
     assert [axis.get_title() for axis in axes] == ["image", "truth", first, second]
     assert not np.allclose(picture(axes[2]), picture(axes[3]))
     assert np.allclose(picture(axes[1]), picture(axes[3])) == maps          # classes, not errors
-    assert picture(axes[1])[0, -1].tolist() == [0 if maps else 51 / 255] * 3    # background
+    label.array[0, 0, 0] = IGNORE
+    truth = emseg._panels(0, image, label, stages, 1, maps)["truth"]
+    assert truth[0, [0, -1], 0].tolist() == ([128 / 255, 0] if maps else [51 / 255] * 2)
+    assert np.allclose(truth[20, 10], to_rgb(emseg.CLASS_COLORS[0])) == maps    # not mixed
+    assert ("true positive" in [text.get_text() for text in figures[0].legends[0].texts]) != maps
 
 
 def test_small_objects_are_shown_enlarged(tmp_path, figures):

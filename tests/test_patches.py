@@ -223,6 +223,12 @@ def test_zscore_averages_the_statistics_of_the_given_slices():
                      "std": pytest.approx(np.mean([s.std() for s in used]))}
 
 
+def test_zscore_samples_many_slices_evenly():
+    volume = InMemory(np.arange(200, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8))
+    assert normalization(volume, mode="equalize")["mean"] == pytest.approx(99.5, abs=5)
+    assert 16 <= len(volume.read_slices) <= 32 and np.ptp(np.diff(volume.read_slices)) <= 1
+
+
 def test_constant_slices_do_not_divide_by_zero():
     found = normalization(InMemory(np.full((2, 4, 4), 9, np.uint8), [0]))
     image = emseg.normalize(torch.full((1, 4, 4), 9, dtype=torch.uint8), found)

@@ -148,7 +148,7 @@ def test_rows_are_ranked_over_data_sets(tmp_path, capsys):
     for model, each in values.items():
         for number, value in enumerate(each):
             made(tmp_path / f"{model}{number}", value, model=model, volume=f"{number}.tif",
-                 args={"volume": f"{number}.tif"})
+                 args={"volume": f"{number}.tif"}, train_seconds=value)
     rows = tabulate(tmp_path, *sorted(tmp_path.iterdir()), "--scores", "dice")[
         "Over 3 data sets"]
     for row in rows:
@@ -157,6 +157,9 @@ def test_rows_are_ranked_over_data_sets(tmp_path, capsys):
         assert row["SD"] == f"{np.std(each, ddof=1):.4f}"
     assert [(row["row"], row["average rank"]) for row in rows] == [
         ("resunet", "1.3333"), ("unet", "1.6667")]
+    rows = tabulate(tmp_path, *sorted(tmp_path.iterdir()), "--scores", "train_seconds")[
+        "Over 3 data sets"]
+    assert [row["average rank"] for row in rows] == ["1.6667", "1.3333"]    # less is better
 
 
 def test_one_data_set_is_ranked_over_its_slices_and_drawn_along_z(tmp_path, drawn):

@@ -204,6 +204,7 @@ def test_every_rival_trains_and_predicts(cells, tmp_path, model):
     (["--patch-size", "6", "28", "28"], "windows that predict 6 x 24 x 24 voxels do not fit"),
     (["--patch-size", "3", "40", "60"], "nearest to 40: 36 or 44"),
     (["--patch-size", "3", "40", "60", "--instances", "2"], "nearest to 40: 36 or 44"),
+    (["--val-slices", "0:5"], "no slice is left to train on"),
     (["--unlabeled-volume", "a.tif"], "unrecognized arguments")])
 def test_bad_input_is_one_line_and_leaves_nothing(cells, tmp_path, capsys, change, message):
     out = tmp_path / "out"
