@@ -179,7 +179,7 @@ def object_rows(pair, classes, min_voxels):
 def overlap_table(truth, pred, shape):
     """Voxels that a part of the truth (row) shares with a part of the prediction (column): sparse
     of this shape, row 0 empty. truth, pred: numbers (Y, X), 0 for no part."""
-    places = truth[truth > 0], pred[truth > 0]
+    places = truth[inside := truth > 0], pred[inside]
     return sparse.coo_matrix((np.ones(len(places[0]), np.int64), places), shape).tocsr()
 
 

@@ -326,9 +326,6 @@ def test_brightness_is_a_shift_and_then_contrast_a_factor():
         assert abs(values.mean()) < 0.06 * most
 
 
-# -- elastic map
-
-
 def elastic(epoch=0, seed=0, reach=20):
     windows = SimpleNamespace(images=[np.zeros((3, 50, 200)), np.zeros((9, 120, 60))],
                               margin=(0, 2), reach=reach)

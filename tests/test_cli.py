@@ -222,9 +222,6 @@ def test_a_checkpoint_of_another_script_is_refused(trained, cells, capsys):
     assert "train_cps.py" in line
 
 
-# -- processes -------------------------------------------------------------------------------------
-
-
 def test_two_processes_train_and_predict_together(cells, tmp_path):
     out = conftest.two_processes(train_cps, *tiny_cps(cells, tmp_path / "two",
                                                       "--val-slices", "3"))

@@ -130,9 +130,6 @@ def test_scale_bar_has_the_length_that_it_names(side, step, nm, text):
     assert (x1 - x0) * step * nm == pytest.approx(float(found) * {"nm": 1, "µm": 1000}[unit])
 
 
-# -- surfaces
-
-
 def ball(side, radius):
     return sum((axis + 0.5 - side / 2) ** 2 for axis in np.ogrid[:side, :side, :side]) < radius**2
 

@@ -108,9 +108,6 @@ def test_margin_network_equals_scipy_up_to_the_borders(size, stride, offset, max
     np.testing.assert_allclose(prob[0, 0], 1 / (1 + np.exp(-wanted)), atol=1e-5)
 
 
-# -- eight views
-
-
 def test_eight_views_are_turned_back_before_the_mean():
     image = random_image(2, 1, 5, 8)
 
@@ -225,9 +222,6 @@ def test_a_full_disk_stops_the_prediction(pixels):
 
     with pytest.raises(OSError, match="No space"):
         write(predict_grey, volume, Full(volume.shape), volume.shape, pixels=pixels)
-
-
-# -- neighbouring slices
 
 
 CONTEXTS = [1, 4, 15]

@@ -380,9 +380,6 @@ def test_branches_are_averaged_as_probabilities(name, branches, classes):
     assert torch.equal(network.combine(heads), out)
 
 
-# -- sides
-
-
 @pytest.mark.parametrize("sides, patch, message", [
     ((8, 0, 0), (20, 16), "--patch-size 20 x 16: .* multiple of 8; nearest to 20: 16 or 24"),
     ((8, 0, 0, 3), (9, 16, 17), "patch-size 9 x 16 x 17: .* nearest to 17: 16 or 24"),

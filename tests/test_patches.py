@@ -409,9 +409,6 @@ def test_flip_and_turn_act_on_each_image_by_itself():
     assert len(np.unique(part.round(4), axis=0)) == 64
 
 
-# -- displacement fields
-
-
 def test_elastic_statistics_at_the_knots():
     torch.manual_seed(0)
     k = 6                                           # knots every 20 pixels: 7 x 7
@@ -424,3 +421,8 @@ def test_elastic_statistics_at_the_knots():
     std = 10 / math.sqrt(3) * math.sqrt((kernel**2).sum())
     assert knots[:, 3, 3].std() == pytest.approx(std, rel=0.06)
     assert np.abs(knots).max() < 10
+    neighbour = (kernel * np.roll(kernel, 1, axis=0)).sum() / (kernel**2).sum()
+    for other in knots[:, 3, 4], knots[:, 4, 3]:
+        found = np.corrcoef(knots[:, 3, 3].ravel(), other.ravel())[0, 1]
+        assert found == pytest.approx(neighbour, abs=0.08)
+    assert abs(np.corrcoef(knots[:, 3, 3, 0], knots[:, 3, 3, 1])[0, 1]) < 0.12

@@ -146,9 +146,6 @@ def test_a_full_label_file_can_stand_in_for_a_partial_one(tmp_path):
                   label_map=emseg.parse_label_map("10=0,20=1,30=2")) == [0, 1, 0, IGNORE]
 
 
-# -- the network and the defaults
-
-
 def test_the_network_and_the_defaults_are_the_papers():
     network = train_partial.MODELS["unet5"](1, 5)
     assert emseg.count_parameters(network) == 7_759_653

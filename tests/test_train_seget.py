@@ -48,9 +48,6 @@ def trained(cells, masks, tmp_path_factory):
     return folder
 
 
-# -- network
-
-
 def test_networks_have_the_convolutions_of_the_paper():
     with torch.device("meta"):
         network, unet = [train_seget.MODELS[name](1, 1) for name in ("seget", "unet")]

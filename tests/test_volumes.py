@@ -379,8 +379,6 @@ def test_a_prediction_lies_on_its_tomogram(tmp_path, origin, start, crop, wanted
         assert mrc.voxel_size.tolist() == (50, 50, 100)
 
 
-# --- processes, memory ---
-
 def test_workers_share_a_compressed_tiff(tmp_path):
     array = np.random.default_rng(0).integers(0, 255, (40, 64, 64), np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", array, compression="zlib")
