@@ -265,7 +265,7 @@ def _open_npy(file):
     stored = np.load(file, mmap_mode="r")
     shape = (1,) * (3 - stored.ndim) + stored.shape
     axes = (0, 1, 2) if stored.flags.c_contiguous else (2, 1, 0)
-    stored_shape = [shape[axis] for axis in axes]
+    stored_shape = tuple(shape[axis] for axis in axes)      # NumPy 1 wants a tuple
     pages = partial(_mapped_pages, file, stored.dtype, stored.offset, stored_shape, axes)
     return Volume(file, "npy", shape, stored.dtype, pages)
 
@@ -428,7 +428,8 @@ class Grey(LazyArray):
         box = self.stretched(self.volume.read(z, y, x))
         if self.normalize in ("equalize", "volume"):
             for i, page in enumerate(box, z.start + self.volume.crop[0].start):
-                page[:] = self.table(i)[page]
+                mapped = page.tobytes().translate(self.table(i))    # faster than table[page]
+                page[:] = np.frombuffer(mapped, np.uint8).reshape(page.shape)
         return box
 
     def slice_name(self, z):
@@ -499,30 +500,42 @@ class Downsampled(LazyArray):
 
     reduce="mean" for images (rounded), "majority" for class ids: the most frequent value of each
     block, the lower one at a tie, IGNORE like any other. Blocks that stick out are filled by
-    repeating the edge. slices: those of Labels.
+    repeating the edge. slices: those of Labels. These are kept, once they are reduced, if all fit
+    into CACHE_BYTES: Patches searches in them for rare classes.
     """
 
     def __init__(self, array, factor, reduce):
         (Z, Y, X), sides = array.shape, array.voxel_size
         super().__init__(array.path, (Z, math.ceil(Y / factor), math.ceil(X / factor)), np.uint8,
                          sides and (sides[0], sides[1] * factor, sides[2] * factor))
-        self.array, self.factor, self.reduce = array, factor, reduce
+        self.array, self.factor, self.reduce, self.pages = array, factor, reduce, {}
         self.slices = getattr(array, "slices", None)
+        self.kept = self.slices is not None and (
+            len(self.slices) * math.prod(self.shape[1:]) <= CACHE_BYTES)
 
     def read(self, z, y, x):
+        if not self.kept:
+            return self.reduced(z, y, x)
+        for k in range(z.start, z.stop):
+            if k not in self.pages:
+                whole = (slice(0, side) for side in self.shape[1:])
+                self.pages[k] = self.reduced(slice(k, k + 1), *whole)[0]
+        return np.stack([self.pages[k][y, x] for k in range(z.start, z.stop)])
+
+    def reduced(self, z, y, x):
         n = self.factor
         box = self.array[z, y.start * n : y.stop * n, x.start * n : x.stop * n]
         H, W = (n * (part.stop - part.start) for part in (y, x))
         box = np.pad(box, ((0, 0), (0, H - box.shape[1]), (0, W - box.shape[2])), mode="edge")
 
-        def sums(box):                          # far faster than over both axes at once
-            rows = sum(box[:, k::n].astype(np.int32) for k in range(n))
+        def sums(box, most):                    # far faster than over both axes at once
+            rows = sum(box[:, k::n].astype(np.min_scalar_type(most * n**2)) for k in range(n))
             return sum(rows[..., k::n] for k in range(n))
 
         if self.reduce == "mean":
-            return np.floor(sums(box) / n**2 + 0.5).astype(np.uint8)
+            return np.floor(sums(box, 255) / n**2 + 0.5).astype(np.uint8)
         values = np.flatnonzero(_count_values(box)).astype(np.uint8)
-        votes = [sums(box == value) for value in values]
+        votes = [sums(box == value, 1) for value in values]
         return values[np.argmax(votes, axis=0)]                 # the first, lower one at a tie
 
 
@@ -1114,7 +1127,7 @@ def sampling_grid(batch, size, device, flip=False, rot90=False, rotation=0.0, sc
     cos, sin, skew = angle.cos(), angle.sin(), torch.deg2rad(uniform(shear)).tan()
     signs = torch.randint(0, 2, (batch, 2), device=device) * 2 - 1 if flip else 1
     turn = torch.stack([cos, -sin, sin, cos], dim=1).view(batch, 2, 2)
-    turn = turn + skew.view(-1, 1, 1) * turn[:, :, :1] * turn.new_tensor([0.0, 1.0])
+    turn = turn + skew.view(-1, 1, 1) * turn[:, :, :1] * torch.arange(2.0, device=device)
     turn = turn / (1 + uniform(scale)).view(-1, 1, 1)
     turn = turn * (signs[:, None] if flip else 1)
     y = torch.arange(H, device=device) - (H - 1) / 2
@@ -1123,7 +1136,7 @@ def sampling_grid(batch, size, device, flip=False, rot90=False, rotation=0.0, sc
     pixel = torch.einsum("hwj,bij->bhwi", pixel, turn)
     if displacement is not None:
         pixel = pixel + displacement
-    return pixel * 2 / pixel.new_tensor([W, H])
+    return pixel * 2 / torch.linspace(W, H, 2, device=device)     # a copy would wait for the GPU
 
 
 def warp(image, grid, mode):
@@ -2290,7 +2303,8 @@ def predict_slices(network, image, tile=None):
         if i == 0:
             total = prob.new_zeros(len(image), *prob.shape[1:-2], H + bottom, W + right)
         for ((y, along_y), (x, along_x)), part in zip(some, prob.chunk(len(some))):
-            weight = (along_y[:, None] * along_x).to(part.device)
+            along_y, along_x = [w.to(part.device, non_blocking=True) for w in (along_y, along_x)]
+            weight = along_y[:, None] * along_x
             total[..., y : y + tile_h, x : x + tile_w] += part * weight
     return total[..., :H, :W]
 
@@ -2366,7 +2380,7 @@ def predict_by_windows(predict, image, depth, rank=0, world=1):
     for (start, weight), end in zip(windows, starts[1:]):
         if begin < start + depth and start < stop:
             prob = predict(torch.from_numpy(image[start : start + depth]))
-            prob = prob * weight.to(prob.device).view(-1, 1, 1, 1)
+            prob = prob * weight.to(prob.device, non_blocking=True).view(-1, 1, 1, 1)
             if rest is not None:
                 prob[: len(rest)] += rest
             if start >= begin:
@@ -2386,13 +2400,15 @@ def predict_volume(stream, writer, decide, shape, progress, downsample=1, probab
 
     def write(slab, prob):
         sides = (Y, X) if downsample == 1 else tuple(side * downsample for side in prob.shape[2:])
+        ids = []                # on the device: a copy would wait for the next slab's prediction
         for z, large in enumerate(prob.split(1), slab.start):
             if large.shape[2:] != sides:            # channels last: three times faster on a CPU
                 large = bilinear(large.contiguous(memory_format=torch.channels_last), sides)
             large = large[..., :Y, :X]
-            writer[z : z + 1] = decide(large).to(torch.uint8).cpu().numpy()
+            ids.append(decide(large).to(torch.uint8))
             if probability is not None:
                 probability[z : z + 1] = large.squeeze(1).cpu().numpy()
+        writer[slab] = torch.cat(ids).cpu().numpy()
         progress(slab.stop, shape[0])
 
     with ThreadPoolExecutor(1) as pool:             # writes a slab while the next is predicted
@@ -3506,7 +3522,7 @@ class Run:
     def _progress(self):
         """A line that renews itself on a terminal; elsewhere a line every few seconds."""
         now, (start, first), terminal = time.monotonic(), self.session, sys.stdout.isatty()
-        if self.rank or now - self.printed < (0.2 if terminal else 5):
+        if self.rank or now - self.printed < (1 if terminal else 5):
             return
         epoch, count = divmod(self.step, self.steps_per_epoch)
         loss, self.printed = self._mean_losses(count + 1)["loss"], now
@@ -3546,7 +3562,7 @@ class Run:
     def _stop_if_interrupted(self):
         """Where any process was interrupted: save and leave, see command."""
         if self.world > 1:
-            flag = torch.tensor(float(self.interrupted), device=self.device)
+            flag = torch.tensor(float(self.interrupted))
             average([flag])
             self.interrupted = bool(flag)
         if self.interrupted:
@@ -3792,8 +3808,8 @@ def write_prediction(run, predict, item, name, context=1, depth=None, channels=N
     if depth:
         stream = predict_by_windows(predict, item.image, depth, **share)
     else:
-        stream = predict_by_slabs(predict, item.image, shape, context, **share,
-                                  pixels=2**22 if run.device.type == "cuda" else 2**20)
+        pixels = 2**22 * run.args.downsample**2 if run.device.type == "cuda" else 2**20
+        stream = predict_by_slabs(predict, item.image, shape, context, pixels, **share)
 
     def progress(done, total):
         if sys.stdout.isatty() and not run.rank:        # a line that goes when all is done

@@ -1,21 +1,27 @@
 """Speed of every network on this machine: python tests/benchmark.py --width 16
 
-Prints, for each network, training patches per second, inference voxels per second, peak memory so
-far, the share of the machine's own matrix-product rate that training reaches, and the share of a
-step in which a GPU has nothing to do; then what tiles cost in the prediction of large slices.
-Whole volumes: tests/large.py.
+Prints, for each network, the time of a training step, training patches per second, inference voxels
+per second, peak memory (on a CPU so far), the share of the machine's own matrix-product rate that
+training reaches, and the share of a step in which a GPU has nothing to do; then what tiles cost in
+the prediction of large slices; then whole steps of train_cps.py. Whole volumes: tests/large.py.
 """
 
 import argparse
+import csv
+import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import tifffile
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import emseg
 import train_2d3d
 import train_seget
@@ -39,8 +45,9 @@ def median_seconds(function, device, runs=7, warmup=2):
     return statistics.median(times[warmup:])
 
 
-def matrix_rate(device, dtype, n=2048):
-    """Floating-point operations per second of a matrix product."""
+def matrix_rate(device, dtype):
+    """Floating-point operations per second of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / median_seconds(lambda: a @ a, device)
 
@@ -60,12 +67,14 @@ class Step:
         image, label = emseg.phantom((16, patch[-2] + 32, patch[-1] + 32))
         volume, truth = InMemory(image), InMemory((label == 3).astype(np.uint8))
         patches = emseg.Patches([volume], [truth], patch, foreground=0.99)
-        self.batches = iter(torch.utils.data.DataLoader(patches, batch_sampler=[
-            range(i, i + batch_size) for i in range(0, 10**4 * batch_size, batch_size)]))
+        cuda = device.type == "cuda"                    # as Run.batches and --workers
+        self.batches = iter(torch.utils.data.DataLoader(
+            patches, num_workers=4 * cuda, pin_memory=cuda, batch_sampler=[
+                range(i, i + batch_size) for i in range(0, 10**4 * batch_size, batch_size)]))
         self.load()
 
     def load(self):
-        crops = [crop.to(self.device) for crop in next(self.batches)]
+        crops = [crop.to(self.device, non_blocking=True) for crop in next(self.batches)]
         self.image, self.label = emseg.augment(*crops, {"mean": 128, "std": 40}, flip=True,
                                                rot90=True)
 
@@ -108,7 +117,9 @@ def idle_share(step, device, seconds, runs=5):
         for _ in range(runs):
             step.whole()
         torch.cuda.synchronize(device)
-    busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / runs
+    busy = sum(event.self_device_time_total for event in profile.key_averages()
+               if event.device_type == torch.autograd.DeviceType.CUDA
+               and not event.is_user_annotation) / 1e6 / runs
     return max(0.0, 1 - busy / seconds)
 
 
@@ -117,15 +128,19 @@ def networks(args, device, dtype):
     print(f"{device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}; matrix product {rate / 1e9:.0f} GFLOP/s; width "
           f"{args.width or 'of the paper'}")
-    print(f"{'network':18}{'batch':>20}{'parameters':>12}{'patches/s':>11}{'Mvoxel/s':>10}"
-          f"{'GiB':>7}{'of matrix rate':>16}{'GPU idle':>10}")
+    print(f"{'network':18}{'batch':>20}{'parameters':>12}{'ms/step':>9}{'patches/s':>11}"
+          f"{'Mvoxel/s':>10}{'GiB':>7}{'of matrix rate':>16}{'GPU idle':>10}")
     for name in args.networks or NETWORKS:
+        step = None                                     # frees the memory of the one before
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         step = Step(name, args, device, dtype)
         seconds = median_seconds(step.whole, device)
         inference = median_seconds(step.infer, device)
         share = floating_point_operations(step) / seconds / rate
         print(f"{name:18}{emseg.format_shape(step.batch):>20}"
-              f"{emseg.count_parameters(step.network):12,}{step.batch[0] / seconds:11.1f}"
+              f"{emseg.count_parameters(step.network):12,}{1000 * seconds:9.0f}"
+              f"{step.batch[0] / seconds:11.1f}"
               f"{step.image.numel() / inference / 1e6:10.2f}"
               f"{emseg.peak_memory_gib(device) or 0:7.2f}{share:16.0%}"
               f"{idle_share(step, device, seconds):10.0%}")
@@ -153,6 +168,28 @@ def tiles(args, device, dtype):
         emseg.MAX_TILE = tile
 
 
+def script(device):
+    """Whole steps of train_cps.py from files, its reading of crops and progress included, and its
+    prediction: as the paper has it, on a CPU with --quick."""
+    image, label = emseg.phantom((16, 256, 256))
+    flags, steps, copies = ([], 50, (4, 9, 9)) if device.type == "cuda" else (
+        ["--quick"], 20, (1, 4, 4))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, array in ("volume", image), ("label", (label == 3).astype(np.uint8)):
+            tifffile.imwrite(f"{folder}/{name}.tif", np.tile(array, copies))
+        subprocess.run([sys.executable, ROOT / "train_cps.py", *flags, "--epochs", "3",
+                        "--steps-per-epoch", str(steps), "--cps-warmup", "0", "1",
+                        "--volume", f"{folder}/volume.tif", "--label", f"{folder}/label.tif",
+                        "--label-slices", "n=7", "--device", str(device), "--out-dir",
+                        f"{folder}/run"], check=True, stdout=subprocess.DEVNULL)
+        with open(f"{folder}/run/log.csv") as file:
+            seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+        metrics = json.loads(Path(folder, "run/metrics.json").read_text())
+    print(f"\ntrain_cps.py {' '.join(flags) or 'as in the paper'}: "
+          f"{1000 * (seconds[2] - seconds[0]) / steps / 2:.0f} ms a step, prediction "
+          f"{metrics['predict_voxels_per_second'] / 1e6:.1f} Mvoxel/s")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="unet", choices=sorted(emseg.NETWORKS),
@@ -168,10 +205,12 @@ def main():
     args = parser.parse_args()
     device = emseg.choose_device(args.device)
     dtype = emseg.choose_precision(device, None)
+    torch.backends.cudnn.benchmark = True               # as Run
     if device.type == "cpu":
         emseg.keep_freed_memory()
     networks(args, device, dtype)
     tiles(args, device, dtype)
+    script(device)
 
 
 if __name__ == "__main__":

@@ -409,14 +409,14 @@ def test_grey_values(tmp_path):
 
 
 def test_equalize(tmp_path):
-    array = np.random.default_rng(0).normal(120, 10, (2, 200, 200)).clip(115, 255).astype(np.uint8)
-    array[1] = 9
+    array = np.random.default_rng(0).normal(120, 10, (3, 200, 200)).clip(115, 255).astype(np.uint8)
+    array[1], array[2] = array[0] + 50, 9
     view = emseg.Grey(open_array(tmp_path, array), "equalize")
     values, inverse, counts = np.unique(array[0], return_inverse=True, return_counts=True)
     cdf = counts.cumsum()
     want = np.rint((cdf - cdf[0]) / (cdf[-1] - cdf[0]) * 255)[inverse].reshape(200, 200)
-    np.testing.assert_array_equal(view[0], want)
-    assert len(np.unique(view[1])) == 1
+    np.testing.assert_array_equal(view[:2], [want, want])
+    assert len(np.unique(view[2])) == 1
 
 
 def test_standardize(tmp_path):
@@ -428,12 +428,13 @@ def test_standardize(tmp_path):
 
 
 def test_downsample_mean_and_majority(tmp_path):
-    array = random_volume((2, 7, 10)) // 20
+    array = random_volume((2, 7, 10)) // 20 * 60
     volume = open_array(tmp_path, array)
     volume.voxel_size = VOXEL
     padded = np.pad(array, ((0, 0), (0, 2), (0, 2)), mode="edge")
-    for reduce in ("mean", "majority"):
-        small = emseg.Downsampled(volume, 3, reduce)
+    (label,), _ = emseg.open_labels([volume.path], [volume], label_map={k: k for k in range(241)})
+    for source, reduce in (volume, "mean"), (volume, "majority"), (label, "majority"):
+        small = emseg.Downsampled(source, 3, reduce)
         assert small.voxel_size == (VOXEL[0], VOXEL[1] * 3, VOXEL[2] * 3)
         want = np.zeros((2, 3, 4), np.uint8)
         for z, y, x in np.ndindex(want.shape):
