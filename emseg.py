@@ -775,9 +775,10 @@ class VolumeWriter:
         self.stream, self.offset, self.shape, self.dtype = stream, offset, shape, dtype
 
     def __setitem__(self, index, slab):
-        start, _, _ = index.indices(self.shape[0])
+        start, stop, _ = index.indices(self.shape[0])
+        slab = np.broadcast_to(np.asarray(slab, self.dtype), (stop - start, *self.shape[1:]))
         self.stream.seek(self.offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize)
-        self.stream.write(np.asarray(slab, self.dtype).tobytes())
+        self.stream.write(slab.tobytes())
         self.stream.flush()
 
 
@@ -1151,9 +1152,10 @@ def warp(image, grid, mode):
 
 
 def augment(image, label, normalization, **geometry):
-    """A batch of uint8 crops -> normalised, augmented network input, all on the crops' device.
+    """A batch of crops -> normalised, augmented network input, all on the crops' device.
 
-    image (B, H, W) or (B, Z, H, W) uint8; label alike, or None; geometry: see sampling_grid.
+    image (B, H, W) or (B, Z, H, W), 0..255 of any dtype, so that grey levels can be changed before;
+    label (B, ...) uint8, or None; geometry: see sampling_grid.
     Returns image (B, 1, ...) float32 and label (B, ...) int64 or None.
     """
     if geometry:
@@ -1164,8 +1166,9 @@ def augment(image, label, normalization, **geometry):
 
 
 # ==================================================================================================
-# Networks: (in_channels, out_channels, width=None) -> module with dims, stride, margin, offset;
-# 3D ones also with min_depth, the slices that they need. Blocks stand above their first network
+# Networks: (in_channels, out_channels, width=None) -> module with dims, 2 or 3; stride and offset:
+# sides n of its input satisfy n % stride == offset; margin: pixels that its output lacks on each
+# side; in 3D min_depth: the slices that it needs. Blocks stand above their first network
 # ==================================================================================================
 
 
@@ -2276,7 +2279,8 @@ def tiles(side, tile, grid=1, power=2):
 
 
 def predict_slices(network, image, tile=None):
-    """Probabilities (B, C, ..., H, W) float32 of network input (B, C', ..., H, W) of any H, W.
+    """Probabilities (B, C, ..., H, W) float32 of network input (B, C', ..., H, W) of any H, W; the
+    caller has set network.eval() and torch.inference_mode().
 
     Sides up to MAX_TILE are predicted whole, longer ones in overlapping tiles, which are blended;
     tile (y, x): their sides, for networks that want those of their crops. Borders are mirrored up
@@ -2450,7 +2454,7 @@ def _nanmean(values, axis=None):
 
 
 def scores(counts, classes, organelles=None):
-    """Scores of one volume from its per-slice confusion counts (Z, K, K): the metrics.json block.
+    """Scores of one volume from the counts (Z, K, K) of `confusion`: the block of metrics.json.
 
     Per foreground class: Dice, IoU, precision, recall over the whole volume (3D); dice_slices, the
     mean of the 2D Dice of the slices, where a slice without the class in truth and prediction
@@ -2607,6 +2611,7 @@ def save_slices(path, items, classes, maps=False, rows=4, max_side=768):
                 zoom = axis.inset_axes((0.55, 0.02, 0.43, 0.43), xticks=[], yticks=[], **inset)
                 zoom.imshow(shown[title])
                 axis.indicate_inset_zoom(zoom, edgecolor="white", alpha=1)
+        name = textwrap.fill(name, 45)
         row[0].text(0.02, 0.97, name, transform=row[0].transAxes, fontsize=7, va="top",
                     color="white", bbox={"color": "black", "alpha": 0.6, "pad": 1.5})
         _scale_bar(row[0], like.voxel_size and like.voxel_size[2] * step)
@@ -2690,11 +2695,11 @@ def save_surfaces(path, rows, classes, max_side=200):
     depths = {}
     for title, volume in rows.items():
         ids, side = _cubes(volume, max_side)
-        depths[title] = [_first_hits(ids, len(classes), view) for view in VIEWS]
-    height = max(depth.shape[1] / depth.shape[2] for views in depths.values() for depth in views)
+        depths[title] = views = [_first_hits(ids, len(classes), view) for view in VIEWS]
+    height, widths = max(depth.shape[1] for depth in views), [depth.shape[2] for depth in views]
     panels = list(itertools.product(shown.items(), depths.items()))
-    figure = new_figure(figsize=(4 * len(VIEWS), 4 * height * len(panels)))
-    axes = figure.subplots(len(panels), len(VIEWS), squeeze=False)
+    figure = new_figure(figsize=(12, 12 * height / sum(widths) * len(panels)))
+    axes = figure.subplots(len(panels), len(VIEWS), squeeze=False, width_ratios=widths)
     for row, ((name, chosen), (title, views)) in zip(axes, panels):
         for axis, depth in zip(row, views):
             colors = [CLASS_COLORS[k % len(CLASS_COLORS)] for k in chosen]
@@ -2787,7 +2792,7 @@ def save_curves(path, rows):
     """curves.png: loss terms and validation scores against the epoch, from the rows of log.csv."""
     terms = [key for key in rows[0] if key.startswith("loss_")]     # the total moves with weights
     scores = [key for key in ("val_dice", "val_iou", "val_miou", "val_miou_org") if key in rows[0]]
-    groups = {"loss": terms or ["loss"], **({"validation": scores} if scores else {})}
+    groups = {"loss": terms or ["loss"], **({"validation score": scores} if scores else {})}
     figure = new_figure(figsize=(5 * len(groups), 3.5))
     epochs = range(len(rows))
     for axis, (title, keys) in zip(figure.subplots(1, len(groups), squeeze=False)[0],
@@ -3014,7 +3019,8 @@ def open_items(volumes, labels, args, slices=None, **rules):
         volume.voxel_size = tuple(args.voxel_size or ()) or volume.voxel_size
         for z in range(len(volume) if volume.dtype.kind == "f" else 0):     # before hours of work
             if not np.isfinite(volume[z]).all():
-                raise InputError(f"{volume.path}: {volume.slice_name(z)} holds NaN or infinity")
+                raise InputError(f"{volume.path}: {volume.slice_name(z)} holds NaN or infinity; "
+                                 "replace it (numpy.nan_to_num), or crop or leave out the slice")
         grey = Grey(volume, args.normalize)
         items.append(Item(volume, shrink(grey, args, image=True)))
         if volume.dtype != np.uint8:
@@ -3097,6 +3103,7 @@ def check_annotation(train, args):
               for item in train for z in item.slices]
     at = f" at --downsample {args.downsample}; try a smaller one" if args.downsample > 1 else ""
     if not counts:
+        at = at if any(len(item.label.slices) for item in train) else ""
         raise InputError(f"no slice is left to train on{at}; check --label-slices and --val-slices")
     seen, drawn = sum(counts), sum(item.label.counts.sum(0) for item in train)
     for name, new, old in zip(args.classes[1:], seen[1:] / seen.sum(), drawn[1:] / drawn.sum()):

@@ -363,11 +363,12 @@ def score_pair(pair, classes, args):
 # -- text ------------------------------------------------------------------------------------------
 
 
-def format_score(value):
-    """A score for people: counts whole, large numbers without decimals, others with four."""
+def format_score(value, like=None):
+    """A score for people: the larger, the fewer decimals; like: what it is the deviation of."""
     if value is None:
         return "undefined"          # not in the truth, not in the prediction, or no voxel size
-    return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.4f}"
+    size = value if like is None else like
+    return f"{value:,.{0 if isinstance(size, int) or size >= 1000 else 1 if size >= 10 else 4}f}"
 
 
 def spread(values):
@@ -529,7 +530,7 @@ def show_table(scored_on, rows, keys):
         shown.append({"row": row, "runs": len(rows[row]), "folders": " ".join(folders)})
         for (key, name), (mean, deviation, n) in cells.items():
             shown[-1][f"{key} {name}".strip()] = format_score(mean) + (
-                f" ± {format_score(deviation)}" if n > 1 else "")
+                f" ± {format_score(deviation, mean)}" if n > 1 else "")
             lines[-1] |= {f"{key}_{name}_mean": mean, f"{key}_{name}_std": deviation}
     found = dict.fromkeys(head for line in shown for head in line)
     heads = [*found][:3] + [head for key in keys for head in found if head.split(" ")[0] == key]
@@ -567,7 +568,7 @@ def rank_rows(tables, key):
     ranks = stats.rankdata(scores if key in LOWER_IS_BETTER else -scores, axis=1)
     numbers = scores.mean(0), scores.std(0, ddof=1), ranks.mean(0)
     return f"### Over {len(cases)} {what}\n\n" + markdown(
-        [["row", f"average {key}", "SD", "average rank"]] + [
+        [["row", f"average {key}", f"SD over {what}", "average rank"]] + [
             [row, *(format_score(float(number)) for number in each)]
             for row, *each in zip(names, *numbers)]) + "\n"
 
@@ -582,14 +583,14 @@ def draw_runs(folder, tables):
         peaks = {row: [value for r in members for (key, _), value in r.scores.items()
                        if key == "val_miou"] for row, members in rows.items()}
         if any(peaks.values()):
-            panels[", ".join(volumes)] = {row: each for row, each in peaks.items() if each}
+            panels[f"runs scored on {', '.join(volumes)}"] = {row: each for row, each in peaks.items() if each}
         for column in dict.fromkeys(c for each in rows.values() for r in each for c in r.slices):
             dice = dice_along_z(rows, column)
             empty, slice_name = np.full(max(map(len, dice.values())), np.nan), "z = {}".format
             with contextlib.suppress(emseg.InputError):             # moved since
                 volume = emseg.open_volume(volumes[column[0]])
                 slice_name = volume.slice_name if len(volume) == len(empty) else slice_name
-            curves.append((f"{column[1]}, {volumes[column[0]]}", np.stack(
+            curves.append((f"{column[1]}, {volumes[column[0]]}; means of each row's runs", np.stack(
                 [empty, *(dice.get(row, empty) for row in names)], 1), [], slice_name))
     if panels:
         emseg.save_histogram(folder / "histogram.png", panels, "peak validation mIoU")
@@ -602,15 +603,15 @@ def tabulate(args):
     the same voxels is in one table."""
     folder, results, tables = Path(args.out_dir), [], {}
     emseg.check_folder(argparse.Namespace(out_dir=folder, overwrite=args.overwrite),
-                       Path(__file__).name)     # which may be among runs/*
+                       Path(__file__).name)
+    if (folder / "metrics.json").exists():
+        raise emseg.InputError(f"--out-dir {folder} holds scores of predictions; choose another")
     for run in args.runs:
-        try:
-            results += read_run(run)
-        except emseg.InputError as error:
-            print(f"skipped {run}: {error}")
-        else:
-            if Path(run).resolve() == folder.resolve():
-                raise emseg.InputError(f"--out-dir {folder} is one of the runs; choose another")
+        if Path(run).resolve() != folder.resolve():     # which is among runs/* the second time
+            try:
+                results += read_run(run)
+            except emseg.InputError as error:
+                print(f"skipped {run}: {error}")
     there = {key for r in results for key, _ in r.scores}
     unknown = [key for key in args.scores if key not in there]
     if not results or (unknown and args.scores != DEFAULT_SCORES):
@@ -620,8 +621,8 @@ def tabulate(args):
     for r in results:
         tables.setdefault(r.scored_on, {}).setdefault(r.row, []).append(r)
     shown = [show_table(scored_on, rows, args.scores) for scored_on, rows in tables.items()]
-    text = "\n".join([f"All rows: {shared}\n", *(table for table, _ in shown),
-                      rank_rows(tables, args.scores[0])])
+    heading = f"All rows: {shared}. Mean ± SD over runs; miou counts background, too.\n"
+    text = "\n".join([heading, *(table for table, _ in shown), rank_rows(tables, args.scores[0])])
     print(text)
     write_config(args)
     emseg.write_text(folder / "table.md", text)
@@ -663,8 +664,7 @@ def parse_args(argv=None):
     scores("--min-voxels", type=emseg.positive(int), default=1, metavar="N",
            help="smaller objects are left out")
     scores("--segments", metavar="CLASS", help="variation of information and adapted Rand error of "
-           "segments: the connected regions that the voxels of this class separate, such as the "
-           "cells between membranes")
+           "the connected regions that this class separates, such as cells between membranes")
     scores("--segments-2d", action="store_true", help="segments are regions of each slice by "
            "itself, for thick slices")
     scores("--render", action="store_true", help="surfaces in 3D")

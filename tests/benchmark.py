@@ -3,7 +3,7 @@
 Prints, for each network, the time of a training step, training patches per second, inference voxels
 per second, peak memory (on a CPU so far), the share of the machine's own matrix-product rate that
 training reaches, and the share of a step in which a GPU has nothing to do; then what tiles cost in
-the prediction of large slices; then whole steps of train_cps.py. Whole volumes: tests/large.py.
+the prediction of large slices; then whole steps of train_cps.py.
 """
 
 import argparse

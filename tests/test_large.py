@@ -1,20 +1,79 @@
-"""Volumes several times larger than the memory that a process may have; tests/large.py measures
-larger ones."""
+"""Volumes several times larger than the memory that a process may have."""
 
 import json
 import os
 import subprocess
 import sys
+import warnings
+import zlib
+from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pytest
 import tifffile
 
 import emseg
 from conftest import ROOT
-from large import FORMATS, create, examples
 
+FORMATS = ("tif", "imagej", "deflate", "mrc", "npy", "folder")
 DEPTH, SIDE = 80, 2048                  # 320 MiB
+
+
+def create(path, kind, depth, side, drawn):
+    """Write a uint8 volume (depth, side, side), zero but for the slices drawn {z: (side, side)}.
+
+    kind: BigTIFF, the single huge page that ImageJ writes, Deflate, MRC, NPY or a folder of TIFFs.
+    Returns the path with its ending.
+    """
+    shape, options = (depth, side, side), {"photometric": "minisblack"}
+    path = Path(f"{path}.{'tif' if kind in ('imagej', 'deflate') else kind}")
+    if kind == "folder":
+        path.mkdir()
+        for z in range(depth):
+            name = path / f"{z:05}.tif"
+            tifffile.imwrite(name, shape=shape[1:], dtype=np.uint8, **options)
+            if z in drawn:
+                tifffile.imwrite(name, drawn[z], **options)
+        return path
+    if kind == "deflate":
+        empty = zlib.compress(bytes(side * side), 1)
+        pages = (zlib.compress(drawn[z].tobytes(), 1) if z in drawn else empty
+                 for z in range(depth))
+        with tifffile.TiffWriter(path, bigtiff=True) as tif:
+            tif.write(pages, shape=shape, dtype=np.uint8, compression="zlib",
+                      rowsperstrip=side, metadata={"axes": "ZYX"}, **options)
+        return path
+    if kind == "mrc":
+        with mrcfile.new_mmap(path, shape, mrc_mode=0) as mrc:
+            mrc.voxel_size = 50
+        offset = 1024
+    elif kind == "npy":
+        np.lib.format.open_memmap(path, "w+", np.uint8, shape).flush()
+        offset = path.stat().st_size - depth * side * side
+    else:
+        with warnings.catch_warnings(), tifffile.TiffWriter(
+                path, bigtiff=kind == "tif", imagej=kind == "imagej") as tif:
+            warnings.simplefilter("ignore")         # that ImageJ's large files have one page
+            offset, _ = tif.write(shape=shape, dtype=np.uint8, returnoffset=True,
+                                  metadata={"axes": "ZYX"}, **options)
+    with open(path, "r+b") as file:
+        for z, page in drawn.items():
+            file.seek(offset + z * side * side)
+            file.write(page.tobytes())
+    return path
+
+
+def examples(depth, side, count=5):
+    """Slices of an image and of its labels {z: (side, side) uint8}, spread over `depth`."""
+    rng = np.random.default_rng(0)
+    zs = [round((i + 0.5) * depth / count - 0.5) for i in range(count)]
+    labels = {z: (np.kron(rng.integers(0, 3, (side // 64, side // 64), np.uint8),
+                          np.ones((64, 64), np.uint8))) for z in zs}
+    images = {z: label * 60 + rng.integers(20, 60, label.shape, np.uint8)
+              for z, label in labels.items()}
+    return images, labels
+
 
 # Trains on a mapped and on a compressed volume with their labels, predicts the first and scores
 # that, in a process that may allocate as much as one of the volumes takes, beside what Python,
@@ -22,13 +81,13 @@ DEPTH, SIDE = 80, 2048                  # 320 MiB
 LIMITED = f"""
 import re, resource, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
-import large, numpy, torch._dynamo, emseg, train_cps
+import test_large, numpy, torch._dynamo, emseg, train_cps
 emseg.CACHE_BYTES = 2**25                       # of decoded slices
 emseg.save_slices = lambda *args, **options: None
 numpy.linalg.inv(numpy.eye(99))
-volumes, labels = [[str(large.create(f"{{name}}_{{kind}}", kind, {DEPTH}, {SIDE}, drawn))
+volumes, labels = [[str(test_large.create(f"{{name}}_{{kind}}", kind, {DEPTH}, {SIDE}, drawn))
                     for kind in ("mrc", "deflate")] for name, drawn in
-                   zip(("image", "label"), large.examples({DEPTH}, {SIDE}))]
+                   zip(("image", "label"), test_large.examples({DEPTH}, {SIDE}))]
 used = int(re.search(r"VmData:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (used + {DEPTH} * {SIDE}**2,) * 2)
 train_cps.main(train_cps.parse_args([
@@ -53,7 +112,7 @@ def test_training_prediction_and_scores_need_little_memory(tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_what_large_files_hold_is_read(tmp_path, kind):
-    """The sparse files of tests/large.py, small: slices that are drawn, and zeros elsewhere."""
+    """Sparse files: slices that are drawn, and zeros elsewhere."""
     drawn, _ = examples(9, 128)
     volume = emseg.open_volume(create(tmp_path / "a", kind, 9, 128, drawn))
     assert volume.shape == (9, 128, 128)

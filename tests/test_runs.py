@@ -84,6 +84,7 @@ def test_scores_are_means_and_sample_deviations_over_seeds(tmp_path, capsys):
     assert (several["row"], several["runs"], one["row"]) == ("unet", "3", "resunet")
     assert several["folders"] == " ".join(map(str, runs[:3])) and one["folders"] == str(runs[3])
     assert one["parameters"] == "1,234,567" and one["train_seconds"] == "undefined"
+    assert (several["parameters"], several["train_seconds"]) == ("99.0 ± 0.0", "60.0 ± 0.0")
     with open(tmp_path / "out" / "table.csv", newline="") as file:
         line = next(csv.DictReader(file))
     assert float(line["dice_mito_mean"]) == pytest.approx(mean, rel=1e-15)
@@ -139,7 +140,8 @@ def test_validation_stands_beside_test_and_its_peaks_in_the_histogram(tmp_path, 
     assert list(row)[3:] == ["miou mito", "val_miou mito", "val_miou_org mito"]
     assert row["val_miou mito"] == f"0.6500 ± {np.std([0.6, 0.7], ddof=1):.4f}"
     assert row["val_miou_org mito"].startswith("0.3000")
-    assert drawn["save_histogram"][1] == {"image.tif": {"unet": [0.6, 0.7], "resunet": [0.5]}}
+    assert drawn["save_histogram"][1] == {
+        "runs scored on image.tif": {"unet": [0.6, 0.7], "resunet": [0.5]}}
 
 
 def test_rows_are_ranked_over_data_sets(tmp_path, capsys):
@@ -154,12 +156,13 @@ def test_rows_are_ranked_over_data_sets(tmp_path, capsys):
     for row in rows:
         each = values[row["row"]]
         assert row["average dice"] == f"{np.mean(each):.4f}"
-        assert row["SD"] == f"{np.std(each, ddof=1):.4f}"
+        assert row["SD over data sets"] == f"{np.std(each, ddof=1):.4f}"
     assert [(row["row"], row["average rank"]) for row in rows] == [
         ("resunet", "1.3333"), ("unet", "1.6667")]
     rows = tabulate(tmp_path, *sorted(tmp_path.iterdir()), "--scores", "train_seconds")[
         "Over 3 data sets"]
     assert [row["average rank"] for row in rows] == ["1.6667", "1.3333"]    # less is better
+    assert "skipped" not in capsys.readouterr().out     # the folder of the first table
 
 
 def test_one_data_set_is_ranked_over_its_slices_and_drawn_along_z(tmp_path, drawn):
@@ -176,7 +179,7 @@ def test_one_data_set_is_ranked_over_its_slices_and_drawn_along_z(tmp_path, draw
     assert [row["average rank"] for row in rows] == ["1.6667", "1.3333"]
     assert rows[0]["average dice"] == f"{np.mean([0.3, 0.5, 0.8]):.4f}"
     _, [(title, curves, _, slice_name)], names = drawn["save_slice_dice"]
-    assert names[1:] == ["unet", "resunet"] and title == f"mito, {stack}"
+    assert names[1:] == ["unet", "resunet"] and title == f"mito, {stack}; means of each row's runs"
     assert slice_name(3) == "z = 3 (file 13)"
     np.testing.assert_allclose(curves[:, 1], [0.3, 0.5, np.nan, 0.8])
     np.testing.assert_allclose(curves[:, 2], [0.1, 0.6, 0.5, 0.9])

@@ -612,6 +612,8 @@ def test_written_volume_reads_back(tmp_path, extension, dtype):
     with emseg.create_volume(path, array.shape, dtype, VOXEL) as writer:
         writer[4:6] = array[4:]
         writer[0:4] = array[:4]
+        with pytest.raises(ValueError, match="broadcast"):
+            writer[0:1] = array[:2]
         assert not path.exists()
     volume = emseg.open_volume(path)
     np.testing.assert_array_equal(volume[:], array)
