@@ -177,7 +177,7 @@ EXPERIMENTS = {
         "what neighbouring slices bring needs a longer training",
         VNC_2D3D, {model: f"--model {model} {{window}}" for model in ("2d3d", "2d3d-no-3d")},
         {**CPU_2D3D, "steps": 250, "minutes": 30}, {**GPU_2D3D, "steps": 750, "minutes": 24},
-        "miou_org", (0,), {}),
+        "miou_org", (0, 1), {}),
     "ensemble": Experiment(
         "Guay 2021, table 1: platelets, test MIoU(org)",
         "a few of the best instances, averaged, beat the best one",
