@@ -500,29 +500,17 @@ class Downsampled(LazyArray):
 
     reduce="mean" for images (rounded), "majority" for class ids: the most frequent value of each
     block, the lower one at a tie, IGNORE like any other. Blocks that stick out are filled by
-    repeating the edge. slices: those of Labels. These are kept, once they are reduced, if all fit
-    into CACHE_BYTES: Patches searches in them for rare classes.
+    repeating the edge. slices: those of Labels.
     """
 
     def __init__(self, array, factor, reduce):
         (Z, Y, X), sides = array.shape, array.voxel_size
         super().__init__(array.path, (Z, math.ceil(Y / factor), math.ceil(X / factor)), np.uint8,
                          sides and (sides[0], sides[1] * factor, sides[2] * factor))
-        self.array, self.factor, self.reduce, self.pages = array, factor, reduce, {}
+        self.array, self.factor, self.reduce = array, factor, reduce
         self.slices = getattr(array, "slices", None)
-        self.kept = self.slices is not None and (
-            len(self.slices) * math.prod(self.shape[1:]) <= CACHE_BYTES)
 
     def read(self, z, y, x):
-        if not self.kept:
-            return self.reduced(z, y, x)
-        for k in range(z.start, z.stop):
-            if k not in self.pages:
-                whole = (slice(0, side) for side in self.shape[1:])
-                self.pages[k] = self.reduced(slice(k, k + 1), *whole)[0]
-        return np.stack([self.pages[k][y, x] for k in range(z.start, z.stop)])
-
-    def reduced(self, z, y, x):
         n = self.factor
         box = self.array[z, y.start * n : y.stop * n, x.start * n : x.stop * n]
         H, W = (n * (part.stop - part.start) for part in (y, x))
@@ -769,7 +757,8 @@ def _listed(values, most=12):
 
 
 class VolumeWriter:
-    """A volume file being written: writer[z0:z1] = slab, in any order; see create_volume."""
+    """A volume file being written: writer[z0:z1] = slab, in any order, broadcast as in NumPy; see
+    create_volume."""
 
     def __init__(self, stream, offset, shape, dtype):
         self.stream, self.offset, self.shape, self.dtype = stream, offset, shape, dtype
@@ -1026,7 +1015,7 @@ class Patches(torch.utils.data.Dataset):
                     "--patch-size or --downsample")
         slices = [range(len(image)) for image in images] if slices is None else slices
         self.slices = [(v, int(z)) for v, zs in enumerate(slices) for z in zs]
-        self.foreground = foreground
+        self.foreground, self.pages = foreground, {}    # pages: label slices that are kept
         self.points = self._foreground_points() if foreground else []
 
     def _foreground_points(self):
@@ -1035,6 +1024,8 @@ class Patches(torch.utils.data.Dataset):
         points = {}
         for v, z in self.slices:
             label = self.labels[v][z]
+            if (len(self.pages) + 1) * label.nbytes <= CACHE_BYTES:
+                self.pages[v, z] = label
             for value in np.setdiff1d(label, [0, IGNORE]):
                 found = rng.permutation(np.argwhere(label == value).astype(np.int32))
                 points.setdefault(int(value), []).append((v, z, found[:POINTS_PER_SLICE]))
@@ -1047,9 +1038,16 @@ class Patches(torch.utils.data.Dataset):
         else:
             v, z = self.slices[rng.integers(len(self.slices))]
             window = self._window(rng, v, z)
-        item = [torch.from_numpy(arrays[v][window]).reshape(self.patch_size)
-                for arrays in (self.images, self.labels) if arrays]
+        item = [self.images[v][window], *([self._label(v, window)] if self.labels else [])]
+        item = [torch.from_numpy(crop).reshape(self.patch_size) for crop in item]
         return (*item, v) if self.numbered else tuple(item)
+
+    def _label(self, v, window):
+        """The labels in a window, from kept slices if all are: many are searched for a class."""
+        pages = [self.pages.get((v, z)) for z in range(window[0].start, window[0].stop)]
+        if any(page is None for page in pages):
+            return self.labels[v][window]
+        return np.stack([page[window[1:]] for page in pages])
 
     def _foreground_window(self, rng):
         """A volume and a window of it that holds some of a foreground class."""
@@ -1057,7 +1055,7 @@ class Patches(torch.utils.data.Dataset):
         for _ in range(TRIES):
             v, z, voxels = places[rng.integers(len(places))]
             window = self._window(rng, v, z)
-            if (self.labels[v][window] == value).any():
+            if (self._label(v, window) == value).any():
                 return v, window
         return v, self._window(rng, v, z, *voxels[rng.integers(len(voxels))])
 
@@ -3815,7 +3813,7 @@ def write_prediction(run, predict, item, name, context=1, depth=None, channels=N
     if depth:
         stream = predict_by_windows(predict, item.image, depth, **share)
     else:
-        pixels = 2**22 * run.args.downsample**2 if run.device.type == "cuda" else 2**20
+        pixels = 2**22 * min(run.args.downsample, 4) ** 2 if run.device.type == "cuda" else 2**20
         stream = predict_by_slabs(predict, item.image, shape, context, pixels, **share)
 
     def progress(done, total):

@@ -576,14 +576,14 @@ def rank_rows(tables, key):
 def draw_runs(folder, tables):
     """histogram.png: peak validation mIoU (Guay 2021, figure 4), and slice_dice.png: Dice along z,
     a line for each row (Pagano 2023, figure 5)."""
-    names = [*dict.fromkeys(row for rows in tables.values() for row in rows)]
-    panels, curves = {}, []
+    panels, curves, names = {}, [], [*dict.fromkeys(r for rows in tables.values() for r in rows)]
     for scored_on, rows in tables.items():
         volumes = [volume for volume, *_ in scored_on]
-        peaks = {row: [value for r in members for (key, _), value in r.scores.items()
-                       if key == "val_miou"] for row, members in rows.items()}
-        if any(peaks.values()):
-            panels[f"runs scored on {', '.join(volumes)}"] = {row: each for row, each in peaks.items() if each}
+        peaks = {row: each for row, members in rows.items()
+                 if (each := [value for r in members for (key, _), value in r.scores.items()
+                              if key == "val_miou"])}
+        if peaks:
+            panels[f"runs scored on {', '.join(volumes)}"] = peaks
         for column in dict.fromkeys(c for each in rows.values() for r in each for c in r.slices):
             dice = dice_along_z(rows, column)
             empty, slice_name = np.full(max(map(len, dice.values())), np.nan), "z = {}".format

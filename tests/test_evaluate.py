@@ -436,6 +436,8 @@ def test_an_evaluation_is_replaced_only_when_told_to(tmp_path, capsys, no_pictur
     (out / "objects_mine.csv").write_text("a person's")
     run(evaluate, *arguments, "--overwrite")
     assert (out / "objects_mine.csv").read_text() == "a person's"
+    assert "holds scores" in refused(evaluate, capsys, "--runs", out, "--out-dir", out,
+                                     "--overwrite")
     inside = shutil.copy(tmp_path / "truth.tif", out)
     assert "lies in it" in refused(evaluate, capsys, *arguments[:3], inside, "--out-dir", out,
                                    "--overwrite")

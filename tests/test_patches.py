@@ -73,7 +73,7 @@ def test_numbered_crops_name_their_volume_and_are_the_same_crops():
 def test_image_and_label_are_cut_at_the_same_place_of_the_same_volume(size, foreground):
     pairs = [(random_volume(seed=n), random_volume(seed=n + 2)) for n in (0, 1)]
     images, labels = [[InMemory(array) for array in arrays] for arrays in zip(*pairs)]
-    patches = emseg.Patches(images, labels, size, foreground=foreground)
+    patches = emseg.Patches(images, labels, size, [[0, 2], [1]], foreground)
     volumes = []
     for crop, crop_label in draw(patches, 12):
         assert crop.dtype == crop_label.dtype == torch.uint8
