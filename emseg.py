@@ -3101,8 +3101,8 @@ def check_annotation(train, args):
               for item in train for z in item.slices]
     at = f" at --downsample {args.downsample}; try a smaller one" if args.downsample > 1 else ""
     if not counts:
-        at = at if any(len(item.label.slices) for item in train) else ""
-        raise InputError(f"no slice is left to train on{at}; check --label-slices and --val-slices")
+        raise InputError("no slice is left to train on; check --label-slices, --val-slices and "
+                         "--downsample")
     seen, drawn = sum(counts), sum(item.label.counts.sum(0) for item in train)
     for name, new, old in zip(args.classes[1:], seen[1:] / seen.sum(), drawn[1:] / drawn.sum()):
         if not new:

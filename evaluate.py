@@ -368,7 +368,8 @@ def format_score(value, like=None):
     if value is None:
         return "undefined"          # not in the truth, not in the prediction, or no voxel size
     size = value if like is None else like
-    return f"{value:,.{0 if isinstance(size, int) or size >= 1000 else 1 if size >= 10 else 4}f}"
+    decimals = 0 if isinstance(size, int) or size >= 1000 else 1 if size >= 10 else 4
+    return f"{value:,.{decimals}f}"
 
 
 def spread(values):
@@ -388,8 +389,7 @@ def markdown(rows):
 
 
 def describe(entry, what="mean"):
-    """The scores of metrics.json's volume entry or mean as text; what: what the mean over classes
-    is, where it is not that of the rows shown."""
+    """An entry or the mean of metrics.json as text; what: how its mean over classes is called."""
     lines = ["  ".join(f"{text} {format_score(entry[key])}" for key, text in (
         ("dice", f"{what} dice"), ("iou", f"{what} iou"), ("miou", f"{what} iou with background"),
         ("miou_org", "miou_org"), ("accuracy", "accuracy")) if key in entry)]

@@ -444,7 +444,8 @@ def augment(batch, windows, field, normalization, args):
     rows, columns = corner[:, :1] + y, corner[:, 1:] + x
     place = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1) + float(r)     # (H, W, 2)
     place = place + field[rows[:, :, None], columns[:, None]]                       # (B, H, W, 2)
-    grid = (2 * place + 1) / torch.linspace(W + 2 * r, H + 2 * r, 2, device=device) - 1
+    sides = torch.linspace(W + 2 * r, H + 2 * r, 2, device=device)      # both, made there
+    grid = (2 * place + 1) / sides - 1
     flips = torch.rand(B, 3, 1, 1, 1, device=device) < (0.5 if args.reflect else 0)
     for axis in (0, 1):
         grid = torch.where(flips[:, axis], grid.flip(axis + 1), grid)

@@ -76,7 +76,7 @@ def piecewise_affine_displacement(batch, size, device, scale=(0.01, 0.05), point
     """
     H, W = size
     strength = torch.empty(batch, 1, 1, 1, device=device).uniform_(*scale)
-    side = torch.linspace(W, H, 2, device=device).view(1, 2, 1, 1)
+    side = torch.linspace(W, H, 2, device=device).view(1, 2, 1, 1)      # W and H, made there
     corner = torch.randn(batch, 2, points, points, device=device) * strength * side
     y = torch.linspace(0, points - 1, H, device=device)
     x = torch.linspace(0, points - 1, W, device=device)
