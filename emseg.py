@@ -2598,7 +2598,7 @@ def save_slices(path, items, classes, maps=False, rows=4, max_side=768):
     figure = new_figure(figsize=(3.1 * len(titles), sum(heights) + 0.4))
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
     for title, axis in zip(titles, axes[0]):
-        axis.set_title(title)
+        axis.set_title(textwrap.fill(title, 28))
     for row, (name, like, step, shown) in zip(axes, panels):
         inset = _inset(shown)
         for axis, title in zip(row, titles):
@@ -3200,11 +3200,14 @@ def class_names(names, n_classes):
 
 
 def unique_names(paths):
-    """A short name for each path, for file names: the stem, all numbered where two are alike."""
-    stems = [re.sub(r"[^\w.-]+", "_", Path(_split_crop(path)[0]).stem) for path in paths]
-    if len(set(stems)) == len(stems):
-        return stems
-    return [f"{number}_{stem}" for number, stem in enumerate(stems, 1)]
+    """A short name for each path, for file names: the stem, after the folder's name where two are
+    alike, after a number where these are."""
+    files = [Path(os.path.abspath(_split_crop(path)[0])) for path in paths]
+    for name_of in (lambda file: file.stem, lambda file: f"{file.parent.name}_{file.stem}"):
+        names = [re.sub(r"[^\w.-]+", "_", name_of(file)) for file in files]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{number}_{name}" for number, name in enumerate(names, 1)]
 
 
 def write_demo(run, shape, voxel_size=(20.0, 8.0, 8.0)):
@@ -3688,6 +3691,15 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def markdown(rows):
+    """Rows of cells, the heads first, as a Markdown table with straight columns."""
+    rows = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(*rows)]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def provenance(script):

@@ -281,53 +281,49 @@ def read_json(folder):
             for name in ("metrics", "config")]
 
 
-def run_of(predictions):
-    """metrics.json of the run in whose folder all predictions lie, and its arguments, else {}."""
+def run_of(prediction):
+    """metrics.json of the run in whose folder a prediction lies, and its arguments, else {}."""
     try:
-        (folder,) = {Path(path).parent for path in predictions}
-        metrics, config = read_json(folder)
+        metrics, config = read_json(Path(prediction).parent)
         return metrics | {"training": {"script": metrics["script"], "args": config["args"]}}
-    except (OSError, ValueError, KeyError, TypeError):      # several folders, or not those of a run
+    except (OSError, ValueError, KeyError, TypeError):                      # no run
         return {}
 
 
-def without_used_slices(label, prediction, metrics):
-    """The label without the slices that the run of the prediction trained or validated on, unless
-    these are all of them."""
-    used = [z for entry in metrics.get("volumes", []) for z in entry.get("used", [])
-            if Path(entry["prediction"]).name == Path(prediction.file).name]
-    left = np.setdiff1d(label.slices, np.array(used, int) - prediction.crop[0].start)
+def without_used_slices(label, used):
+    """The label without the slices that were trained or validated on, unless these are all."""
+    left = np.setdiff1d(label.slices, used)
     n = len(label.slices) - len(left)
-    if n and not len(left):
-        print(f"warning: {prediction.path}: its run trained or validated on all of these slices; "
-              "these are no test scores")
-    elif n:
-        print(f"{prediction.path}: {n} slices that its run trained or validated on are left out")
+    if n:
+        print(f"{label.path}: {n} slices were trained or validated on, and " + (
+            "are left out" if len(left) else "there are no others: these are no test scores"))
     return label.only(left) if n and len(left) else label
 
 
-def open_pairs(args, metrics):
-    """Open and count all pairs of the command line: (class names, list of Pair). The classes are
-    those that are named, else those of the run or the labels. metrics: see run_of."""
+def open_pairs(args, runs, metrics):
+    """Open and count all pairs of the command line: (class names, list of Pair). Classes are those
+    that are named, else those of the runs or the labels. runs, metrics: see main."""
     names = args.classes or (None if args.prediction_map else metrics.get("classes"))
     maps = [text and emseg.parse_label_map(text) for text in (args.label_map, args.prediction_map)]
     volumes = [emseg.open_volume(path) for path in args.prediction]
     images = [emseg.open_volume(path) for path in args.volume] or [None] * len(volumes)
-    for volume, image in zip(volumes, images):
+    for volume, image, path in zip(volumes, images, args.label):
         if image and len(image) == volume.file_shape[0]:
             volume.numbers = emseg.numbers_of(image)        # for labels in a folder
-    for volume, path in zip(volumes, args.label):
         volume.voxel_size = (args.voxel_size or emseg.open_volume(path).voxel_size
                              or volume.voxel_size)
-    labels, n = emseg.open_labels(
-        args.label, volumes, len(names or ()) or None, maps[0], args.ignore_label,
-        args.label_slices)
+    labels, n = emseg.open_labels(args.label, volumes, len(names or ()) or None, maps[0],
+                                  args.ignore_label, args.label_slices)
     masks, n_found = emseg.open_labels(
         args.prediction, volumes, n if names or maps[1] or n > 2 else None, maps[1])
     if n_found > n or emseg.IGNORE in (maps[1] or {}).values():
         raise emseg.InputError(f"{args.prediction[0]}: classes 0 to {n_found - 1}, the labels show "
                                f"0 to {n - 1}; give all --classes, or a --prediction-map to these")
-    classes, pairs = emseg.class_names(names, n), []
+    classes, pairs, used = emseg.class_names(names, n), [], {}
+    for volume, label, run in zip(volumes, labels, runs):   # all of one label score on the same z
+        used.setdefault(label.path, []).extend(
+            z - volume.crop[0].start for each in run.get("volumes", ())
+            if Path(each["prediction"]).name == Path(volume.file).name for z in each.get("used", ()))
     for name, volume, label, mask, image in zip(
             emseg.unique_names(args.prediction), volumes, labels, masks, images):
         if image:
@@ -335,10 +331,8 @@ def open_pairs(args, metrics):
             if image.shape != mask.shape:
                 raise emseg.InputError(f"{image.path} has shape {image.shape}, its prediction "
                                        f"{mask.path} {mask.shape}")
-        whole, label = label, without_used_slices(label, volume, metrics)
+        whole, label = label, without_used_slices(label, used[label.path])
         counts = emseg.confusion_volume(mask, label, classes, SLAB)
-        if not counts.any():
-            raise emseg.InputError(f"{label.path}: every voxel is ignored; nothing can be scored")
         pairs.append(Pair(name, mask, label, image, counts, whole))
     return classes, pairs
 
@@ -360,6 +354,28 @@ def score_pair(pair, classes, args):
             "prediction": pair.prediction.path, **result}
 
 
+def draw(folder, pairs, classes):
+    """figure.png, maps.png, slice_dice.png. Predictions of one label are shown side by side, with a
+    line each in the Dice of every class; those of several have rows of their own."""
+    dice = [emseg.dice_of_slices(pair.counts) for pair in pairs]
+    shown = [(pair.name, pair.image and emseg.Grey(pair.image), pair.label,
+              {"prediction": pair.prediction}, each) for pair, each in zip(pairs, dice)]
+    curves = [(pair.name, each, np.setdiff1d(pair.whole.slices, pair.label.slices),   # trained on
+               (pair.image or pair.prediction).slice_name) for pair, each in zip(pairs, dice)]
+    lines = classes
+    if len(pairs) > 1 == len({pair.label.path for pair in pairs}):
+        predictions = {pair.name: pair.prediction for pair in pairs}
+        shown = [(f"mean of {len(pairs)}", *shown[0][1:3], predictions,
+                  np.ma.masked_invalid(dice).mean(0).filled(np.nan))]
+        curves = [(name, np.insert(np.stack(dice)[:, :, k].T, 0, np.nan, 1), *curves[0][2:])
+                  for k, name in enumerate(classes[1:], 1)]
+        lines = ["", *predictions]
+    emseg.save_slices(folder / "figure.png", shown, classes)
+    if len(classes) > 2 or len(shown[0][3]) > 1:
+        emseg.save_slices(folder / "maps.png", shown, classes, maps=True)
+    emseg.save_slice_dice(folder / "slice_dice.png", curves, lines)
+
+
 # -- text ------------------------------------------------------------------------------------------
 
 
@@ -379,15 +395,6 @@ def spread(values):
             statistics.stdev(known) if len(known) > 1 else None, len(known))
 
 
-def markdown(rows):
-    """Rows of cells, the first one the heads, as a Markdown table with straight columns."""
-    rows = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(3, *map(len, column)) for column in zip(*rows)]
-    lines = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def describe(entry, what="mean"):
     """An entry or the mean of metrics.json as text; what: how its mean over classes is called."""
     lines = ["  ".join(f"{text} {format_score(entry[key])}" for key, text in (
@@ -397,7 +404,7 @@ def describe(entry, what="mean"):
         heads = [key for key, value in next(iter(block.values())).items()
                  if key not in ("tp", "fp", "fn") and not isinstance(value, list)]
         if heads:
-            lines.append(markdown([["", *heads]] + [
+            lines.append(emseg.markdown([["", *heads]] + [
                 [name, *(format_score(scores[key]) for key in heads)]
                 for name, scores in block.items()]))
     return "\n".join(lines)
@@ -535,7 +542,7 @@ def show_table(scored_on, rows, keys):
     found = dict.fromkeys(head for line in shown for head in line)
     heads = [*found][:3] + [head for key in keys for head in found if head.split(" ")[0] == key]
     cells = [[line.get(head, "") for head in heads] for line in shown]
-    return f"### Scored on {volumes}\n\n{markdown([heads] + cells)}\n", lines
+    return f"### Scored on {volumes}\n\n{emseg.markdown([heads] + cells)}\n", lines
 
 
 def dice_along_z(rows, column):
@@ -549,26 +556,22 @@ def dice_along_z(rows, column):
 
 def rank_rows(tables, key):
     """Average, standard deviation and average rank of the rows that are in all tables over the data
-    sets, which are the classes of each table, or over the slices of the only one (Pagano 2023,
-    table 2): Markdown, "" where there is nothing to rank."""
-    cases, what = [], "data sets"                       # cases: {row: score}
+    sets, which are the classes of each table (Pagano 2023, table 2): Markdown, "" where there is
+    nothing to rank."""
+    cases = []                                          # {row: score}
     for rows in tables.values():
         table = table_of(rows, [key])
         for column in dict.fromkeys(c for cells in table.values() for c in cells if c[1] != "mean"):
             cases.append({row: cells[column][0] for row, cells in table.items()
                           if cells.get(column, [None])[0] is not None})
-    if len(cases) == 1 and key == "dice":
-        what, dice = "slices", dice_along_z(rows, (0, column[1]))
-        cases = [dict(zip(dice, scores)) for scores in zip(*dice.values())
-                 if not np.isnan(scores).any()]
     names = [row for row in next(iter(cases), {}) if all(row in case for case in cases)]
     if len(cases) < 2 or len(names) < 2:
         return ""
     scores = np.array([[case[row] for row in names] for case in cases])
     ranks = stats.rankdata(scores if key in LOWER_IS_BETTER else -scores, axis=1)
     numbers = scores.mean(0), scores.std(0, ddof=1), ranks.mean(0)
-    return f"### Over {len(cases)} {what}\n\n" + markdown(
-        [["row", f"average {key}", f"SD over {what}", "average rank"]] + [
+    return f"### Over {len(cases)} data sets\n\n" + emseg.markdown(
+        [["row", f"average {key}", "SD over data sets", "average rank"]] + [
             [row, *(format_score(float(number)) for number in each)]
             for row, *each in zip(names, *numbers)]) + "\n"
 
@@ -652,7 +655,7 @@ def parse_args(argv=None):
     data = parser.add_argument_group("data").add_argument
     data("--prediction", nargs="+", metavar="P", default=[], help="predicted class ids: TIFF, MRC, "
          "NPY or a folder of slices; P@z0:z1,y0:y1,x0:x1 crops")
-    data("--label", nargs="+", metavar="P", default=[], help="their labels, in the same order")
+    data("--label", nargs="+", metavar="P", default=[], help="their labels in this order, or one")
     data("--volume", nargs="+", metavar="P", default=[], help="the images, for figure.png")
     emseg.add_label_args(data)
     data("--prediction-map", metavar="M", help="a --label-map for the values of the predictions")
@@ -679,10 +682,12 @@ def parse_args(argv=None):
     if bool(args.runs) == bool(args.prediction):
         parser.error("give either --prediction and --label, or --runs")
     for name in ("label", "volume"):
-        n = len(getattr(args, name))
-        if n != len(args.prediction) and (n or name == "label"):
-            parser.error(f"--prediction has {len(args.prediction)} and --{name} {n} paths; give "
-                         f"one {name} for each prediction")
+        paths, n = getattr(args, name), len(args.prediction)
+        if n and len(paths) == 1:
+            setattr(args, name, n * paths)
+        elif len(paths) != n and (paths or name == "label"):
+            parser.error(f"--prediction has {n} and --{name} {len(paths)} paths; give one {name}, "
+                         "or one for each prediction")
     first = Path((args.prediction or ["runs"])[0])
     name = first.parent.name if first.stem == "prediction" else first.stem
     args.out_dir = args.out_dir or f"runs/evaluate-{name}"
@@ -697,8 +702,10 @@ def main(args):
     emseg.check_folder(args, Path(__file__).name)
 
     # data
-    metrics = run_of(args.prediction)
-    classes, pairs = open_pairs(args, metrics)
+    runs = [run_of(path) for path in args.prediction]               # {} for other programs'
+    metrics = {key: value for key, value in runs[0].items()
+               if all(each.get(key) == value for each in runs)}
+    classes, pairs = open_pairs(args, runs, metrics)
     args.organelles = [class_of(text, classes) for text in args.organelles]
     if args.segments is not None:
         args.segments = class_of(args.segments, classes)
@@ -732,14 +739,7 @@ def main(args):
             pair, classes, args.min_voxels)])
 
     # pictures
-    emseg.save_slices(folder / "figure.png", [
-        (pair.name, pair.image and emseg.Grey(pair.image), pair.label,
-         {"prediction": pair.prediction}, emseg.dice_of_slices(pair.counts)) for pair in pairs],
-        classes)
-    emseg.save_slice_dice(folder / "slice_dice.png", [
-        (pair.name, emseg.dice_of_slices(pair.counts),
-         np.setdiff1d(pair.whole.slices, pair.label.slices),            # trained or validated on
-         (pair.image or pair.prediction).slice_name) for pair in pairs], classes)
+    draw(folder, pairs, classes)
     for pair in pairs if args.render else ():
         emseg.save_surfaces(folder / f"render_{pair.name}.png", {
             "truth": pair.whole, "prediction": pair.prediction}, classes)

@@ -554,14 +554,12 @@ def ensemble(run, folders, test, val):
 def table_1(rows):
     """The paper's table 1 as Markdown; rows: {name: (validation scores, test scores)}, each a block
     or None."""
-    lines = ["| | eval MIoU(all) | eval MIoU(org) | test MIoU(all) | test MIoU(org) |",
-             "| --- | --- | --- | --- | --- |"]
+    cells = [["", "eval MIoU(all)", "eval MIoU(org)", "test MIoU(all)", "test MIoU(org)"]]
     for name, (val, test) in rows.items():
         values = [(val or {}).get("val_miou"), (val or {}).get("val_miou_org"),
                   (test or {}).get("miou"), (test or {}).get("miou_org")]
-        shown = ["" if value is None else f"{value:.4f}" for value in values]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+        cells.append([name, *("" if value is None else f"{value:.4f}" for value in values)])
+    return emseg.markdown(cells)
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -486,8 +486,8 @@ def merge_runs(run, runs, tests):
     run.seconds = sum(report["train_seconds"] for report in reports.values())
     run.best = float(np.mean([report["best"] for report in reports.values()]))
     if miou and not run.rank:
-        table = "\n".join(["| structure | mIoU |", "| --- | --- |", *(
-            f"| {name} | {value:.4f} |" for name, value in {**miou, "average": average}.items())])
+        table = emseg.markdown([("structure", "mIoU"), *(
+            (name, f"{value:.4f}") for name, value in {**miou, "average": average}.items())])
         emseg.write_text(run.path("table.md"), table + "\n")
         emseg.print0(table)
     emseg.report(run, test, predictions, sum(map(emseg.count_parameters, networks.values())),

@@ -323,7 +323,7 @@ def test_which_voxel_size_counts(tmp_path, own, drawn, given, result):
              for name, size in (("pred", own), ("truth", drawn))]
     _, [pair] = evaluate.open_pairs(evaluate.parse_args([
         "--prediction", str(paths[0]), "--label", str(paths[1]), "--volume", str(paths[0]),
-        *(("--voxel-size", *map(str, given)) if given else ())]), {})
+        *(("--voxel-size", *map(str, given)) if given else ())]), [{}], {})
     for volume in (pair.prediction, pair.label, pair.image):
         assert volume.voxel_size == pytest.approx(result, rel=1e-5)
 
@@ -407,7 +407,7 @@ def test_a_run_is_scored_as_in_its_training(trained, cells, tmp_path, capsys, no
     assert set(after) <= set(before) and after["script"] == "evaluate.py"
     assert after["volumes"] == before["volumes"] and after["mean"] == before["mean"]
     assert after["volumes"][0]["ignored"] == 3 * 112 * 128
-    assert "3 slices that its run trained" in capsys.readouterr().out
+    assert "3 slices were trained" in capsys.readouterr().out
     for key in ("classes", "model", "seed", "selected_on", "parameters", "train_seconds"):
         assert after[key] == before[key] is not None, key
     assert json.loads((tmp_path / "out" / "config.json").read_text())["training"]["script"] == (
@@ -420,6 +420,37 @@ def test_scores_of_slices_that_were_trained_on_are_marked(trained, cells, tmp_pa
         f"{cells / 'mito.tif'}@5:6", "--no-distances", "--out-dir", tmp_path / "out")
     assert "these are no test scores" in capsys.readouterr().out
     assert metrics(tmp_path / "out")["volumes"][0]["ignored"] == 0
+
+
+def test_predictions_of_one_label_are_shown_side_by_side(tmp_path, monkeypatch, no_pictures):
+    """They score on the same voxels: slices that one of their runs used do not score for any."""
+    truth, drawn = line("0110") * np.ones((4, 1, 1), np.uint8), []
+    preds = {"a_prediction": truth.copy(), "b_prediction": truth.copy()}
+    preds["a_prediction"][1, 0, 0] = preds["b_prediction"][2] = 1
+    for name, pred in preds.items():
+        folder = tmp_path / name[0]
+        folder.mkdir()
+        save(folder / "prediction.tif", pred)
+        used = {"prediction": "prediction.tif", "used": [0 if name[0] == "a" else 3]}
+        (folder / "metrics.json").write_text(json.dumps(
+            {"script": "train_cps.py", "classes": ["bg", "mito"], "volumes": [used], "seed": 5,
+             "model": name[0]}))
+        (folder / "config.json").write_text(json.dumps({"args": {}}))
+    for name in ("save_slices", "save_slice_dice"):
+        monkeypatch.setattr(emseg, name, lambda path, *args, **more: drawn.append(args))
+    run(evaluate, "--prediction", tmp_path / "a/prediction.tif", tmp_path / "b/prediction.tif",
+        "--label", save(tmp_path / "truth.tif", truth), "--out-dir", tmp_path / "out")
+    content = metrics(tmp_path / "out")
+    assert [entry["slices"] for entry in content["volumes"]] == [[1, 2]] * 2
+    assert content["classes"] == ["bg", "mito"] and content["seed"] == 5
+    assert content["model"] is None
+    ([(_, image, label, shown, dice)], classes), maps, (curves, lines) = drawn
+    np.testing.assert_allclose(dice[:, 1], [np.nan, (0.8 + 1) / 2, (1 + 2 / 3) / 2, np.nan])
+    assert {name: pred[:].tolist() for name, pred in shown.items()} == {
+        name: pred.tolist() for name, pred in preds.items()}
+    [(title, each, marked, _)] = curves
+    assert title == "mito" and lines == ["", *preds] and list(marked) == [0, 3]
+    np.testing.assert_allclose(each[1:3, 1:], [[0.8, 1], [1, 2 / 3]])
 
 
 # -- folder and pictures ---------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def test_each_structure_is_a_run_and_metrics_hold_the_papers_table(trained, mask
                               / ((pred == k) | (truth == k)).sum() for k in (0, 1)]))     # eq. 6
         assert content["structures"][name]["miou"] == pytest.approx(found[-1])
     assert content["average"]["miou"] == pytest.approx(np.mean(found))
-    assert f"| average | {np.mean(found):.4f} |" in (trained / "table.md").read_text()
+    assert f"| average   | {np.mean(found):.4f} |" in (trained / "table.md").read_text()
 
 
 def test_the_run_of_a_structure_is_a_checkpoint(trained, cells, masks, tmp_path):
