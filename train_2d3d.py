@@ -273,12 +273,12 @@ def l2_terms(network, args):
     Theta_2D is the encoder-decoder (and all of a rival), Theta_3D the pyramid; layers called
     predict, head or score have lambda_P.
     """
-    total = 0.0
+    groups = {}                             # one long vector each: a GPU takes few steps
     for name, parameter in network.named_parameters():
         factor = (args.l2_p if name.startswith(("predict", "head", "score")) else
                   args.l2_3d if name.startswith(("scale", "narrow", "enlarge")) else args.l2_2d)
-        total = total + factor * parameter.square().sum()
-    return total
+        groups.setdefault(factor, []).append(parameter.flatten())
+    return sum(factor * torch.cat(group).square().sum() for factor, group in groups.items())
 
 
 # -- weights ---------------------------------------------------------------------------------------
