@@ -89,7 +89,7 @@ class InputError(ValueError):
 
 TIFF_EXTENSIONS = (".tif", ".tiff")
 MRC_EXTENSIONS = (".mrc", ".mrcs", ".rec", ".map", ".st", ".ali")
-CACHE_BYTES = 256 * 2**20           # of decoded slices that a process keeps
+CACHE_BYTES = 256 * 2**20           # of decoded slices that a process keeps; of labels in Patches
 PLAUSIBLE_NM = (0.005, 10_000.0)    # sides outside this are header defaults, such as 72 dpi
 UNIT_NM = {"å": 0.1, "a": 0.1, "angstrom": 0.1, "nm": 1.0, "nanometer": 1.0, "nanometre": 1.0,
            "um": 1e3, "µm": 1e3, "μm": 1e3, "micron": 1e3, "micrometer": 1e3, "micrometre": 1e3,
@@ -1188,7 +1188,7 @@ def group_norm(channels):
 
 
 def crop_like(x, reference):
-    """The centre of x (B, C, H, W) at the spatial size of reference."""
+    """The centre of x (..., H, W) at the spatial size of reference."""
     (H, W), (h, w) = x.shape[-2:], reference.shape[-2:]
     top, left = (H - h) // 2, (W - w) // 2
     return x[..., top : top + h, left : left + w]
@@ -1723,7 +1723,7 @@ def fractal_tanimoto(p, q, *dims, depth=5, valid=None, smooth=1e-5):
 
 
 class FractalAttention(nn.Module):
-    """FracTAL attention (Diakogiannis 2021, section 2.2): what x (B, c, H, W) should be multiplied
+    """FracTAL attention (Diakogiannis 2021): what x (B, c, H, W) should be multiplied
     by after a look at y of the same shape, 1 + gamma * attention, gamma 0 to begin with.
 
     A query from x, a key and a value from y; the value, weighed by the similarity of query and key
@@ -1763,7 +1763,7 @@ class FractalUnit(nn.Module):
 
 class Fusion(nn.Module):
     """Two maps (B, c_in, H, W), each emphasised after a look at the other, as one (B, c_out, H, W)
-    (Diakogiannis 2021, section 2.4)."""
+    (Diakogiannis 2021)."""
 
     def __init__(self, c_in, c_out, heads):
         super().__init__()
@@ -1775,7 +1775,7 @@ class Fusion(nn.Module):
 
 
 class CEECUnit(nn.Module):
-    """Compress-expand, expand-compress (Diakogiannis 2021, section 2.4, V2): (B, c, H, W) stays.
+    """Compress-expand, expand-compress (Diakogiannis 2021, V2): (B, c, H, W) stays.
 
     One branch looks at the input at half the resolution, the other at twice; each is emphasised
     after a look at the other, and both are added to the input.
@@ -1812,10 +1812,10 @@ class PSPPooling(nn.Module):
     filters, join the input. Sides that 8 does not divide have parts that overlap.
     """
 
-    def __init__(self, c_in, c, depth=4):
+    def __init__(self, c_in, c):
         super().__init__()
-        self.parts = nn.ModuleList(group_conv(c_in, c, kernel=1, padding=0) for _ in range(depth))
-        self.project = group_conv(c_in + depth * c, c, kernel=1, padding=0)
+        self.parts = nn.ModuleList(group_conv(c_in, c, kernel=1, padding=0) for _ in range(4))
+        self.project = group_conv(c_in + 4 * c, c, kernel=1, padding=0)
 
     def forward(self, x):
         size = x.shape[-2:]
@@ -2194,8 +2194,8 @@ def mean_logits(heads):
 def soft_dice_loss(logits, label, squared=False, smooth=1e-5):
     """1 - soft Dice, summed over the whole batch for each foreground class, then averaged.
 
-    Dice = (2 sum p y + smooth) / (sum p + sum y + smooth) (Milletari 2016); with squared=True the
-    denominator is sum p^2 + sum y^2 (Pagano 2023, authors' code). IGNORE voxels count nowhere.
+    Dice = (2 sum p y + smooth) / (sum p + sum y + smooth); with squared=True the denominator is
+    sum p^2 + sum y^2 (Milletari 2016; Pagano 2023, authors' code). IGNORE voxels count nowhere.
     """
     prob, valid = probabilities(logits), (label != IGNORE)[:, None]
     if prob.shape[1] > 1:
@@ -2232,7 +2232,7 @@ def cross_entropy(logits, label, weight=None):
 # ==================================================================================================
 
 MAX_TILE = 1152             # longer slice sides are predicted in overlapping tiles
-OVERLAP = 96                # pixels that tiles share: a U-Net of 4 levels sees 46 to each side
+OVERLAP = 96                # pixels that tiles share: a U-Net of 4 levels sees up to 51 around
 
 
 def network_side(network, side):
@@ -2282,8 +2282,8 @@ def predict_slices(network, image, tile=None):
 
     Sides up to MAX_TILE are predicted whole, longer ones in overlapping tiles, which are blended;
     tile (y, x): their sides, for networks that want those of their crops. Borders are mirrored up
-    to a size that the network takes and cut off. Tiles begin at multiples of the network's stride:
-    pooled in other groups than in the whole slice, pixels differ everywhere, not only at seams.
+    to a size that the network takes and cut off. Without `tile`, tiles begin at multiples of the
+    network's stride: pooled in other groups than in the whole slice, pixels differ everywhere.
     """
     (H, W), margin = image.shape[-2:], network.margin
     grid, power = 1, 2
@@ -2459,7 +2459,8 @@ def scores(counts, classes, organelles=None):
     counts 1; the two `nonempty` variants leave out slices without the class in the truth
     (Pagano 2023). dice and iou: means over foreground classes; miou: over all classes; accuracy;
     miou_org: mean IoU over the classes `organelles` (ids), where they are given (Guay 2021).
-    Undefined values (the class is in neither truth nor prediction) are None.
+    Undefined values (a class in neither truth nor prediction, the precision of one that is
+    predicted nowhere) are None.
     """
     tp = np.diagonal(counts, axis1=1, axis2=2).astype(float)                # (Z, K)
     truth, pred = counts.sum(2), counts.sum(1)                              # (Z, K)
@@ -2909,7 +2910,7 @@ def add_common_args(parser, models, sources):
     group = parser.add_argument_group("run")
     run = group.add_argument
     again, kinds = [group.add_mutually_exclusive_group().add_argument for _ in range(2)]
-    run("--out-dir", metavar="D", help="run folder; default runs/SCRIPT-MODEL-seedSEED")
+    run("--out-dir", metavar="D", help="run folder; default runs/SCRIPT-MODEL-seedSEED…")
     again("--overwrite", action="store_true", help="replace an earlier run in its folder")
     again("--resume", action="store_true", help="continue an interrupted run in its folder")
     run("--checkpoint", metavar="F", help="a run or its best.pt: only predict --test-volume")
@@ -3316,7 +3317,7 @@ def command(main):
 
 # Files by which a run is known and resumed, or that not every run writes: --overwrite removes them.
 RUN_FILES = ("log.csv", "last.pt", "best.pt", "metrics.json", "maps.png",
-             "stages/[0-9]*_coarse.tif", "stages/[0-9]*_mpp.tif")
+             "slice_dice.png", "stages/[0-9]*_coarse.tif", "stages/[0-9]*_mpp.tif")
 PROGRESS = ("step", "seconds", "best", "rows", "sums")          # of a Run, in its checkpoints
 
 
@@ -3548,7 +3549,7 @@ class Run:
 
     def end_epoch(self, validation, metric="val_dice"):
         """Write the epoch's row of log.csv, last.pt, and best.pt if this metric of the validation
-        has not been as high before."""
+        has not been as high before, or in the end where nothing validates."""
         row = {"epoch": len(self.rows), "step": self.step, "seconds": round(self.seconds, 1),
                "lr": self.lr, **self._mean_losses(self.steps_per_epoch), **validation}
         self.rows, self.sums = [*self.rows, row], {}

@@ -55,7 +55,7 @@ Expect:
     CPU    two instances, test MIoU(all) 0.452 and 0.530, their ensemble 0.511; 3 minutes, one core
     Rivals and ablations on fly neuropil: python tests/replicate.py 2d3d ensemble; there the mean of
     four small U-Nets has a test IoU of mitochondria of 0.723 +- 0.027 (3 seeds), the best one 0.685
-    +- 0.033; 8 minutes on one thread
+    +- 0.033; 8 to 22 minutes on one thread
 """
 
 import argparse
@@ -78,8 +78,8 @@ VOXELS = 5 * 296 * 296                  # that a window predicts
 LAMBDAS = dict(l2_2d=10**-4.7 / (2 * VOXELS), l2_3d=1e-5 / (2 * VOXELS), l2_p=1e-9 / (2 * VOXELS))
 EPSILON = 1e-7 / VOXELS
 # Of each model (Network training; authors' code). Not in the paper: spacing and rate of the rivals
-# (unet: the authors'; unet3d-thin, deeplab-*: such that they give its number of steps), batch and
-# spacing of deepvess, "others".
+# (unet: the authors'; unet3d-thin, deeplab-*: such that they give its number of steps), epochs of
+# unet3d-thick, batch and spacing of deepvess, "others".
 COMMON = dict(epochs=40, lr=1e-3, batch_size=1, **LAMBDAS)
 SETTINGS = {
     "2d3d": dict(patch_size=[5, 300, 300], spacing=[2, 100, 100]),
@@ -262,7 +262,7 @@ MODELS = {**emseg.NETWORKS, "2d3d": Hybrid, "2d3d-no-3x3x3": partial(Hybrid, vol
 
 
 def make_network(args):
-    """A network of the command line, or of a checkpoint's, with Glorot's weights."""
+    """A network of the command line or of a checkpoint's; its convolutions have Glorot's weights."""
     network = MODELS[args.model](1, emseg.out_channels(args.classes), args.width)
     return network.apply(partial(emseg.glorot_initialization, kinds=CONVOLUTIONS))
 

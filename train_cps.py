@@ -30,7 +30,7 @@ Differences from the paper:
     5. Validation, if any, uses whole slices, and its Dice decides on the plateau schedule; the
        authors use random crops and their loss.
     6. Large slices are predicted in tiles that share 96 pixels and blend smoothly (in tiles of the
-       size of the crops by networks whose output depends on the whole image); the authors' overlap
+       size of the crops by fractalresnet, ceecnet and senformer); the authors' overlap
        by three quarters and count alike.
     7. Slices are equalised (section 2.1.2) only with --normalize equalize.
     8. Several foreground classes are one softmax; the authors train one network for each, as
@@ -269,7 +269,7 @@ def mix(batch, box):
 
 
 def cutmix_boxes(batch, size, device, area=(0.25, 0.5)):
-    """One random box per image: bool (B, H, W), True inside (Pagano 2023, section 2.4.2).
+    """One random box per image: bool (B, H, W), True inside (Pagano 2023, authors' code).
 
     The box covers a share p of the image, p uniform in `area`; its height is p^u of the image's,
     u uniform in (0, 1), so its width is p^(1-u); it lies wholly inside at a uniform place.
@@ -290,7 +290,7 @@ def cutmix_boxes(batch, size, device, area=(0.25, 0.5)):
 def parse_args(argv=None):
     parser = emseg.Parser(__file__, __doc__)
     emseg.add_common_args(parser, MODELS, sources={
-        "model": "section 2.3; widths of table 1",
+        "model": "section 2.3",
         "steps_per_epoch": "default: 64 crops of each annotated slice in an epoch, authors' code",
         **dict.fromkeys(("epochs", "batch_size", "lr"), "default: see RECIPES in the script"),
         "downsample": "section 2.2",

@@ -41,7 +41,7 @@ Differences from the paper:
        again after as many more; but any improvement counts, where Keras wants one of 0.0001.
     5. Rivals have the widths of their own papers (--width 16 makes them as wide as SegET), and
        BatchNorm. The paper adapted theirs by trial.
-    6. Networks begin as in Keras, which the authors used (Glorot's uniform weights).
+    6. Convolutions begin as in Keras, which the authors used (Glorot's uniform weights).
     7. A pixel that several masks claim does not count in the merged scores.
 
 Run:
@@ -189,9 +189,9 @@ def squared_norm(network):
 class SlidingWindows(emseg.Patches):
     """All patches of a sliding window, in random order, again and again (section 3.1).
 
-    stride (Y, X); slices: z of each volume; for all else see emseg.Patches. The last window of a
-    row or column ends at the border. Patches that hold the structure occur 1 + copies times
-    (section 3.2). Every len() items in a row show every patch once.
+    stride (Y, X); slices: z of each volume; seed: an int; for all else see emseg.Patches. The last
+    window of a row or column ends at the border. Patches that hold the structure occur 1 + copies
+    times (section 3.2). Every len() items in a row show every patch once.
     """
 
     def __init__(self, images, labels, patch_size, stride, slices, copies=0, seed=0):

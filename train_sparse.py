@@ -1,7 +1,7 @@
 """Segmentation from a fifth of the slices: coarse U-Net, morphology, spatial-continuity network.
 
-Segmentation of mitochondria from electron microscopy images using spatial continuity (2022). IEEE
-International Symposium on Biomedical Imaging (ISBI). arXiv:2206.02392
+Xiao Y et al. (2022). Semi-supervised segmentation of mitochondria from electron microscopy images
+using spatial continuity. IEEE International Symposium on Biomedical Imaging. arXiv:2206.02392
 
 A person labels every fifth slice of a stack. A 2D network learns from these and segments all slices
 coarsely (stage 1, `coarse`). What neighbouring slices agree on corrects each slice, and labelled

@@ -9,6 +9,7 @@ the prediction of large slices; then whole steps of train_cps.py.
 import argparse
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,13 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import emseg                            # before torch, see there
 import numpy as np
 import tifffile
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import emseg
 import train_2d3d
 import train_seget
 from conftest import InMemory
@@ -181,7 +181,8 @@ def script(device):
                         "--steps-per-epoch", str(steps), "--cps-warmup", "0", "1",
                         "--volume", f"{folder}/volume.tif", "--label", f"{folder}/label.tif",
                         "--label-slices", "n=7", "--device", str(device), "--out-dir",
-                        f"{folder}/run"], check=True, stdout=subprocess.DEVNULL)
+                        f"{folder}/run"], check=True, stdout=subprocess.DEVNULL,
+                       env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
         with open(f"{folder}/run/log.csv") as file:
             seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
         metrics = json.loads(Path(folder, "run/metrics.json").read_text())

@@ -1,6 +1,7 @@
 """Small files and real data that the tests share; how they run a command and read its results."""
 
 import csv
+import functools
 import importlib
 import json
 import os
@@ -54,10 +55,11 @@ def scripts():
 
 
 def run(script, *arguments):
-    """Run a training script (a module) with these arguments, its pictures with few pixels."""
+    """Run a script (a module) with these arguments, its pictures with few slices and pixels."""
     new_figure = emseg.new_figure
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emseg, "new_figure", lambda **size: new_figure(**{**size, "dpi": DPI}))
+        patch.setattr(emseg, "save_slices", functools.partial(emseg.save_slices, rows=1))
         script.main(script.parse_args([str(a) for a in arguments]))
 
 

@@ -32,8 +32,8 @@ COLUMNS = ("experiment variant seed budget score scores steps minutes gib hardwa
 KEPT = "best.pt", "metrics.json", "log.csv"
 
 # command: script and flags; variants: {name: more flags}; cpu, gpu: what {name} in these stands for
-# on a budget, and the minutes of the longest variant; score: of metrics.json; paper: the paper's
-# number of a variant.
+# on a budget, and about the minutes of the longest variant; score: of metrics.json; paper: the
+# paper's number of a variant.
 Experiment = namedtuple("Experiment", "source claim command variants cpu gpu score seeds paper")
 
 LUCCHI = ("--volume {data}/lucchi/Train_In@0:110 --label {data}/lucchi/Train_Out@0:110 "
@@ -61,7 +61,7 @@ VNC_2D3D = ("train_2d3d.py --volume {data}/vnc/raw@0:12 --label {data}/vnc/label
             "{classes} --voxel-size 50 4.6 4.6 --l2-2d 0 --l2-3d 0 --l2-p 0 --stop-miou 0 "
             "--decay-steps 500 --epochs 8 --steps-per-epoch {steps} {flags} ")
 VNC_SMALL = "--downsample 4 --width 8 --spacing 2 32 32 --elastic 3 --lr 2e-3 "
-# Windows of as many voxels a step for every network. A 2D network sees its window only or its
+# Windows of about as many voxels a step for every network. A 2D network sees its window only or its
 # surroundings, too: padded in windows twice as wide, or the valid U-Net, 572 pixels for 388.
 CPU_2D3D = dict(
     classes="--label-map 191=1,*=0 --classes background mitochondrion --organelles 1",
@@ -84,8 +84,8 @@ EXPERIMENTS = {
             for n in (1, 2, 4, 7) for name, flags in METHODS.items()},
          "110 labelled, supervised (ceiling)": METHODS["supervised"]},
         CPS_CPU, CPS_GPU, "iou", (0, 1, 2),
-        {"7 labelled, supervised": "0.705", "7 labelled, cps": "0.671",
-         "7 labelled, cps + cutmix": "0.776"}),
+        {"7 labelled, supervised": "Dice 0.705", "7 labelled, cps": "Dice 0.671",
+         "7 labelled, cps + cutmix": "Dice 0.776"}),
     "cps-warmup": Experiment(
         CPS_SOURCE, "lambda grows once the networks have learnt something from the labels",
         CPS_LUCCHI,
