@@ -2459,8 +2459,7 @@ def scores(counts, classes, organelles=None):
     counts 1; the two `nonempty` variants leave out slices without the class in the truth
     (Pagano 2023). dice and iou: means over foreground classes; miou: over all classes; accuracy;
     miou_org: mean IoU over the classes `organelles` (ids), where they are given (Guay 2021).
-    Undefined values (a class in neither truth nor prediction, the precision of one that is
-    predicted nowhere) are None.
+    Undefined values are None: of a class in neither, the precision of one predicted nowhere.
     """
     tp = np.diagonal(counts, axis1=1, axis2=2).astype(float)                # (Z, K)
     truth, pred = counts.sum(2), counts.sum(1)                              # (Z, K)
@@ -3201,14 +3200,13 @@ def class_names(names, n_classes):
 
 
 def unique_names(paths):
-    """A short name for each path, for file names: the stem, after the folder's name where two are
-    alike, after a number where these are."""
+    """A short name for each path, for file names: the stem; where two are alike the folder's name;
+    where two of these are the stem and a number."""
     files = [Path(os.path.abspath(_split_crop(path)[0])) for path in paths]
-    for name_of in (lambda file: file.stem, lambda file: f"{file.parent.name}_{file.stem}"):
-        names = [re.sub(r"[^\w.-]+", "_", name_of(file)) for file in files]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{number}_{name}" for number, name in enumerate(names, 1)]
+    stems, folders = [[re.sub(r"[^\w.-]+", "_", name) for name in names] for names in (
+        [file.stem for file in files], [file.parent.name for file in files])]
+    numbered = [f"{number}_{stem}" for number, stem in enumerate(stems, 1)]
+    return next(names for names in (stems, folders, numbered) if len({*names}) == len(names))
 
 
 def write_demo(run, shape, voxel_size=(20.0, 8.0, 8.0)):

@@ -425,16 +425,16 @@ def test_scores_of_slices_that_were_trained_on_are_marked(trained, cells, tmp_pa
 def test_predictions_of_one_label_are_shown_side_by_side(tmp_path, monkeypatch, no_pictures):
     """They score on the same voxels: slices that one of their runs used do not score for any."""
     truth, drawn = line("0110") * np.ones((4, 1, 1), np.uint8), []
-    preds = {"a_prediction": truth.copy(), "b_prediction": truth.copy()}
-    preds["a_prediction"][1, 0, 0] = preds["b_prediction"][2] = 1
+    preds = {"a": truth.copy(), "b": truth.copy()}
+    preds["a"][1, 0, 0] = preds["b"][2] = 1
     for name, pred in preds.items():
-        folder = tmp_path / name[0]
+        folder = tmp_path / name
         folder.mkdir()
         save(folder / "prediction.tif", pred)
-        used = {"prediction": "prediction.tif", "used": [0 if name[0] == "a" else 3]}
+        used = {"prediction": "prediction.tif", "used": [0 if name == "a" else 3]}
         (folder / "metrics.json").write_text(json.dumps(
             {"script": "train_cps.py", "classes": ["bg", "mito"], "volumes": [used], "seed": 5,
-             "model": name[0]}))
+             "model": name}))
         (folder / "config.json").write_text(json.dumps({"args": {}}))
     for name in ("save_slices", "save_slice_dice"):
         monkeypatch.setattr(emseg, name, lambda path, *args, **more: drawn.append(args))

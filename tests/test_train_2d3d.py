@@ -100,8 +100,7 @@ def test_the_best_of_finished_runs_are_averaged_also_of_other_windows(trained, c
     """What any of these was trained on does not score, nor what nobody annotated."""
     alone = train(cells, tmp_path / "seed5", "--model", "unet5", "--patch-size", "64", "64",
                   "--spacing", "1", "32", "32", "--epochs", "1")
-    runs = {f"{path.parent.name}_{path.name}": path
-            for path in (trained / "seed5", trained / "seed6", alone)}
+    runs = {"1_seed5": trained / "seed5", "2_seed6": trained / "seed6", "3_seed5": alone}
     run(train_2d3d, "--ensemble", *runs.values(), "--top-k", "2", "--test-ignore-label", "0",
         *volumes(cells, None, test="3:12"), "--out-dir", tmp_path / "out")
     content = metrics(tmp_path / "out")
