@@ -103,9 +103,8 @@ def check_memory(shape, flag):
     there = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
              if hasattr(os, "sysconf") else math.inf)                   # Windows does not tell
     if needed > there:
-        raise emseg.InputError(
-            f"{flag}: {emseg.format_shape(shape)} voxels need about {needed:,.0f} GiB of memory, "
-            f"this machine has {there:,.0f}; score crops, PATH@z0:z1,y0:y1,x0:x1")
+        raise emseg.InputError(f"{flag}: {emseg.format_shape(shape)} voxels need {needed:,.0f} of "
+                               f"{there:,.0f} GiB of memory; score crops, PATH@z0:z1,y0:y1,x0:x1")
 
 
 def crofton_areas(voxel_size):
@@ -267,6 +266,7 @@ class Pair:
     image: object
     counts: np.ndarray
     whole: object
+    place: tuple = ()
 
     def read(self, cut, whole=False):
         """Class ids of truth and prediction in some slices, IGNORE where the truth is: uint8."""
@@ -290,12 +290,12 @@ def run_of(prediction):
         return {}
 
 
-def without_used_slices(label, used):
-    """The label without the slices that were trained or validated on, unless these are all."""
+def without_used_slices(label, used, path):
+    """A prediction's label without slices that were trained or validated on, if there are others."""
     left = np.setdiff1d(label.slices, used)
     n = len(label.slices) - len(left)
     if n:
-        print(f"{label.path}: {n} slices were trained or validated on, and " + (
+        print(f"{path}: {n} slices were trained or validated on, and " + (
             "are left out" if len(left) else "there are no others: these are no test scores"))
     return label.only(left) if n and len(left) else label
 
@@ -319,21 +319,23 @@ def open_pairs(args, runs, metrics):
     if n_found > n or emseg.IGNORE in (maps[1] or {}).values():
         raise emseg.InputError(f"{args.prediction[0]}: classes 0 to {n_found - 1}, the labels show "
                                f"0 to {n - 1}; give all --classes, or a --prediction-map to these")
-    classes, pairs, used = emseg.class_names(names, n), [], {path: [] for path in args.label}
-    for path, volume, run in zip(args.label, volumes, runs):    # all of a label score on the same z
-        used[path] += [z - volume.crop[0].start for entry in run.get("volumes", ())
-                       if Path(entry["prediction"]).name == Path(volume.file).name
-                       for z in entry.get("used", ())]
-    for name, volume, label, mask, image in zip(
-            emseg.unique_names(args.prediction), volumes, labels, masks, images):
+    classes, pairs = emseg.class_names(names, n), []
+    places = [(label.path, str(label.raw.crop), *label.rows) for label in labels]
+    used = {place: [] for place in places}              # predictions of one place share this
+    for place, volume, run in zip(places, volumes, runs):
+        used[place] += [z - volume.crop[0].start for entry in run.get("volumes", ())
+                        if Path(entry["prediction"]).name == Path(volume.file).name
+                        for z in entry.get("used", ())]
+    for name, volume, label, mask, image, place in zip(
+            emseg.unique_names(args.prediction), volumes, labels, masks, images, places):
         if image:
             image.voxel_size = volume.voxel_size
             if image.shape != mask.shape:
                 raise emseg.InputError(f"{image.path} has shape {image.shape}, its prediction "
                                        f"{mask.path} {mask.shape}")
-        whole, label = label, without_used_slices(label, used[label.path])
+        whole, label = label, without_used_slices(label, used[place], volume.path)
         counts = emseg.confusion_volume(mask, label, classes, SLAB)
-        pairs.append(Pair(name, mask, label, image, counts, whole))
+        pairs.append(Pair(name, mask, label, image, counts, whole, place))
     return classes, pairs
 
 
@@ -363,11 +365,12 @@ def draw(folder, pairs, classes):
     curves = [(pair.name, each, np.setdiff1d(pair.whole.slices, pair.label.slices),   # trained on
                (pair.image or pair.prediction).slice_name) for pair, each in zip(pairs, dice)]
     lines = classes
-    if len(pairs) > 1 == len({pair.label.path for pair in pairs}):
+    if len(pairs) > 1 and len({pair.place for pair in pairs}) == 1:
+        (_, image, label, *_), (_, _, *marks) = shown[0], curves[0]
         predictions = {pair.name: pair.prediction for pair in pairs}
-        shown = [(f"mean of {len(pairs)}", *shown[0][1:3], predictions,
+        shown = [(f"mean of {len(pairs)}", image, label, predictions,
                   np.ma.masked_invalid(dice).mean(0).filled(np.nan))]
-        curves = [(name, np.insert(np.stack(dice)[:, :, k].T, 0, np.nan, 1), *curves[0][2:])
+        curves = [(name, np.insert(np.stack(dice)[:, :, k].T, 0, np.nan, 1), *marks)
                   for k, name in enumerate(classes[1:], 1)]
         lines = ["", *predictions]
     emseg.save_slices(folder / "figure.png", shown, classes)
@@ -419,8 +422,7 @@ NO_SETTING = emseg.OF_THIS_CALL | {
     "segments_2d", "render", "runs", "scores"}
 LOWER_IS_BETTER = ("hd95_nm", "assd_nm", "voi", "voi_split", "voi_merge", "adapted_rand_error",
                    "fp", "fn", "parameters", "train_seconds", "predict_seconds", "peak_memory_gib")
-DEFAULT_SCORES = ("dice", "iou", "miou", "miou_org", "val_miou", "val_miou_org", "parameters",
-                  "train_seconds")
+DEFAULT_SCORES = "dice iou miou miou_org val_miou val_miou_org parameters train_seconds".split()
 
 
 @dataclass
@@ -610,11 +612,10 @@ def tabulate(args):
     if (folder / "metrics.json").exists():
         raise emseg.InputError(f"--out-dir {folder} holds scores of predictions; choose another")
     for run in args.runs:
-        if Path(run).resolve() != folder.resolve():     # which is among runs/* the second time
-            try:
-                results += read_run(run)
-            except emseg.InputError as error:
-                print(f"skipped {run}: {error}")
+        try:
+            results += read_run(run)
+        except emseg.InputError as error:
+            print(f"skipped {run}: {error}")
     there = {key for r in results for key, _ in r.scores}
     unknown = [key for key in args.scores if key not in there]
     if not results or (unknown and args.scores != DEFAULT_SCORES):
@@ -686,8 +687,7 @@ def parse_args(argv=None):
         if n and len(paths) == 1:
             setattr(args, name, n * paths)
         elif len(paths) != n and (paths or name == "label"):
-            parser.error(f"--prediction has {n} and --{name} {len(paths)} paths; give one {name}, "
-                         "or one for each prediction")
+            parser.error(f"--{name} has {len(paths)} paths and --prediction {n}; give one, or {n}")
     first = Path((args.prediction or ["runs"])[0])
     name = first.parent.name if first.stem == "prediction" else first.stem
     args.out_dir = args.out_dir or f"runs/evaluate-{name}"

@@ -423,34 +423,39 @@ def test_scores_of_slices_that_were_trained_on_are_marked(trained, cells, tmp_pa
 
 
 def test_predictions_of_one_label_are_shown_side_by_side(tmp_path, monkeypatch, no_pictures):
-    """They score on the same voxels: slices that one of their runs used do not score for any."""
-    truth, drawn = line("0110") * np.ones((4, 1, 1), np.uint8), []
+    """They score on the same voxels: slices that one of their runs used do not score for any.
+    Several crops of one label are several labels."""
+    truth, drawn = line("0110") * np.array([1, 1, 1, 1, 0], np.uint8)[:, None, None], []
     preds = {"a": truth.copy(), "b": truth.copy()}
-    preds["a"][1, 0, 0] = preds["b"][2] = 1
-    for name, pred in preds.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        save(folder / "prediction.tif", pred)
-        used = {"prediction": "prediction.tif", "used": [0 if name == "a" else 3]}
-        (folder / "metrics.json").write_text(json.dumps(
-            {"script": "train_cps.py", "classes": ["bg", "mito"], "volumes": [used], "seed": 5,
-             "model": name}))
-        (folder / "config.json").write_text(json.dumps({"args": {}}))
+    preds["a"][[1, 4], 0, 0] = preds["b"][2] = 1
+    for (name, pred), used in zip(preds.items(), (0, 3)):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name / "prediction.tif", pred)
+        content = {"script": "train_cps.py", "classes": ["bg", "mito"], "seed": 5, "model": name,
+                   "volumes": [{"prediction": "prediction.tif", "used": [used]},
+                               {"prediction": "prediction_other.tif", "used": [1]}]}
+        for file, each in ("metrics", content), ("config", {"args": {}}):
+            (tmp_path / name / f"{file}.json").write_text(json.dumps(each))
     for name in ("save_slices", "save_slice_dice"):
         monkeypatch.setattr(emseg, name, lambda path, *args, **more: drawn.append(args))
     run(evaluate, "--prediction", tmp_path / "a/prediction.tif", tmp_path / "b/prediction.tif",
         "--label", save(tmp_path / "truth.tif", truth), "--out-dir", tmp_path / "out")
     content = metrics(tmp_path / "out")
-    assert [entry["slices"] for entry in content["volumes"]] == [[1, 2]] * 2
+    assert [entry["slices"] for entry in content["volumes"]] == [[1, 2, 4]] * 2
     assert content["classes"] == ["bg", "mito"] and content["seed"] == 5
     assert content["model"] is None
     ([(_, image, label, shown, dice)], classes), maps, (curves, lines) = drawn
-    np.testing.assert_allclose(dice[:, 1], [np.nan, (0.8 + 1) / 2, (1 + 2 / 3) / 2, np.nan])
+    np.testing.assert_allclose(dice[:, 1], [np.nan, (0.8 + 1) / 2, (1 + 2 / 3) / 2, np.nan, 0])
     assert {name: pred[:].tolist() for name, pred in shown.items()} == {
         name: pred.tolist() for name, pred in preds.items()}
     [(title, each, marked, _)] = curves
     assert title == "mito" and lines == ["", *preds] and list(marked) == [0, 3]
-    np.testing.assert_allclose(each[1:3, 1:], [[0.8, 1], [1, 2 / 3]])
+    np.testing.assert_allclose(each[[1, 2, 4], 1:], [[0.8, 1], [1, 2 / 3], [0, np.nan]])
+    crops = [tmp_path / f"a/prediction.tif@{crop}" for crop in ("0:3", "3:5")]
+    run(evaluate, "--prediction", *crops, "--label", tmp_path / "truth.tif", "--out-dir",
+        tmp_path / "crops")
+    assert [entry["slices"] for entry in metrics(tmp_path / "crops")["volumes"]] == [[1, 2], [0, 1]]
+    assert len(drawn[3][0]) == 2
 
 
 # -- folder and pictures ---------------------------------------------------------------------------
@@ -477,6 +482,7 @@ def test_an_evaluation_is_replaced_only_when_told_to(tmp_path, capsys, no_pictur
 def test_all_pictures_are_there_and_none_is_blank(tmp_path):
     grid = np.indices((12, 40, 40))
     truth = (((grid[0] - 6) * 2.5) ** 2 + (grid[1] - 18) ** 2 + (grid[2] - 18) ** 2 < 144) * 1
+    truth[:, :20] *= 2
     pred = truth.copy()
     pred[3:9, 30:38, 4:16] = 1
     paths = [save(tmp_path / f"{name}.tif", array.astype(np.uint8))
@@ -484,5 +490,5 @@ def test_all_pictures_are_there_and_none_is_blank(tmp_path):
     run(evaluate, "--prediction", paths[0], "--label", paths[1], "--volume", paths[2], "--render",
         "--out-dir", tmp_path / "out", "--no-distances")
     pictures = {path.stem: imread(path)[..., :3] for path in (tmp_path / "out").glob("*.png")}
-    assert set(pictures) == {"figure", "slice_dice", "render_pred"}
+    assert set(pictures) == {"figure", "maps", "slice_dice", "render_pred"}
     assert all(picture.std() > 0.03 for picture in pictures.values())
