@@ -259,7 +259,7 @@ def save_segments(path, pair, truth, pred, voi, rows=4):
 @dataclass
 class Pair:
     """A prediction, its label, the image (or None): lazy (Z, Y, X). counts: see emseg.scores;
-    whole: the label with the slices that do not score because they were trained on."""
+    whole: the label with slices that were trained on; place: the same for what shows the same."""
     name: str
     prediction: object
     label: object
