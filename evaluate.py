@@ -291,7 +291,7 @@ def run_of(prediction):
 
 
 def without_used_slices(label, used, path):
-    """A prediction's label without slices that were trained or validated on, if there are others."""
+    """A label without the slices that were trained or validated on, where others are left."""
     left = np.setdiff1d(label.slices, used)
     n = len(label.slices) - len(left)
     if n:

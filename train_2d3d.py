@@ -262,7 +262,7 @@ MODELS = {**emseg.NETWORKS, "2d3d": Hybrid, "2d3d-no-3x3x3": partial(Hybrid, vol
 
 
 def make_network(args):
-    """A network of the command line or of a checkpoint's; its convolutions have Glorot's weights."""
+    """A network of the command line or of a checkpoint's; convolutions have Glorot's weights."""
     network = MODELS[args.model](1, emseg.out_channels(args.classes), args.width)
     return network.apply(partial(emseg.glorot_initialization, kinds=CONVOLUTIONS))
 
