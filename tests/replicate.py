@@ -185,11 +185,14 @@ EXPERIMENTS = {
         "train_2d3d.py " + LUCCHI + "--val-volume {data}/lucchi/Train_In@110:120 "
         "--val-label {data}/lucchi/Train_Out@110:120 --organelles 1 --voxel-size 5 5 5 "
         + SETTINGS_2D3D + "--weight-terms 1 0 0 ",
-        {**{model: f"--model {model} {{window}}" for model in ("2d3d", "2d3d-no-3d")},
+        {**{f"{model}{name}": f"--model {model} {windows}" for model in ("2d3d", "2d3d-no-3d")
+            for name, windows in (("", "{window}"), (", 4 places of 3 slices", "{four}"))},
          "2d3d-no-3d, each slice from another place": "--model 2d3d-no-3d {places}"},
-        {**CPU_2D3D, "window": "--patch-size 12 68 68 --batch-size 1", "minutes": 22,
+        {**CPU_2D3D, "window": "--patch-size 12 68 68 --batch-size 1", "minutes": 28,
+         "four": "--patch-size 3 68 68 --batch-size 4",
          "places": "--patch-size 1 68 68 --batch-size 12"},
         {**GPU_2D3D, "window": "--patch-size 12 300 300 --batch-size 2",
+         "four": "--patch-size 3 300 300 --batch-size 8",
          "places": "--patch-size 1 300 300 --batch-size 24"}, "miou_org", (0, 1, 2), {}),
     "ensemble": Experiment(
         "Guay 2021, table 1: platelets, test MIoU(org)",
@@ -394,9 +397,8 @@ def table():
                 steps = " to ".join(sorted({row["steps"] for row in group}, key=int))
                 lines.append(f"| {name} | {label} | {experiment.score} | "
                              f"{statistics.mean(scores):.3f} ± {statistics.stdev(scores):.3f} "
-                             f"({len(scores)}) | "
-                             f"{experiment.paper.get(label, '')} | {steps} | {minutes:.1f} | "
-                             f"{hardware} |")
+                             f"({len(scores)}) | {experiment.paper.get(label, '')} | {steps} | "
+                             f"{minutes:.1f} | {hardware} |")
             if not groups:
                 lines.append(f"| {name} | {variant} | {experiment.score} | not run | | | | |")
     return "\n".join(lines)
@@ -409,8 +411,7 @@ def parse_args(argv=None):
     flag("names", nargs="*", metavar="NAME", help=f"experiments: {', '.join(EXPERIMENTS)}")
     flag("--list", action="store_true", help="show the experiments")
     flag("--table", action="store_true", help="print the README's table of results")
-    flag("--minutes", type=float, default=float("inf"), help="stop after this time; what was "
-         "interrupted goes on the next time")
+    flag("--minutes", type=float, default=float("inf"), help="stop then; to go on the next time")
     flag("--device", choices=("cpu", "cuda"), default="cpu")
     flag("--budget", choices=("cpu", "gpu"), help="default: that of the device")
     flag("--jobs", type=int, help="commands side by side; default: 2 on a CPU, 1 on a GPU")
