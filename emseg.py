@@ -3203,8 +3203,8 @@ def unique_names(paths):
     """A short name for each path, for file names: the stem; where two are alike the folder's name;
     where two of these are the stem and a number."""
     files = [Path(os.path.abspath(_split_crop(path)[0])) for path in paths]
-    stems, folders = [[re.sub(r"[^\w.-]+", "_", name) for name in names] for names in (
-        [file.stem for file in files], [file.parent.name for file in files])]
+    clean = partial(re.sub, r"[^\w.-]+", "_")
+    stems, folders = [clean(f.stem) for f in files], [clean(f.parent.name) for f in files]
     numbered = [f"{number}_{stem}" for number, stem in enumerate(stems, 1)]
     return next(names for names in (stems, folders, numbered) if len({*names}) == len(names))
 

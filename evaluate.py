@@ -656,8 +656,8 @@ def parse_args(argv=None):
     data = parser.add_argument_group("data").add_argument
     data("--prediction", nargs="+", metavar="P", default=[], help="predicted class ids: TIFF, MRC, "
          "NPY or a folder of slices; P@z0:z1,y0:y1,x0:x1 crops")
-    data("--label", nargs="+", metavar="P", default=[], help="their labels in this order, or one")
-    data("--volume", nargs="+", metavar="P", default=[], help="the images, for figure.png")
+    data("--label", nargs="+", metavar="P", default=[], help="one for each prediction, or for all")
+    data("--volume", nargs="+", metavar="P", default=[], help="the images, likewise")
     emseg.add_label_args(data)
     data("--prediction-map", metavar="M", help="a --label-map for the values of the predictions")
     scores = parser.add_argument_group("scores").add_argument

@@ -46,8 +46,8 @@ def examples(depth, side, count=5):
     return images, labels
 
 
-# Trains on a mapped and on a compressed volume with their labels, predicts the latter and scores
-# that, in a process that may allocate as much as one of the volumes takes, beside what Python,
+# Trains on a mapped and on a compressed volume, predicts the first and scores it by compressed
+# labels, in a process that may allocate as much as one of the volumes takes, beside what Python,
 # PyTorch and OpenBLAS have; without its figure, which takes some 100 MiB.
 LIMITED = f"""
 import re, resource, sys
@@ -63,7 +63,7 @@ used = int(re.search(r"VmData:\\s+(\\d+) kB", open("/proc/self/status").read())[
 resource.setrlimit(resource.RLIMIT_DATA, (used + {DEPTH} * {SIDE}**2,) * 2)
 train_cps.main(train_cps.parse_args([
     "--volume", *volumes, "--label", *labels, "--label-slices", "8,40,41", "--test-volume",
-    volumes[1], "--test-label", labels[1], *"--method supervised --model unet --width 4 "
+    volumes[0], "--test-label", labels[1], *"--method supervised --model unet --width 4 "
     "--downsample 8 --patch-size 64 64 --batch-size 4 --epochs 1 --steps-per-epoch 5 "
     "--device cpu --out-dir run".split()]))
 """
@@ -74,7 +74,7 @@ def test_training_prediction_and_scores_need_little_memory(tmp_path):
     done = subprocess.run([sys.executable, "-c", LIMITED], cwd=tmp_path, capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-2000:]
-    prediction = emseg.open_volume(tmp_path / "run" / "prediction.tif")
+    prediction = emseg.open_volume(tmp_path / "run" / "prediction.mrc")
     assert prediction.shape == (DEPTH, SIDE, SIDE)
     content = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert content["volumes"][0]["voxels"] == DEPTH * SIDE**2
